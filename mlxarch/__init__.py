@@ -1,0 +1,1 @@
+"""Open-weight language models on the machine in front of you."""
