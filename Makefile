@@ -1,0 +1,68 @@
+# Everything here installs into .venv; nothing else on the machine is touched. `make demo` and `make test` need only
+# Python 3.11 or newer with pip, make and a C/C++ compiler (on a CPU, MLX compiles small kernels while it runs).
+
+PYTHON  = python3 python3.14 python3.13 python3.12 python3.11# the first usable one
+BACKEND := $(shell if [ "$$(uname)" = Darwin ]; then echo metal; elif nvidia-smi -L >/dev/null 2>&1; then echo cuda; else echo cpu; fi)
+MODEL   = smollm2-135m
+PROMPT  = Why is the sky blue? Answer in three sentences.
+
+VENV   = .venv
+BIN    = $(VENV)/bin
+READY  = $(VENV)/.$(BACKEND)
+EXTRA  = $(if $(filter metal,$(BACKEND)),,$(BACKEND),)# macOS needs none: MLX comes with Metal there
+USABLE = import ensurepip, platform, sys, venv; \
+         sys.exit(sys.version_info < (3, 11) or (sys.platform, platform.machine()) == ("darwin", "x86_64"))
+
+.PHONY: help demo test lint types layers wheel check clean
+
+help:
+	@echo "make demo    fetch SmolLM2-135M-Instruct, quantize it to 8 bits and let it answer"
+	@echo "make test    run the test suite"
+	@echo "make check   what else a change must pass: lint, types, layers, wheel (each is a target too)"
+	@echo "make clean   remove .venv and all that was built; models stay ('mlxarch list', 'mlxarch rm')"
+	@echo "Settings: PYTHON=python3.12  BACKEND=cpu|cuda|metal (now $(BACKEND))  MODEL=NAME  PROMPT='...'"
+
+demo: $(READY)-gguf
+	$(BIN)/mlxarch pull $(MODEL) --bits 8 --yes </dev/null
+	$(BIN)/mlxarch run $(MODEL) --bits 8 --stats "$(PROMPT)" </dev/null
+
+test: $(READY)-test
+	$(BIN)/python -m pytest
+
+lint: $(READY)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)-dev
+	$(BIN)/pyright
+
+# In .typing the package looks as it does once installed.
+layers: $(READY)-dev
+	cd .typing && PYTHONPATH=. ../$(BIN)/lint-imports --no-cache --no-logo --config ../pyproject.toml
+
+# setuptools would pack what an earlier build left in build/.
+wheel: $(READY)-dev
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+	$(BIN)/python benchmarks/install_size.py dist/*.whl
+
+check: lint types layers wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# One stamp per set of extras, so that a second call starts at once. pip speaks only where it fails.
+$(READY)-%: pyproject.toml | $(VENV)/.created
+	@echo "Installing mlxarch and what it needs into $(VENV) (MLX back end: $(BACKEND)); once, about a minute"
+	@$(BIN)/python -m pip install --editable ".[$(EXTRA)$*]" >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.created:
+	@for python in $(BIN)/python $(PYTHON); do \
+	    if $$python -c '$(USABLE)' >/dev/null 2>&1; then $$python -m venv $(VENV) && touch $@; exit; fi; \
+	done; \
+	echo "No usable Python among: $(PYTHON)" >&2; \
+	echo "mlxarch needs Python 3.11 or newer with venv and pip (Debian and Ubuntu: apt-get install python3-venv), on a" >&2; \
+	echo "Mac an arm64 one. Name it: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3" >&2; \
+	exit 1
