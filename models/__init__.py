@@ -1,0 +1,1 @@
+"""One file per architecture, each readable next to its block diagram."""

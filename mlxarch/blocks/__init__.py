@@ -1,0 +1,42 @@
+"""The parts that decoders are made of; no architecture is known here by name.
+
+Shapes are written with these letters throughout:
+
+    B batch · L length of this pass · S keys held, this pass included · V vocabulary
+    H query heads · K key/value heads · D size of one head · E experts
+"""
+
+from mlxarch.blocks.attention import Attention
+from mlxarch.blocks.config import DecoderConfig, Positive
+from mlxarch.blocks.decoder import CausalLM, Layer
+from mlxarch.blocks.feedforward import GatedMLP, geglu, swiglu
+from mlxarch.blocks.linear import Embedding, Linear, Quantization, fuse
+from mlxarch.blocks.norms import RMSNorm
+from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
+from mlxarch.blocks.span import Full, Span
+from mlxarch.blocks.step import Mask, Step
+from mlxarch.cache import Cache
+
+__all__ = [
+    "Attention",
+    "Cache",
+    "CausalLM",
+    "DecoderConfig",
+    "Embedding",
+    "Full",
+    "GatedMLP",
+    "Layer",
+    "Linear",
+    "Mask",
+    "NoRoPE",
+    "Positive",
+    "Quantization",
+    "RMSNorm",
+    "RoPE",
+    "Rotation",
+    "Span",
+    "Step",
+    "fuse",
+    "geglu",
+    "swiglu",
+]

@@ -1,0 +1,6 @@
+"""Keys and values of the tokens seen so far, and where they stand."""
+
+from mlxarch.cache.base import Cache
+from mlxarch.cache.full import FullCache
+
+__all__ = ["Cache", "FullCache"]

@@ -1,0 +1,133 @@
+"""What an architecture reads from a Hugging Face config.json. Field names are the file's own keys."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Self
+
+import msgspec
+
+from mlxarch.blocks.rope import Rotation
+from mlxarch.errors import ConfigError
+
+Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+# Keys that change the mathematics, and the values with which they do not. A config that sets one of them otherwise
+# is refused unless its architecture has a field of that name.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "alibi": (None, False),
+    "attention_bias": (None, False),
+    "attention_chunk_size": (None,),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "embedding_multiplier": (None, 1),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "mlp_bias": (None, False),
+    "n_routed_experts": (None, 0),
+    "no_rope_layers": (None, []),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "parallel_residual": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "qkv_bias": (None, False),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (None, 1),
+    "sliding_window": (None,),
+    "use_bias": (None, False),
+    "use_qk_norm": (None, False),
+    "use_sliding_window": (None, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The keys that nearly every 2025 decoder shares; a subclass lists only what is special about its architecture."""
+
+    model_type: str
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size
+    rms_norm_eps: Positive
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_size(self) -> int:
+        """Features of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; as many as query heads unless the file says otherwise."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def rotation(self) -> Rotation:
+        """RoPE's parameters from either dialect: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+
+        Raises:
+            ConfigError: neither names a base. There is no default: a wrong base gives fluent nonsense.
+        """
+        scaling = self.rope_parameters or self.rope_scaling or {}
+        theta = scaling.get("rope_theta", self.rope_theta)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+            raise ConfigError(f"config.json: rope_theta must be a positive number, found {theta!r}")
+        return Rotation(float(theta), {k: v for k, v in scaling.items() if k != "rope_theta"})
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys of this architecture, check their types and ranges, and refuse what it would compute wrongly.
+
+        Raises:
+            ConfigError: keys are missing (all are named), malformed, or set to something not implemented.
+        """
+        kind = config.get("model_type")
+        missing = sorted(f.name for f in fields(cls) if f.name not in config and f.default is MISSING)
+        if missing:
+            raise ConfigError(f"config.json of a {kind!r} model lacks {', '.join(missing)}")
+        known = {f.name for f in fields(cls)}
+        kinds = set(config.get("layer_types") or ["full_attention"]) - {"full_attention"}
+        if kinds and "layer_types" not in known:
+            raise ConfigError(
+                f"config.json: layer_types holds {', '.join(map(repr, sorted(map(str, kinds))))}; mlxarch's {kind!r} "
+                "knows 'full_attention' only"
+            )
+        for key, neutral in NEUTRAL.items():
+            if key not in known and config.get(key) not in neutral:
+                raise ConfigError(
+                    f"config.json: {key} = {config[key]!r} changes the mathematics, and mlxarch's {kind!r} does not "
+                    f"implement it; allowed here: {', '.join(repr(n) for n in neutral)}"
+                )
+        try:
+            parsed = msgspec.convert({k: v for k, v in config.items() if k in known}, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"config.json of a {kind!r} model: {error}") from None
+        parsed.check()
+        return parsed
+
+    def check(self) -> None:
+        """Relations between the values; a subclass adds its own.
+
+        Raises:
+            ConfigError: one does not hold.
+        """
+        if self.num_attention_heads % self.kv_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads = {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads = {self.kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"config.json: hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
+                f"{self.num_attention_heads}, and there is no head_dim"
+            )

@@ -1,0 +1,96 @@
+"""The frame that nearly every architecture shares: embed, run the layers, normalise, unembed."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks.attention import Attention
+from mlxarch.blocks.config import DecoderConfig
+from mlxarch.blocks.linear import Embedding, Linear
+from mlxarch.blocks.step import Step
+from mlxarch.cache import Cache
+from mlxarch.errors import InvalidInput
+
+
+class Layer(Protocol):
+    """What every architecture's DecoderLayer offers the frame."""
+
+    self_attn: Attention
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        """The residual stream (B, L, hidden_size), one layer further."""
+        ...
+
+
+class Decoder(nn.Module):
+    """The part of a checkpoint under ``model.``: embeddings, layers and the last norm."""
+
+    def __init__(self, embed_tokens: Embedding, layers: Sequence[Layer], norm: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens, self.layers, self.norm = embed_tokens, list(layers), norm
+
+
+class CausalLM(nn.Module):
+    """Decoder with a head on top.
+
+    Whoever walks a model (generation, streaming, a quantizer) uses three steps: ``embed`` makes the state, each of
+    ``layers`` takes and returns it, ``head`` makes logits of it.
+    """
+
+    def __init__(self, c: DecoderConfig, layers: Sequence[Layer], norm: nn.Module) -> None:
+        super().__init__()
+        self.vocab_size = c.vocab_size
+        self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.hidden_size, c.vocab_size)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """In the order in which they run."""
+        return self.model.layers
+
+    def embed(self, tokens: mx.array, step: Step) -> mx.array:
+        """Token ids (B, L) -> state (B, L, hidden_size)."""
+        return self.model.embed_tokens(tokens)
+
+    def head(self, state: mx.array) -> mx.array:
+        """State (B, L, hidden_size) -> logits (B, L, V)."""
+        x = self.model.norm(state)
+        return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+
+    def states(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+        """Token ids (B, L) -> the state behind the last layer. The ids must be in range: nothing checks them here."""
+        step = Step(tokens.shape[1], caches)
+        state = self.embed(tokens, step)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            state = layer(state, step, cache)
+        return state
+
+    def __call__(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+        """Token ids (B, L) -> logits (B, L, V). With caches, the tokens follow those that the caches hold.
+
+        Raises:
+            InvalidInput: not a (B, L) array of integers, or an id outside of the vocabulary. MLX itself does not
+                check an index, it would read whatever lies there.
+        """
+        if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise InvalidInput(f"tokens must be integers (B, L), not empty; found {tokens.dtype} {tokens.shape}")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidInput(f"token ids must lie in 0 … {self.vocab_size - 1}; found {low if low < 0 else high}")
+        return self.head(self.states(tokens, caches))
+
+    def make_caches(self, capacity: int | None = None, padding: Sequence[int] | None = None) -> list[Cache]:
+        """One empty cache for each layer.
+
+        Args:
+            capacity: tokens to allocate for at once; None grows by need.
+            padding: of a batch, how many tokens of padding stand on the left of each row.
+        """
+        caches = [layer.self_attn.span.make_cache(capacity) for layer in self.layers]
+        if padding is not None and any(padding):
+            for cache in caches:
+                cache.padding = mx.array(list(padding))
+        return caches

@@ -1,0 +1,150 @@
+"""Matrices: full precision or quantized, alone or several that share an input run as one product."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is packed: ``bits`` an element, one scale (and bias) for ``group_size`` elements of a row.
+
+    ``mode`` is one of MLX's: affine (scale and bias), mxfp4, mxfp8, nvfp4 (scale only).
+    Source: the table of quantization modes in MLX's documentation of ``mx.quantize``.
+    """
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def packed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the uint32 array that holds a weight of logical ``shape``."""
+        return (*shape[:-1], shape[-1] * self.bits // 32)
+
+    def scales_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scales, and of the biases where the mode has them."""
+        return (*shape[:-1], shape[-1] // self.group_size)
+
+    def matmul(self, x: mx.array, packed: dict[str, Any]) -> mx.array:
+        """x @ weight.T for a ``packed`` weight with its scales and, in affine mode, biases."""
+        return mx.quantized_matmul(
+            x,
+            packed["weight"],
+            packed["scales"],
+            packed.get("biases"),
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+    def dequantize(self, weight: mx.array, scales: mx.array, biases: mx.array | None, dtype: mx.Dtype) -> mx.array:
+        """The values that the packed arrays stand for."""
+        return mx.dequantize(
+            weight, scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode, dtype=dtype
+        )
+
+
+class Matrix(nn.Module):
+    """A weight (out, in), packed where ``quantization`` is set; then ``scales`` and ``biases`` stand beside it."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((outputs, inputs))
+        self.quantization: Quantization | None = None
+
+    def product(self, x: mx.array) -> mx.array:
+        """x @ weight.T, without any bias."""
+        return x @ self["weight"].T if self.quantization is None else self.quantization.matmul(x, self)
+
+
+class Linear(Matrix):
+    """y = x W^T + b.
+
+    Shape:
+        x: (..., in) -> (..., out)
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(outputs, inputs)
+        if bias:
+            self.bias = mx.zeros((outputs,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.product(x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class Embedding(Matrix):
+    """One row per token. The ids are not checked here: see ``CausalLM.__call__``.
+
+    Shape:
+        tokens: (B, L) -> (B, L, dims); as_linear: (..., dims) -> (..., V)
+    """
+
+    def __init__(self, tokens: int, dims: int) -> None:
+        super().__init__(tokens, dims)
+        self.dtype = mx.float32  # what a packed table unpacks to; the loader sets it
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        if self.quantization is None:
+            return self["weight"][tokens]
+        biases = self.get("biases")
+        return self.quantization.dequantize(
+            self["weight"][tokens], self["scales"][tokens], None if biases is None else biases[tokens], self.dtype
+        )
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The output head of a model whose embeddings are tied."""
+        return self.product(x)
+
+
+class SharedInput:
+    """Projections of one input (q/k/v, gate/up), run as one matrix product once ``fuse`` found that they can be.
+
+    Every row of the product is computed from the same numbers as before, so the result is the same. After fusing,
+    the projections' own weights are views into the joined ones: nothing is held twice, and they can still be read.
+    A projection that got other arrays since runs alone again.
+    """
+
+    def __init__(self, *projections: Linear) -> None:
+        self.projections = projections
+        self._joined: dict[str, mx.array] = {}
+        self._parts: list[mx.array] = []
+        self._ends: list[int] = []
+
+    def fuse(self) -> None:
+        """Join the arrays, if all projections are packed alike and all or none have a bias."""
+        first = self.projections[0]
+        names = set(first.keys())
+        alike = all(p.quantization == first.quantization and set(p.keys()) == names for p in self.projections)
+        if not alike or len({p[n].dtype for p in self.projections for n in names & {"weight"}}) > 1:
+            return
+        sizes = [p["weight"].shape[0] for p in self.projections]
+        self._ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        self._joined = {name: mx.concatenate([p[name] for p in self.projections]) for name in sorted(names)}
+        mx.eval(self._joined)
+        for projection, size, end in zip(self.projections, sizes, self._ends, strict=True):
+            for name, joined in self._joined.items():
+                projection[name] = joined[end - size : end]
+        self._parts = [p["weight"] for p in self.projections]
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        joined = self._joined
+        if not joined or any(p["weight"] is not w for p, w in zip(self.projections, self._parts, strict=True)):
+            return [projection(x) for projection in self.projections]
+        settings = self.projections[0].quantization
+        y = x @ joined["weight"].T if settings is None else settings.matmul(x, joined)
+        if "bias" in joined:
+            y = y + joined["bias"]
+        return list(mx.split(y, self._ends[:-1], axis=-1))
+
+
+def fuse(module: nn.Module) -> None:
+    """Join every group of projections below ``module`` that share an input. Call it once, after the weights are in."""
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, SharedInput):
+                value.fuse()

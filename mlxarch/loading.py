@@ -1,0 +1,104 @@
+"""A checkpoint folder becomes a model with its weights in memory."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks import CausalLM, Embedding, fuse
+from mlxarch.blocks.linear import Matrix
+from mlxarch.errors import CheckpointError, InvalidInput
+from mlxarch.progress import Progress, silent
+from mlxarch.weights import FLOATS, Packed, Resolved, Tensor, forget_arrays, open_source, resolve
+
+DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def load_model(
+    folder: str | Path, *, dtype: str | mx.Dtype | None = None, progress: Progress = silent
+) -> tuple[CausalLM, dict[str, Any]]:
+    """Read a folder of safetensors, quantized for MLX or not.
+
+    Args:
+        folder: with config.json; headers, index, names, shapes and dtypes are checked before any weight is read.
+        dtype: to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end, which has no other
+            type in hardware.
+        progress: told the bytes of the weights read.
+
+    Returns:
+        The model, its weights evaluated, and config.json.
+
+    Raises:
+        CheckpointError, ConfigError: the folder is not a sound checkpoint.
+        InvalidInput: an unknown ``dtype``.
+    """
+    source = open_source(folder)
+    resolved = resolve(source)
+    compute = compute_dtype(dtype, resolved)
+    try:
+        _fill(resolved, compute, progress)
+        for shard in source.shards:
+            shard.check_unchanged()
+    finally:
+        forget_arrays()
+        for shard in source.shards:
+            shard.close()
+    return resolved.model, source.config
+
+
+def compute_dtype(dtype: str | mx.Dtype | None, resolved: Resolved) -> mx.Dtype:
+    """The type to compute in: the one asked for, else float32 on a CPU, else the checkpoint's most frequent.
+
+    Raises:
+        InvalidInput: it is none of float32, float16, bfloat16.
+    """
+    if dtype is not None:
+        named = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+        if named is None or named not in FLOATS:
+            raise InvalidInput(f"dtype must be one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
+        return named
+    if mx.default_device() == mx.cpu:
+        return mx.float32
+    tensors = resolved.parameters.values()
+    types = [t.parts["scales"].dtype if isinstance(t, Packed) else t.dtype for t in tensors]
+    types = [t for t in types if t in FLOATS] or [mx.bfloat16]
+    return max(FLOATS, key=types.count)
+
+
+def _fill(resolved: Resolved, dtype: mx.Dtype, progress: Progress) -> None:
+    """Layer by layer, so that no more than one layer is held twice while its projections are joined."""
+    modules = dict(resolved.model.named_modules())
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in resolved.parameters.items():
+        layer = LAYER.match(name)
+        groups.setdefault(layer.group() if layer else name.rpartition(".")[0], {})[name] = tensor
+    total, done = sum(tensor.nbytes for tensor in resolved.parameters.values()), 0
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            _assign(modules[path], leaf, tensor, dtype)
+        try:
+            mx.eval(modules[group].parameters())
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights of {group} could not be read ({error}); download them again") from None
+        fuse(modules[group])
+        done += sum(tensor.nbytes for tensor in tensors.values())
+        progress("loading", done, total)
+
+
+LAYER = re.compile(r".*?\blayers\.\d+(?=\.)")
+
+
+def _assign(module: nn.Module, leaf: str, tensor: Tensor, dtype: mx.Dtype) -> None:
+    if isinstance(module, Embedding):
+        module.dtype = dtype
+    if not isinstance(tensor, Packed):
+        module[leaf] = tensor.load().astype(dtype)
+        return
+    assert isinstance(module, Matrix)  # resolve() allows no other module a packed weight
+    module.quantization = tensor.settings
+    for part, stored in tensor.parts.items():
+        array = stored.load()
+        module[part] = array.astype(dtype) if array.dtype in FLOATS else array

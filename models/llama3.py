@@ -1,0 +1,65 @@
+"""Llama 3 (Meta, 2024), also Llama 3.1 to 3.3, SmolLM2, and Mistral without a window.
+
+    x ─┬─ norm ─ attention ─ + ─┬─ norm ─ SwiGLU ─ + ─
+       └──────────────────────┘  └────────────────┘
+
+Stands out: the plain pre-norm decoder that the others are told apart from; grouped-query attention, no biases;
+from 3.1 on RoPE whose slow frequencies are stretched (rope type llama3).
+Source: arXiv:2407.21783; meta-llama/Llama-3.1-8B/config.json; biases as in transformers' LlamaForCausalLM.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks import (
+    Attention,
+    Cache,
+    CausalLM,
+    DecoderConfig,
+    GatedMLP,
+    Positive,
+    RMSNorm,
+    RoPE,
+    Step,
+    swiglu,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """Biases are the two options that some of its descendants switch on. Llama 1 and 2 were published without a
+    ``rope_theta``, for which 10,000 stands in transformers' LlamaConfig.
+    """
+
+    rope_theta: Positive | None = 10_000.0
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+class DecoderLayer(nn.Module):
+    """Norm before attention and before the feed-forward."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        self.self_attn = Attention(
+            c, rope=RoPE(c.head_size, c.rotation), bias=c.attention_bias, output_bias=c.attention_bias
+        )
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu, c.mlp_bias)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def build(c: Config) -> CausalLM:
+    """A model with the right shapes and no weights."""
+    layers = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
+    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
