@@ -1,0 +1,1 @@
+../../mlxarch/safetensors_header.py
