@@ -1,5 +1,8 @@
 """How long work reports how far it is."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -12,3 +15,28 @@ class Progress(Protocol):
 
 def silent(label: str, done: int, total: int) -> None:
     """Report to nobody."""
+
+
+@contextmanager
+def on_terminal(progress: Progress | None) -> Iterator[Progress]:
+    """The given progress; without one, bars on standard error while it is a terminal, and else silence.
+
+    A bar shows the step's bytes, their rate and the time left, and disappears with the block.
+    """
+    if progress is not None or not sys.stderr.isatty():
+        yield progress or silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        tasks = {}
+
+        def report(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield report

@@ -41,7 +41,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, c: DecoderConfig, layers: Sequence[Layer], norm: nn.Module) -> None:
         super().__init__()
-        self.vocab_size = c.vocab_size
+        self.vocab_size, self.context_length = c.vocab_size, c.max_position_embeddings
         self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size)

@@ -1,0 +1,1 @@
+../../mlxarch/language_model.py

@@ -1,0 +1,209 @@
+"""Prefill and decode: from prompt tokens to new tokens."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlxarch.blocks import Cache, CausalLM
+from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
+from mlxarch.sampling import Sampler, Sampling
+
+
+def prefill_chunk() -> int:
+    """Tokens of a prompt that run at once: what bounds its activations. A CPU gains nothing from longer ones."""
+    return 512 if mx.default_device() == mx.cpu else 2048
+
+
+@dataclass
+class Timings:
+    """How long a generation took, in seconds, and over how many tokens.
+
+    Attributes:
+        prompt_tokens: of the whole prompt.
+        reused_tokens: of these, held already from an earlier turn.
+        generated_tokens: sampled, the end token included.
+        prefill_seconds: until the first token was known.
+        decode_seconds: from then to the last token.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def record(self, index: int, seconds: float, rows: int = 1) -> None:
+        """Note that the ``index``-th token of each row is known, ``seconds`` after the call."""
+        if index == 0:
+            self.prefill_seconds = seconds
+        self.generated_tokens, self.decode_seconds = (index + 1) * rows, seconds - self.prefill_seconds
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from the call to the first token."""
+        return self.prefill_seconds
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, without those reused."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second after the first."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Session:
+    """The caches of a conversation and the tokens that they hold, so that a turn prefills only what differs.
+
+    Attributes:
+        caches: one for each layer.
+        tokens: what the caches hold.
+    """
+
+    caches: list[Cache]
+    tokens: list[int] = field(default_factory=list)
+
+    def keep_common(self, prompt: Sequence[int]) -> int:
+        """Forget all but what ``prompt`` begins with, and return how many tokens that is.
+
+        The last token of the prompt is never kept: its logits are needed.
+        """
+        common = 0
+        for held, wanted in zip(self.tokens, prompt[:-1], strict=False):
+            if held != wanted:
+                break
+            common += 1
+        if not all(cache.truncate(common) for cache in self.caches):
+            raise InvalidInput("these caches cannot go back so far; begin a new session")
+        del self.tokens[common:]
+        return common
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Refuse what must never become an index.
+
+    Raises:
+        InvalidInput: no tokens, or one outside of the vocabulary.
+    """
+    if not tokens:
+        raise InvalidInput("the prompt is empty: it needs at least one token")
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        wrong = next(t for t in tokens if not 0 <= t < vocab_size)
+        raise InvalidInput(
+            f"token {wrong} lies outside of the model's vocabulary, 0 … {vocab_size - 1}; "
+            "tokenizer and weights belong to different models"
+        )
+
+
+def room(prompt_tokens: int, max_tokens: int | None, context: int) -> int:
+    """How many tokens may be generated.
+
+    Raises:
+        ContextLengthError: the prompt fills the context, or ``max_tokens`` more would not fit.
+    """
+    left = context - prompt_tokens
+    if left < 1 or (max_tokens or 0) > left:
+        wanted = "" if max_tokens is None else f" and {max_tokens} to generate"
+        raise ContextLengthError(
+            f"{prompt_tokens} prompt tokens{wanted} do not fit into the context of {context} tokens; "
+            "shorten the prompt, ask for fewer tokens, or load the model with a longer context if it has one"
+        )
+    return left if max_tokens is None else max_tokens
+
+
+def prefill(model: CausalLM, session: Session, prompt: Sequence[int]) -> mx.array:
+    """Feed what the session does not hold yet of ``prompt``, and return the logits (1, V) behind its last token."""
+    rest, size = list(prompt[len(session.tokens) :]), prefill_chunk()
+    while len(rest) > size:
+        chunk, rest = rest[:size], rest[size:]
+        model.states(mx.array([chunk]), session.caches)
+        # the caches alone: what only the head would need is never computed
+        mx.eval([cache.arrays() for cache in session.caches])
+        session.tokens += chunk
+    state = model.states(mx.array([rest]), session.caches)
+    session.tokens += rest
+    return model.head(state[:, -1:])[:, 0]
+
+
+def decode(
+    model: CausalLM, session: Session, prompt: Sequence[int], sampling: Sampling, limit: int
+) -> Iterator[tuple[int, Timings]]:
+    """Generate up to ``limit`` tokens; the caller stops earlier by closing the iterator.
+
+    The next step's graph is queued before the current token is read, so the device never waits for the host.
+    ``session`` holds at any time just the tokens that its caches have taken in.
+
+    Yields:
+        Each token with the timings so far; one object, updated as it goes.
+
+    Raises:
+        NonFiniteLogits: NaN or infinity instead of a token.
+    """
+    begin = time.perf_counter()
+    timings = Timings(len(prompt), session.keep_common(prompt))
+    sampler = Sampler(sampling, model.vocab_size, [prompt])
+    token, finite = _sample(sampler, prefill(model, session, prompt))
+    for index in range(limit):
+        following = None
+        if index + 1 < limit:
+            state = model.states(token[None], session.caches)
+            following = _sample(sampler, model.head(state)[:, 0])
+        value = int(token.item())
+        if not finite.item():
+            raise NonFiniteLogits(_NON_FINITE.format(index))
+        if following is not None:
+            session.tokens.append(value)
+        timings.record(index, time.perf_counter() - begin)
+        yield value, timings
+        if following is not None:
+            token, finite = following
+
+
+def decode_batch(
+    model: CausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int, timings: Timings
+) -> Iterator[list[int]]:
+    """Generate for several prompts at once, padded on the left to one length. ``timings`` is kept up to date.
+
+    Yields:
+        One token for each row, up to ``limit`` times.
+
+    Raises:
+        NonFiniteLogits: NaN or infinity instead of a token.
+    """
+    begin, longest = time.perf_counter(), max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    caches = model.make_caches(padding=padding)
+    sampler = Sampler(sampling, model.vocab_size, prompts)
+    tokens = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    size = prefill_chunk()
+    while tokens.shape[1] > size:
+        model.states(tokens[:, :size], caches)
+        mx.eval([cache.arrays() for cache in caches])
+        tokens = tokens[:, size:]
+    for index in range(limit):
+        state = model.states(tokens, caches)
+        row, finite = _sample(sampler, model.head(state[:, -1:])[:, 0])
+        if not finite.item():
+            raise NonFiniteLogits(_NON_FINITE.format(index))
+        timings.record(index, time.perf_counter() - begin, len(prompts))
+        yield row.tolist()
+        tokens = row[:, None]
+
+
+def _sample(sampler: Sampler, logits: mx.array) -> tuple[mx.array, mx.array]:
+    # the sum of the logits is finite just when all of them are, short of an overflow that no real model comes near
+    finite = mx.isfinite(logits.astype(mx.float32).sum())
+    token = sampler(logits)
+    mx.async_eval(token, finite)
+    return token, finite
+
+
+_NON_FINITE = (
+    "the model's output is not finite at generated token {}: a weight file is damaged, or the precision too low; "
+    "download it again, or load it with dtype='float32'"
+)

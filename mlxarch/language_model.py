@@ -1,0 +1,265 @@
+"""A model with its tokenizer: what ``mlxarch.load`` returns."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxarch import store
+from mlxarch.blocks import Cache, CausalLM
+from mlxarch.errors import ConfigError, InvalidInput, TokenizerError
+from mlxarch.generation import Session, Timings, check_tokens, decode, decode_batch, room
+from mlxarch.loading import load_model
+from mlxarch.progress import Progress, on_terminal
+from mlxarch.sampling import Sampling
+from mlxarch.stops import StopStrings
+from mlxarch.tokenizer import Tokenizer
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+@dataclass
+class Piece:
+    """A part of an answer.
+
+    Attributes:
+        text: to append; may be empty while a character or a stop string is undecided.
+        token: that completed it; None where the rest of the text is flushed.
+        finish_reason: None until the last piece: "stop" at an end token or a stop string, "length" at the limit.
+        timings: so far.
+    """
+
+    text: str
+    token: int | None
+    finish_reason: str | None
+    timings: Timings
+
+
+@dataclass
+class Result:
+    """A whole answer.
+
+    Attributes:
+        text: without the end token and without the stop string that ended it.
+        tokens: as sampled, the end token included.
+        finish_reason: "stop" or "length".
+        timings: how long it took.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    timings: Timings
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    bits: int | str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
+) -> "LanguageModel":
+    """Load a model: a catalog name, a Hub repository ``org/name[@revision]`` or a folder.
+
+    Args:
+        name_or_path: what is not on the disk yet is downloaded, and quantized where no quantized copy exists.
+        bits: of the weights, or "original"; None takes the largest of 8 and 4 that fits this machine.
+        dtype: to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end.
+        context: tokens to plan for: the caches are allocated at once. None grows them, up to what the model allows.
+        progress: told of downloads, conversion and loading. None shows a bar on a terminal and else nothing.
+
+    Raises:
+        ModelNotFound, OfflineError, DownloadError, GatedModel: it cannot be obtained.
+        CheckpointError, ConfigError, TokenizerError: its files are not sound.
+        InvalidInput: an argument is out of range.
+    """
+    with on_terminal(progress) as report:
+        path = store.obtain(name_or_path, bits=bits, progress=report)
+        model, config = load_model(path, dtype=dtype, progress=report)
+    return LanguageModel(path, model, config, Tokenizer.from_folder(path), context)
+
+
+class LanguageModel:
+    """A loaded model.
+
+    MLX's graphs belong to the thread that builds them: use one thread for one generation.
+
+    Attributes:
+        path: of the folder that it was loaded from.
+        model: callable: token ids (B, L), optional caches -> logits (B, L, V).
+        config: config.json.
+        tokenizer: encode, decode, apply_chat_template.
+        context_length: tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self, path: Path, model: CausalLM, config: dict[str, Any], tokenizer: Tokenizer, context: int | None = None
+    ) -> None:
+        self.path, self.model, self.config, self.tokenizer = path, model, config, tokenizer
+        longest = model.context_length
+        if context is not None and not 1 <= context <= longest:
+            raise InvalidInput(f"context must lie in 1 … {longest}, what {path.name} was made for; found {context}")
+        self.context_length, self._capacity = context or longest, context
+
+    def make_caches(self) -> list[Cache]:
+        """Empty caches, one for each layer."""
+        return self.model.make_caches(self._capacity)
+
+    def session(self) -> Session:
+        """A conversation to be: pass it to every turn, and a turn computes only what differs from the last."""
+        return Session(self.make_caches())
+
+    @property
+    def recommended_sampling(self) -> Sampling:
+        """What the model's makers advise in generation_config.json; greedy where they advise nothing."""
+        path = self.path / "generation_config.json"
+        if not path.is_file():
+            return Sampling()
+        try:
+            advice = json.loads(path.read_text("utf-8"))
+            if not advice.get("do_sample"):
+                return Sampling()
+            known = {k: advice[k] for k in ("temperature", "top_k", "top_p", "min_p") if advice.get(k) is not None}
+            return Sampling(**{"temperature": 1.0, **known})
+        except (ValueError, AttributeError, InvalidInput) as error:
+            raise ConfigError(f"{path}: {error}; correct the file or remove it") from None
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text (as it stands), of messages (through the chat template) or of ids (checked).
+
+        Raises:
+            InvalidInput: an id outside of the vocabulary, or no tokens at all.
+            TokenizerError: the text cannot be tokenized, or there is no chat template.
+        """
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            rendered = self.tokenizer.apply_chat_template(prompt)
+            if isinstance(rendered, str):
+                raise TokenizerError("the chat template was rendered, not tokenized")
+            tokens = rendered
+        else:
+            tokens = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
+            if len(tokens) < len(prompt):
+                raise InvalidInput("a prompt is a text, a list of messages with role and content, or a list of ids")
+        check_tokens(tokens, self.model.vocab_size)
+        return tokens
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        sampling: Sampling | None = None,
+        session: Session | None = None,
+        **settings: Any,
+    ) -> Iterator[Piece]:
+        """Generate, piece by piece. Closing the iterator stops it.
+
+        Args:
+            prompt: a text to continue, messages to answer, or token ids.
+            max_tokens: at most; None goes on until an end token or the end of the context.
+            stop: strings that end the answer, and are no part of it.
+            sampling: how tokens are chosen; greedy unless given.
+            session: of the conversation; only what differs from what it holds is computed.
+            **settings: fields of Sampling, which replace those of ``sampling``.
+
+        Raises:
+            ContextLengthError: prompt and ``max_tokens`` do not fit into the context.
+            InvalidInput: an argument is out of range.
+            NonFiniteLogits: the model broke down.
+        """
+        chosen, stops = _sampling(sampling, settings), StopStrings(stop)
+        limit = self._limit(tokens := self.tokens_of(prompt), max_tokens)
+        return self._pieces(tokens, limit, chosen, stops, session or self.session())
+
+    def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
+        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
+            raise InvalidInput(f"max_tokens must be at least 1, found {max_tokens!r}")
+        return room(len(tokens), max_tokens, self.context_length)
+
+    def _pieces(
+        self, tokens: list[int], limit: int, sampling: Sampling, stops: StopStrings, session: Session
+    ) -> Iterator[Piece]:
+        text, timings = self.tokenizer.detokenizer(), Timings()
+        for count, (token, timings) in enumerate(decode(self.model, session, tokens, sampling, limit), 1):
+            ended = token in self.tokenizer.eos_ids
+            new = stops.feed("" if ended else text.add(token))
+            if ended or stops.found or count == limit:
+                reason = "stop" if ended or stops.found else "length"
+                new += stops.flush(text.finish())
+                yield Piece(new, token, "stop" if stops.found else reason, timings)
+                return
+            yield Piece(new, token, None, timings)
+
+    def generate(self, prompt: Prompt, **arguments: Any) -> Result:
+        """Generate a whole answer. The arguments are those of ``stream``."""
+        text, tokens, last = "", [], None
+        for last in self.stream(prompt, **arguments):
+            text += last.text
+            tokens += [] if last.token is None else [last.token]
+        assert last is not None and last.finish_reason is not None  # stream() yields at least its last piece
+        return Result(text, tokens, last.finish_reason, last.timings)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        sampling: Sampling | None = None,
+        **settings: Any,
+    ) -> list[Result]:
+        """Generate for several prompts at once: one result each, in their order.
+
+        The weights are read once for a token of every prompt, so a batch costs little more than its longest member.
+        Arguments and errors are those of ``stream``; the timings are those of the whole batch.
+        """
+        if not prompts:
+            return []
+        chosen, rows = _sampling(sampling, settings), [_Row(self.tokenizer, stop) for _ in prompts]
+        ids = [self.tokens_of(prompt) for prompt in prompts]
+        limit = min(self._limit(tokens, max_tokens) for tokens in ids)
+        timings = Timings(sum(map(len, ids)))
+        for step in decode_batch(self.model, ids, chosen, limit, timings):
+            for row, token in zip(rows, step, strict=True):
+                row.add(token)
+            if all(row.reason for row in rows):
+                break
+        return [row.result(timings) for row in rows]
+
+
+class _Row:
+    """One answer of a batch, while it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]) -> None:
+        self.ends, self.detokenizer, self.stops = tokenizer.eos_ids, tokenizer.detokenizer(), StopStrings(stop)
+        self.text, self.tokens, self.reason = "", [], ""
+
+    def add(self, token: int) -> None:
+        if self.reason:
+            return
+        self.tokens.append(token)
+        if token in self.ends:
+            self.reason = "stop"
+        else:
+            self.text += self.stops.feed(self.detokenizer.add(token))
+            self.reason = "stop" if self.stops.found else ""
+
+    def result(self, timings: Timings) -> Result:
+        self.text += self.stops.flush(self.detokenizer.finish())
+        reason = "stop" if self.reason or self.stops.found else "length"
+        return Result(self.text, self.tokens, reason, timings)
+
+
+def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
+    try:
+        return replace(sampling or Sampling(), **settings)
+    except TypeError:
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise InvalidInput(f"unknown argument among {', '.join(settings)}; sampling has {known}") from None
