@@ -1,0 +1,373 @@
+"""A checkpoint in, a smaller one out, in the memory of one chunk; see ``convert``."""
+
+import gc
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxarch.blocks import Quantization
+from mlxarch.checkpoint import INDEX, Shard
+from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError, QuantizationError
+from mlxarch.progress import Progress, silent
+from mlxarch.quantize.card import Origin, card, origin_of
+from mlxarch.quantize.disk import Disk, as_output_error, size
+from mlxarch.quantize.formats import as_config, in_words, settings
+from mlxarch.quantize.journal import Workspace
+from mlxarch.quantize.plan import SHARD_BYTES, Entry, Plan, make_plan
+from mlxarch.quantize.rounding import all_finite, quantize
+from mlxarch.quantize.writer import Writer
+from mlxarch.weights import DTYPES, FLOATS, Packed, Resolved, Source, Tensor, open_source, resolve
+
+logger = logging.getLogger(__name__)
+
+DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_FILE_BLOCK = 4096  # what file systems allocate by
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes: of a chunk in float32, written between two syncs, of an output file."""
+
+    chunk: int = 8 << 20
+    sync: int = 256 << 20
+    shard: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion made.
+
+    Attributes:
+        source_bytes, output_bytes: of the weights.
+        tensors: parameters of the model; ``quantized`` of them are packed.
+        bits_per_weight: of all parameters, those left as floats and all scales included.
+        notes: sentences about what is not as one might expect.
+    """
+
+    output: Path
+    source_bytes: int
+    output_bytes: int
+    tensors: int
+    quantized: int
+    bits_per_weight: float
+    notes: list[str]
+
+
+@dataclass
+class Conversion:
+    """A conversion that is decided on and has not begun. ``convert`` makes one and runs it.
+
+    Attributes:
+        plan: what becomes of every parameter.
+        needed: bytes that the output takes on the disk.
+    """
+
+    source: Source
+    resolved: Resolved
+    origin: Origin
+    output: Path
+    plan: Plan
+    wanted: Quantization | None
+    dtype: str | None
+    limits: Limits = Limits()
+    disk: Disk = field(default_factory=Disk)
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the output takes on the disk; the journal's while it is made included."""
+        files = [shard.size for shard in self.plan.shards] + [_length(data) for data in self._small_files.values()]
+        journal = sum(len(path) + 4 for path in self.plan.entries) + 1024
+        return sum(-(-count // _FILE_BLOCK) * _FILE_BLOCK for count in [*files, journal])
+
+    @property
+    def method(self) -> str:
+        """What is done, in words."""
+        if self.wanted is None:
+            return "weights copied without loss" if self.dtype is None else f"weights cast to {self.dtype}"
+        floats = f", the rest in {self.dtype}" if self.dtype else ""
+        return f"quantized to {in_words(self.wanted)}, rounded to nearest{floats}"
+
+    @property
+    def summary(self) -> Summary:
+        """The figures, which are known beforehand."""
+        entries = self.plan.entries.values()
+        return Summary(
+            output=self.output,
+            source_bytes=sum(entry.source_bytes for entry in entries),
+            output_bytes=self.plan.weight_bytes,
+            tensors=len(entries),
+            quantized=sum(entry.quantization is not None for entry in entries),
+            bits_per_weight=8 * self.plan.weight_bytes / max(self.plan.elements, 1),
+            notes=[*self.source.notes, *self.plan.notes],
+        )
+
+    def run(self, *, force: bool = False, progress: Progress = silent) -> Summary:
+        """Write the output; see ``convert``."""
+        logger.info("%s: %s, needs %s of disk", self.output, self.method, size(self.needed))
+        workspace = Workspace(self.output, self.disk)
+        try:
+            with workspace, _small_cache():
+                workspace.check_target(force)
+                done = workspace.resume(self._identity)
+                with Writer(self.plan, workspace.model, self.disk) as writer:
+                    done = {path for path in done if path in self.plan.entries and writer.holds(path)}
+                    self._check_space(workspace.model)
+                    self._write_weights(workspace, writer, done, progress)
+                for shard in self.source.shards:
+                    shard.check_unchanged()
+                for name, data in self._small_files.items():
+                    self.disk.write_file(workspace.model / name, data if isinstance(data, bytes) else data.read_bytes())
+                workspace.publish([*(shard.file for shard in self.plan.shards), *self._small_files])
+        except OSError as error:
+            raise as_output_error(error, self.output, *self._space(workspace.model)) from error
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"{self.output}: what is written so far is kept; the same command goes on from there")
+            raise
+        return self.summary
+
+    def close(self) -> None:
+        """Close the source's files."""
+        for shard in self.source.shards:
+            shard.close()
+
+    def _write_weights(self, workspace: Workspace, writer: Writer, done: set[str], progress: Progress) -> None:
+        parameters, entries = self.resolved.parameters, self.plan.entries
+        position = {id(tensor): n for n, tensor in enumerate(self.source.tensors.values())}
+        # in the source's order, so that a source that comes file by file is passed once
+        todo = sorted(entries.keys() - done, key=lambda path: (position.get(id(parameters[path]), 0), path))
+        total, finished = self.summary.source_bytes, sum(entries[path].source_bytes for path in done)
+        label = "copying" if self.wanted is None else "quantizing"
+        unsynced, names = 0, []
+        progress(label, finished, total)
+        for path in todo:
+            entry, tensor = entries[path], parameters[path]
+            for start, stop in _chunks(tensor, self.limits.chunk):
+                for part, rows in _converted(entry, tensor, start, stop).items():
+                    writer.put(path, entry.parts[part], start, rows)
+                progress(label, finished + entry.source_bytes * stop // max(tensor.row_count, 1), total)
+            finished, unsynced = finished + entry.source_bytes, unsynced + entry.nbytes
+            names.append(path)
+            if unsynced >= self.limits.sync:
+                writer.sync()
+                workspace.record(names)
+                unsynced, names = 0, []
+        writer.sync()
+        if names:
+            workspace.record(names)
+
+    def _check_space(self, folder: Path) -> None:
+        needed, free = self._space(folder)
+        if needed > free:
+            raise DiskSpaceError(
+                f"{self.output} needs {size(needed)} ({needed} bytes) of disk, and {size(free)} ({free} bytes) are "
+                "free; free some space, or name an output on another disk"
+            )
+
+    def _space(self, folder: Path) -> tuple[int, int]:
+        """Bytes still to be written, and bytes free."""
+        held = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) if folder.is_dir() else 0
+        place = next(place for place in (folder, *folder.parents) if place.is_dir())
+        return max(self.needed - held, 0), self.disk.free(place)
+
+    @cached_property
+    def _small_files(self) -> dict[str, bytes | Path]:
+        """Everything but the weights: name -> contents, or the file to copy."""
+        config = dict(self.source.config)
+        section = self.plan.quantization()
+        for key in ("quantization", "quantization_config"):  # readers look at either
+            config.pop(key, None)
+            if section:
+                config[key] = section
+        if self.dtype:
+            for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+                config[key] = self.dtype
+        if not self.resolved.architecture.config.tie_word_embeddings:
+            config["tie_word_embeddings"] = False  # what the tensors say
+        files: dict[str, bytes | Path] = {
+            **{path.name: path for path in self.origin.licences},
+            **self.source.sidecars,
+            "config.json": _json(config),
+        }
+        if len(self.plan.shards) > 1:
+            files[INDEX] = _json(self.plan.index())
+        title = _name(self.origin.name.rpartition("/")[2], self.wanted, self.dtype)
+        text = card(title, self.origin, self.method, tuple(self.summary.notes), _versions())
+        return files | {"README.md": text.encode()}
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """Two conversions of the same identity write the same bytes, so one may go on where the other stopped."""
+        return {
+            "source": _fingerprint(self.source),
+            "settings": as_config(self.wanted) if self.wanted else None,
+            "plan": self.plan.digest,
+            "device": str(mx.default_device()),
+            **_versions(),
+        }
+
+
+def prepare(
+    source: str | Path | Source,
+    output: str | Path | None = None,
+    *,
+    bits: int | None = 4,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: str | None = None,
+    origin: Origin | None = None,
+    limits: Limits = Limits(),
+    disk: Disk | None = None,
+) -> Conversion:
+    """Check everything that can be checked without reading weights or writing; arguments and errors as ``convert``."""
+    wanted = None if bits is None else settings(bits, group_size, mode)
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise InvalidInput(f"dtype {dtype!r} is none of {', '.join(DTYPE_NAMES)}")
+    if isinstance(source, Source):
+        opened, folders = source, {shard.path.parent for shard in source.shards}
+        origin = origin or Origin(source.shards[0].path.stem if source.shards else "a model")
+    else:
+        opened, folders = open_source(source), {Path(source)}
+        origin = origin or origin_of(Path(source))
+    if output is None:
+        output = _name(origin.name.rpartition("/")[2], wanted, dtype)
+    output = Path(os.path.abspath(Path(output).expanduser()))
+    for folder in folders:
+        if folder.resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"{output} holds the source; name another output")
+    resolved = resolve(opened)
+    kind = DTYPE_NAMES[dtype] if dtype else None
+    plan = make_plan(resolved.parameters, resolved.matrices, wanted, kind, limits.shard)
+    return Conversion(opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk())
+
+
+def convert(
+    source: str | Path | Source,
+    output: str | Path | None = None,
+    *,
+    bits: int | None = 4,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: str | None = None,
+    origin: Origin | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Summary:
+    """Write ``source`` as a folder of MLX weights. Peak memory is that of a few chunks, whatever the model's size.
+
+    The output appears under its name complete or not at all. A run that was killed is taken up again by the same call:
+    same source, settings and versions. The same call writes the same bytes.
+
+    Args:
+        source: a checkpoint folder, or a Source.
+        output: the folder to make; by default the source's name and the bits, in the current folder.
+        bits: 2, 3, 4, 5, 6 or 8; None packs nothing and keeps packed what is.
+        group_size: elements of a row that share a scale: 32, 64 or 128; None is the mode's own, 64 for affine. Rows
+            that it does not divide take a smaller group or stay as they are, and the notes say so.
+        mode: affine, or mxfp4, mxfp8, nvfp4, whose bits and group size are given.
+        dtype: float32, float16 or bfloat16, of what is not packed and of affine scales; None keeps the source's.
+        origin: what the model card says of the source; None reads it from the folder.
+        force: replace an output that exists; it is removed when the new one is complete.
+        progress: told the bytes of source weights done.
+
+    Raises:
+        QuantizationError: settings that do not exist; a weight that is NaN, infinite or too large for ``dtype``.
+        CheckpointError, ConfigError: the source is not a sound checkpoint.
+        DiskSpaceError: the disk has less room than is needed; nothing is lost.
+        OutputError: the output exists, is being written by another process, or cannot be written.
+    """
+    conversion = prepare(source, output, bits=bits, group_size=group_size, mode=mode, dtype=dtype, origin=origin)
+    try:
+        return conversion.run(force=force, progress=progress)
+    finally:
+        if not isinstance(source, Source):
+            conversion.close()
+
+
+def _name(source: str, wanted: Quantization | None, dtype: str | None) -> str:
+    if wanted is None:
+        return f"{source}-{dtype or 'copy'}"
+    return f"{source}-{wanted.bits}bit" if wanted.mode == "affine" else f"{source}-{wanted.mode}"
+
+
+def _chunks(tensor: Tensor, limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most ``limit`` bytes in float32, and at least one row."""
+    step = max(limit // (4 * max(prod(tensor.shape[-1:]), 1)), 1)
+    for start in range(0, tensor.row_count, step):
+        yield start, min(start + step, tensor.row_count)
+
+
+def _converted(entry: Entry, tensor: Tensor, start: int, stop: int) -> dict[str, mx.array]:
+    """Some rows of a parameter, as its parts are stored.
+
+    Raises:
+        QuantizationError: an element is not finite, before or after the cast.
+    """
+    if entry.treatment == "kept packed" and isinstance(tensor, Packed):
+        rows = {part: stored.rows(start, stop) for part, stored in tensor.parts.items()}
+    else:
+        rows = {"weight": tensor.rows(start, stop)}
+    _check_finite(entry, rows, "NaN or infinity; take an intact copy of the source")
+    if entry.treatment == "quantized" and entry.quantization:
+        scales = DTYPES[entry.parts["scales"].dtype]
+        rows = quantize(rows["weight"], entry.quantization, scales if scales in FLOATS else mx.float32)
+    else:
+        rows = {part: values.astype(DTYPES[entry.parts[part].dtype]) for part, values in rows.items()}
+    mx.eval(rows)
+    _check_finite(entry, rows, "a value too large for the dtype; choose bfloat16 or float32")
+    return rows
+
+
+def _check_finite(entry: Entry, rows: dict[str, mx.array], problem: str) -> None:
+    for part, values in rows.items():
+        if values.dtype in FLOATS and not all_finite(values):
+            raise QuantizationError(
+                f"tensor {entry.parts[part].name if part in entry.parts else entry.path} holds {problem}"
+            )
+
+
+@contextmanager
+def _small_cache() -> Iterator[None]:
+    """Keep MLX from holding on to freed chunks; its limit is as before afterwards."""
+    gc.collect()
+    before = mx.set_cache_limit(0)
+    mx.set_cache_limit(min(before, 64 << 20))
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
+
+
+def _fingerprint(source: Source) -> str:
+    """Changes when the source does: by names, sizes and times of its files, or what it says of itself."""
+    files = [(shard.path.name, shard.size, _modified(shard)) for shard in source.shards]
+    tensors = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in source.tensors.items()]
+    facts = repr((sorted(files), tensors)) + json.dumps(source.config, sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _modified(shard: Shard) -> int:
+    return os.stat(shard.path).st_mtime_ns
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("mlxarch", "mlx")}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _length(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
