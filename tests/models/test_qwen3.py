@@ -1,0 +1,95 @@
+"""Qwen3 dense against transformers' Qwen3ForCausalLM."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import parity
+from mlxarch.errors import CheckpointError, ConfigError
+from mlxarch.loading import load_model
+from mlxarch.registry import architecture
+from parity import Case, config, weight, without
+
+ONES = np.ones_like
+
+
+def own_head(found: dict[str, Any], weights: parity.Weights) -> None:
+    """A head beside tied embeddings counts."""
+    weights["lm_head.weight"] = np.roll(weights["model.embed_tokens.weight"], 1, axis=0)
+
+
+COMMON = {
+    "rms_norm_eps": config(rms_norm_eps=1e-5),
+    "input norm": weight("*.input_layernorm.weight", ONES),
+    "post-attention norm": weight("*.post_attention_layernorm.weight", ONES),
+    "last norm": weight("model.norm.weight", ONES),
+    "weight of the query norm": weight("*.q_norm.weight", ONES),
+    "weight of the key norm": weight("*.k_norm.weight", ONES),
+    "QK-norm ignored": without("*.[qk]_norm.weight", model_type="llama"),
+}
+
+CASES = {
+    "qwen3": Case(COMMON | {"rope_theta": config(rope_theta=10_000.0), "head of its own": own_head}),
+    "qwen3_yarn": Case(
+        COMMON
+        | {
+            "tie_word_embeddings": without("lm_head.weight", tie_word_embeddings=True),
+            "rope_theta": config(rope_theta=1_000_000.0),
+            "rope type ignored": config(rope_scaling=None),
+            "rope type linear": config(rope_scaling={"rope_type": "linear"}),
+            "factor": config(rope_scaling={"factor": 2.0}),
+            "factor from the two contexts": config(rope_scaling={"factor": 8.0}),
+            "original_max_position_embeddings": config(rope_scaling={"original_max_position_embeddings": 64}),
+            "attention factor ignored": config(rope_scaling={"attention_factor": 1.0}),
+            "beta_fast, ends of the ramp equal": config(rope_scaling={"beta_fast": 0.5}),
+            "beta_slow": config(rope_scaling={"beta_slow": 0.25}),
+            "truncate": config(rope_scaling={"truncate": False}),
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "dialect"), parity.pairs(CASES))
+def test_qwen3_matches_transformers(name: str, dialect: str, tmp_path: Path) -> None:
+    found = parity.differences(name, dialect, tmp_path)
+    assert found.largest <= CASES[name].tolerance, found
+    assert found.same_tokens
+
+
+@pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
+def test_every_option_of_qwen3_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"num_experts": 8}, "num_experts"),
+    ],
+)
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    published = json.loads((parity.GOLDEN / "qwen3" / "config.json").read_text())
+    architecture(published).build()  # as it stands it is accepted
+    with pytest.raises(ConfigError, match=named):
+        architecture(published | settings).build()
+
+
+def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
+    # Qwen2.5 and some of its successors state one beside use_sliding_window = false
+    assert parity.effect("qwen3", "config.json", config(sliding_window=4), tmp_path) <= parity.TOLERANCE
+
+
+@pytest.mark.parametrize("pattern", ["*.layers.1.*.q_norm.weight", "*.layers.0.*.k_norm.weight"])
+def test_a_missing_qk_norm_is_named(pattern: str, tmp_path: Path) -> None:
+    folder = parity.copy("qwen3", "config.json", tmp_path, without(pattern))
+    with pytest.raises(CheckpointError, match=pattern[2:].replace("*", "self_attn")):
+        load_model(folder)
