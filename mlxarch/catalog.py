@@ -2,8 +2,8 @@
 
 A name is ``family-size[-variant][-bits]``: ``qwen3-8b``, ``smollm2-135m-4bit``, ``llama3.1-8b-original``. Case, the
 hyphen before a version number, ``:`` or ``_`` for a hyphen and ``@`` before the bits make no difference, so
-``Qwen-3:8b@4bit`` is ``qwen3-8b-4bit``. ``org/repo[@revision]`` names a repository of the Hub and a path names a folder;
-both are taken as they stand. Facts about the models are in ``catalog.toml`` beside this file.
+``Qwen-3:8b@4bit`` is ``qwen3-8b-4bit``. ``org/repo[@revision]`` names a repository of the Hub, a path names a folder,
+and both are taken as they stand. Facts about the models are in ``catalog.toml`` beside this file.
 """
 
 import difflib
@@ -12,7 +12,6 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +27,7 @@ _VERSION = re.compile(r"^([a-z]+(?:-[a-z]+)*)-?(\d+(?:\.\d+)?n?)(?=-|$)")
 _REPOSITORY = re.compile(
     r"^(?!.*\.\.)(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?$", re.ASCII
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _DEFAULT_VARIANT = re.compile(r"-(?:instruct|it|chat)$")
 
 
@@ -41,7 +40,7 @@ class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hu
     @property
     def pinned(self) -> bool:
         """Whether the revision can never change."""
-        return _COMMIT.fullmatch(self.revision) is not None
+        return COMMIT.fullmatch(self.revision) is not None
 
 
 class WheelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="wheel", tag_field="kind"):
@@ -105,7 +104,7 @@ class Reference:
 @functools.cache
 def entries() -> Mapping[str, Entry]:
     """All models of the catalog by name, in the order of the file."""
-    text = resources.files("mlxarch").joinpath("catalog.toml").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("catalog.toml").read_text(encoding="utf-8")
     models = msgspec.convert(tomllib.loads(text)["model"], list[Entry])
     return {entry.name: entry for entry in models}
 
