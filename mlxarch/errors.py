@@ -15,6 +15,7 @@
     ├── MemoryBudgetError       it does not fit                                         exit 4
     ├── OfflineError            it would need the network, and there is none            exit 5
     ├── DownloadError           a download broke off or brought other bytes than promised
+    ├── Declined                a person was asked and said no
     ├── BackendMissing          the array library or an optional package is not installed
     └── GenerationError         generation had to stop
         ├── ContextLengthError
@@ -92,6 +93,10 @@ class OfflineError(MlxArchError):
 
 class DownloadError(MlxArchError):
     """A download broke off, or its bytes are not the promised ones."""
+
+
+class Declined(MlxArchError):
+    """A person was asked before something large and said no; nothing was changed."""
 
 
 class BackendMissing(MlxArchError):

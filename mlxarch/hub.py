@@ -141,6 +141,21 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def cache_folder() -> Path:
+    """Where the Hub's cache is (HF_HUB_CACHE, HF_HOME)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def missing_bytes(repository: Repository) -> int:
+    """How much of a repository the Hub's cache does not hold yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    held = (try_to_load_from_cache(repository.repo, f.name, revision=repository.revision) for f in repository.files)
+    return sum(f.size for f, path in zip(repository.files, held, strict=True) if not isinstance(path, str))
+
+
 def download(repository: Repository, progress: Progress = silent) -> Path:
     """Fetch a repository into the Hub's cache, one file after the other, and return its folder there.
 

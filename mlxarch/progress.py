@@ -17,6 +17,11 @@ def silent(label: str, done: int, total: int) -> None:
     """Report to nobody."""
 
 
+def gigabytes(count: int) -> str:
+    """Bytes for a person: 4.6 GB, 27.3 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
+
+
 @contextmanager
 def on_terminal(progress: Progress | None) -> Iterator[Progress]:
     """The given progress; without one, bars on standard error while it is a terminal, and else silence.

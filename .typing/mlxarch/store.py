@@ -1,0 +1,1 @@
+../../mlxarch/store.py

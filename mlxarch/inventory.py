@@ -1,0 +1,228 @@
+"""Which models are on this machine: what mlxarch made, folders that the user named, and what the Hub's cache holds."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlxarch import catalog, hub, paths
+from mlxarch.catalog import Bits, HubSource, Reference, WheelSource
+from mlxarch.checkpoint import read_json
+from mlxarch.errors import InvalidInput, MlxArchError, ModelNotFound, OutputError
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A complete model: ``bytes`` of all its files; ``bits`` of its weights, None where they are not quantized.
+
+    ``origin`` says whose it is: "mlxarch" made it, the "hub" cache holds it, or it lies in a "folder" of the user's
+    (MLXARCH_MODELS), which is never written to.
+    """
+
+    name: str
+    bits: int | None
+    bytes: int
+    architecture: str
+    origin: Literal["mlxarch", "hub", "folder"]
+    path: Path
+
+
+def folder_name(name: str, bits: Bits) -> str:
+    """What a model made here is called on the disk: ``qwen3-8b-8bit``, ``org--repo-original``."""
+    return f"{name.replace('/', '--')}-{bits if bits == 'original' else f'{bits}bit'}"
+
+
+def find(name: str, bits: Bits) -> Path | None:
+    """The complete folder of that name and those bits among our own and the user's, or None."""
+    wanted = folder_name(name, bits)
+    for root in [paths.models(), *_extra_roots()]:
+        for folder in _folders(root):
+            if wanted in (folder.name, _canonical(folder.name)) and hub.is_complete(folder):
+                return folder
+    return None
+
+
+def installed() -> list[Installed]:
+    """Every complete model of an architecture that this release runs, by name. Partial ones are left out."""
+    found: list[Installed] = []
+    for root in [paths.models(), *_extra_roots()]:
+        origin = "mlxarch" if root == paths.models() else "folder"
+        found += [model for folder in _folders(root) if (model := _model(folder.name, folder, origin))]
+    for repo, commit, folder in _cached():
+        if model := _model(_known_as(repo, commit, folder), folder, "hub"):
+            found.append(model)
+    return sorted(found, key=lambda model: (model.name.lower(), str(model.path)))
+
+
+def remove(name: str, *, from_hub_cache: bool = False) -> int:
+    """Delete a model that mlxarch made, and return the bytes that frees.
+
+    With ``from_hub_cache`` it is the copy in the Hub's cache that goes, by huggingface_hub's own hand: other programs
+    use that cache too. Folders of the user's are never touched.
+
+    Raises:
+        ModelNotFound: there is no such model here, or only one that is not ours to delete.
+        InvalidInput: several fit the name.
+    """
+    everything = installed()
+    mine = [model for model in everything if model.name.lower() == name.strip().lower()]
+    if not mine:
+        reference = catalog.parse(name)
+        mine = [model for model in everything if _fits(model, reference)]
+    if from_hub_cache:
+        return _remove_cached([model for model in mine if model.origin == "hub"], name)
+    own = [model for model in mine if model.origin == "mlxarch"]
+    if len(own) > 1:
+        raise InvalidInput(f"{name!r} fits {', '.join(model.name for model in own)}; name one of them")
+    if not own:
+        where = next((model.path for model in mine), None)
+        raise ModelNotFound(
+            f"mlxarch made no model {name!r}"
+            + (f"; the one at {where} is not its own. " if where else ". ")
+            + "`mlxarch list` shows what is here; --hub removes a copy from the Hub's cache, which other programs share"
+        )
+    folder = own[0].path
+    going = folder.with_name(f".removing-{os.getpid()}-{folder.name}")
+    try:
+        folder.rename(going)  # first, so that half of a model is never found
+        shutil.rmtree(going)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be removed: {error.strerror or error}") from error
+    return own[0].bytes
+
+
+def describe(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is known of a model without downloading it: facts, sizes in bytes, sources, and copies on this machine.
+
+    Raises:
+        ModelNotFound, OfflineError: a repository that is not here and cannot be looked up.
+    """
+    reference = catalog.parse(os.fspath(name))
+    copies = [asdict(model) | {"path": str(model.path)} for model in installed()]
+    if reference.entry is not None:
+        entry = reference.entry
+        prefix = entry.name + "-"
+        return {
+            **{"name": entry.name, "title": entry.title, "architecture": entry.architecture},
+            **{"parameters": entry.parameters, "context": entry.context, "licence": entry.licence},
+            **{"gated": entry.gated, "sampling": dict(entry.sampling), "source_bytes": entry.weight_bytes},
+            "bytes": {bits: entry.quantized_bytes(bits) for bits in (8, 6, 5, 4, 3, 2)},
+            "sources": [_in_words(source) for source in entry.sources],
+            "ready": {ready.bits: _in_words(ready) for ready in entry.ready},
+            "installed": [copy for copy in copies if copy["name"].startswith(prefix)],
+        }
+    folder = reference.path or hub.cached(str(reference.repo), reference.revision or "main")
+    if folder is not None:
+        config = read_json(Path(folder) / "config.json")
+        files = [path for path in Path(folder).iterdir() if path.is_file()]
+        size, source = sum(path.stat().st_size for path in files), str(folder)
+    else:
+        repository = hub.look_up(str(reference.repo), reference.revision or "main")
+        config, size = dict(repository.config), sum(file.size for file in repository.files)
+        source = f"{repository.repo}@{repository.revision}"
+    return {
+        **{"name": reference.name, "architecture": config.get("model_type"), "bits": stored_bits(config)},
+        **{"context": config.get("max_position_embeddings"), "source_bytes": size, "sources": [source]},
+        "installed": [copy for copy in copies if copy["name"] == reference.name or copy["path"] == str(folder)],
+    }
+
+
+def _in_words(source: HubSource | WheelSource) -> str:
+    return (
+        f"{source.repo}@{source.revision}" if isinstance(source, HubSource) else f"{source.package} ({source.member})"
+    )
+
+
+def _remove_cached(models: list[Installed], name: str) -> int:
+    from huggingface_hub import scan_cache_dir
+
+    if not models:
+        raise ModelNotFound(f"the Hub's cache holds no model {name!r}; `mlxarch list` shows what is here")
+    strategy = scan_cache_dir().delete_revisions(*(model.path.name for model in models))
+    strategy.execute()
+    return strategy.expected_freed_size
+
+
+def _fits(model: Installed, reference: Reference) -> bool:
+    if reference.path is not None:
+        return model.path.resolve() == reference.path.resolve()
+    if reference.repo is not None:
+        stem = reference.repo.replace("/", "--")
+        return model.name == reference.repo or model.name.startswith((f"{stem}-", f"{stem}@"))
+    base, bits = catalog.normalize(model.name)
+    return base == reference.name and reference.bits in (None, bits)
+
+
+def _canonical(folder: str) -> str:
+    base, bits = catalog.normalize(folder) if "--" not in folder else (folder.lower(), None)
+    return folder_name(base, bits) if bits else base
+
+
+def _extra_roots() -> list[Path]:
+    return [Path(part).expanduser() for part in os.environ.get("MLXARCH_MODELS", "").split(os.pathsep) if part]
+
+
+def _folders(root: Path) -> list[Path]:
+    """Model folders directly in ``root``, and one level deeper as LM Studio keeps them; hidden and partial ones not."""
+    found: list[Path] = []
+    for folder in _subfolders(root):
+        found += [folder] if (folder / "config.json").exists() else _subfolders(folder)
+    return found
+
+
+def _subfolders(root: Path) -> list[Path]:
+    try:
+        entries = sorted(root.iterdir())
+    except OSError:
+        return []
+    return [e for e in entries if e.is_dir() and not e.name.startswith(".") and not e.name.endswith(".partial")]
+
+
+def _cached() -> Iterator[tuple[str, str, Path]]:
+    """Repository, commit and folder of all that the Hub's cache holds."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir().repos
+    except (CacheNotFound, OSError):
+        return
+    for repository in repositories:
+        if repository.repo_type == "model":
+            for revision in repository.revisions:
+                yield repository.repo_id, revision.commit_hash, revision.snapshot_path
+
+
+def _model(name: str, folder: Path, origin: Literal["mlxarch", "hub", "folder"]) -> Installed | None:
+    if not hub.is_complete(folder):
+        return None
+    try:
+        config = read_json(folder / "config.json")
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    except (OSError, MlxArchError):
+        return None
+    kind = config.get("model_type")
+    if kind not in {entry.architecture for entry in catalog.entries().values()}:
+        return None
+    return Installed(name, stored_bits(config), size, kind, origin, folder)
+
+
+def stored_bits(config: object) -> int | None:
+    """The common bits in the ``quantization`` of a config.json."""
+    section = config.get("quantization") if isinstance(config, dict) else None
+    bits = section.get("bits") if isinstance(section, dict) else None
+    return bits if type(bits) is int else None
+
+
+def _known_as(repo: str, commit: str, folder: Path) -> str:
+    """The catalog's name for a repository, or the repository's own, with its commit where several could be meant."""
+    for entry in catalog.entries().values():
+        for ready in entry.ready:
+            if ready.repo == repo and (ready.revision == commit or not ready.pinned):
+                return folder_name(entry.name, ready.bits)
+        for source in entry.sources:
+            if isinstance(source, HubSource) and source.repo == repo and source.revision == commit:
+                return folder_name(entry.name, "original")
+    current = hub.cached(repo)
+    return repo if current is not None and current.resolve() == folder.resolve() else f"{repo}@{commit[:12]}"
