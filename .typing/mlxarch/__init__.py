@@ -1,0 +1,1 @@
+../../mlxarch/__init__.py

@@ -1,0 +1,14 @@
+"""What several tests of the repository itself need."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MODEL_DOCSTRING = re.compile(
+    r"""\A[^\n]+\ \([^(),]+,\ 20\d\d\)[^\n]*(\n[^\n]+)*\n   # name (maker, year), and what else the file covers
+    \n(\ {4}[^\n]*[─│┬┴├┤+][^\n]*\n|\ {4}[^\n]+\n)+         # the drawing, indented
+    \nStands\ out:\ \S(.|\n)*
+    \nSource:\ \S(.|\n)*config\.json""",
+    re.VERBOSE,
+)
