@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
@@ -153,7 +154,7 @@ def decode(
         if index + 1 < limit:
             state = model.states(token[None], session.caches)
             following = _sample(sampler, model.head(state)[:, 0])
-        value = int(token.item())
+        [value] = _read(token)
         if not finite.item():
             raise NonFiniteLogits(_NON_FINITE.format(index))
         if following is not None:
@@ -191,8 +192,13 @@ def decode_batch(
         if not finite.item():
             raise NonFiniteLogits(_NON_FINITE.format(index))
         timings.record(index, time.perf_counter() - begin, len(prompts))
-        yield row.tolist()
+        yield _read(row)
         tokens = row[:, None]
+
+
+def _read(tokens: mx.array) -> list[int]:
+    """Wait for the tokens of one step."""
+    return [int(token) for token in np.asarray(tokens)]
 
 
 def _sample(sampler: Sampler, logits: mx.array) -> tuple[mx.array, mx.array]:

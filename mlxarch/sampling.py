@@ -44,6 +44,8 @@ class Sampling:
         _in_range("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         if self.seed is not None:
             _in_range("seed", self.seed, 0, 2**64 - 1, whole=True)
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidInput(f"logit_bias must map token ids to numbers, found {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
             _in_range("token id in logit_bias", token, 0, 2**31 - 1, whole=True)
             _in_range(f"logit_bias of token {token}", bias, -1000, 1000)

@@ -13,7 +13,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: str | Sequence[str]) -> None:
-        self._stops = [stops] if isinstance(stops, str) else list(stops)
+        self._stops = [stops] if isinstance(stops, str) else list(stops) if isinstance(stops, Sequence) else [stops]
         if not all(isinstance(stop, str) and stop for stop in self._stops):
             raise InvalidInput(f"stop must hold texts that are not empty, found {stops!r}")
         self._held, self.found = "", False
@@ -23,9 +23,10 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
-        first = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
-        if first >= 0:
-            self.found, certain = True, first
+        # the one that is complete first, so that the result does not depend on how the text was cut
+        ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.found, certain = True, min(ends)[1]
         else:
             certain = len(self._held) - max((self._beginning(stop) for stop in self._stops), default=0)
         out, self._held = self._held[:certain], self._held[certain:]

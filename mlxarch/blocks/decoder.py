@@ -5,6 +5,7 @@ from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.config import DecoderConfig
@@ -77,9 +78,10 @@ class CausalLM(nn.Module):
         """
         if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
             raise InvalidInput(f"tokens must be integers (B, L), not empty; found {tokens.dtype} {tokens.shape}")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            raise InvalidInput(f"token ids must lie in 0 … {self.vocab_size - 1}; found {low if low < 0 else high}")
+        ids = np.asarray(tokens)
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise InvalidInput(f"token ids must lie in 0 … {self.vocab_size - 1}; found {outside[0]}")
         return self.head(self.states(tokens, caches))
 
     def make_caches(self, capacity: int | None = None, padding: Sequence[int] | None = None) -> list[Cache]:

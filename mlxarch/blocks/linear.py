@@ -115,6 +115,11 @@ class SharedInput:
         self._parts: list[mx.array] = []
         self._ends: list[int] = []
 
+    @property
+    def fused(self) -> bool:
+        """Whether they run as one product: joined, and with the arrays that were joined."""
+        return bool(self._joined) and all(p["weight"] is w for p, w in zip(self.projections, self._parts, strict=True))
+
     def fuse(self) -> None:
         """Join the arrays, if all projections are packed alike and all or none have a bias."""
         first = self.projections[0]
@@ -132,9 +137,9 @@ class SharedInput:
         self._parts = [p["weight"] for p in self.projections]
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        joined = self._joined
-        if not joined or any(p["weight"] is not w for p, w in zip(self.projections, self._parts, strict=True)):
+        if not self.fused:
             return [projection(x) for projection in self.projections]
+        joined = self._joined
         settings = self.projections[0].quantization
         y = x @ joined["weight"].T if settings is None else settings.matmul(x, joined)
         if "bias" in joined:
