@@ -1,0 +1,1 @@
+../../mlxarch/chat_template.py

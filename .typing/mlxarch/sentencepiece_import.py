@@ -1,0 +1,1 @@
+../../mlxarch/sentencepiece_import.py
