@@ -77,7 +77,7 @@ class _Walk:
         raise CheckpointError(f"{self.path}: {what}. Download the file again, or convert the original again.")
 
     def take(self, count: int, what: str) -> bytes:
-        data = self.file.read(count)
+        data = self.file.read(min(count, self.size))  # read() makes room before it looks what there is
         if len(data) < count:
             self.refuse(f"the file ends inside {what}, at byte {self.size}")
         return data

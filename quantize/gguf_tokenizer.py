@@ -1,7 +1,7 @@
 """The tokenizer inside GGUF metadata, as the files that a Hugging Face checkpoint has.
 
 ``tokenizer.ggml.model`` "gpt2" is byte-level BPE and becomes tokenizer.json; "llama" is SentencePiece's BPE and becomes
-the model file that SentencePiece itself reads, so that both run in the engine they were made for.
+the tokenizer.model that SentencePiece itself reads.
 Source: tokenizer.json of the models named below; sentencepiece_model.proto; llama.cpp's llama-vocab.cpp for defaults.
 """
 
