@@ -99,7 +99,11 @@ def number(m: Mutant) -> None:
 
 def nudge(m: Mutant) -> None:
     step, count = m.rng.choice([-8, -4, -1, 1, 4, 8]), m.rng.randint(1, 2)
-    m.change("data_offsets", lambda text: re.sub(r"\d{1,19}", lambda digits: str(int(digits[0]) + step), text, count=count))
+
+    def moved(digits: re.Match) -> str:
+        return str(int(digits[0]) + step)
+
+    m.change("data_offsets", lambda text: re.sub(r"\d{1,19}", moved, text, count=count))
 
 
 def dimension(m: Mutant) -> None:
