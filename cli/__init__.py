@@ -1,0 +1,1 @@
+"""The ``mlxarch`` command: parse, call, print."""

@@ -1,0 +1,1 @@
+../../mlxarch/__main__.py

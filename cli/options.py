@@ -1,0 +1,122 @@
+"""Options and arguments that several commands share."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlxarch.cli.output import is_terminal, say, size
+
+if TYPE_CHECKING:
+    from mlxarch.language_model import LanguageModel
+    from mlxarch.store import Plan
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+BITS = ("8", "6", "5", "4", "3", "2", "original")
+DTYPES = ("float32", "float16", "bfloat16")
+ASK_ABOVE = 5 * 10**9  # bytes
+
+
+def _combined(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+sampling_options = _combined(
+    [
+        click.option("--temp", "--temperature", "temperature", type=float, help="0: always the most likely token."),
+        click.option("--top-k", type=int, help="Only the K most likely tokens; 0: all."),
+        click.option("--top-p", type=float, help="Only the most likely tokens that make up P together; 1: all."),
+        click.option("--min-p", type=float, help="Only tokens P times as likely as the most likely one; 0: all."),
+        click.option("--repetition-penalty", type=float, help="Above 1: less of what was there; 1: no penalty."),
+        click.option("--seed", type=int, help="The same seed gives the same answer."),
+    ]
+)
+answer_options = _combined(
+    [
+        click.option("-s", "--system", "--system-prompt", "system", metavar="TEXT", help="A system prompt."),
+        click.option("-n", "--max-tokens", type=click.IntRange(1), help="At most; else until it ends."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
+        click.option("--stats", "--verbose", is_flag=True, help="Tell how fast it was, on standard error."),
+        click.option("--plain", is_flag=True, help="Do not render Markdown."),
+    ]
+)
+bits_option = click.option(
+    "--bits", type=click.Choice(BITS), help="Of the weights; else the largest of 8, 4 that fits."
+)
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+loading_options = _combined(
+    [
+        bits_option,
+        click.option("--dtype", type=click.Choice(DTYPES), help="To compute in; else what suits the machine."),
+        click.option(
+            *("-c", "--ctx", "--ctx-size", "--context-length", "context"),
+            type=click.IntRange(1),
+            envvar="MLXARCH_CONTEXT",
+            show_envvar=True,
+            help="Tokens of prompt and answer to plan for; else as many as the model allows.",
+        ),
+        yes_option,
+    ]
+)
+model_option = click.option("-m", "--model", "named", metavar="MODEL", help="The model, if not the first argument.")
+
+
+def parsed_bits(bits: str | None) -> int | str | None:
+    """As the library takes them."""
+    return int(bits) if bits and bits.isdigit() else bits
+
+
+def the_model(named: str | None, argument: str | None) -> str:
+    """The model of -m, of the argument, or of MLXARCH_MODEL."""
+    if named and argument:
+        raise click.UsageError(f"the model is named twice, as {argument!r} and as {named!r}")
+    if model := named or argument or os.environ.get("MLXARCH_MODEL"):
+        return model
+    raise click.UsageError("name a model, or set MLXARCH_MODEL; `mlxarch list` shows which there are")
+
+
+def open_model(
+    name: str, *, bits: str | None, dtype: str | None, context: int | None, yes: bool, **_: object
+) -> "LanguageModel":
+    """Obtain and load a model, showing how far that is."""
+    from mlxarch.language_model import load
+
+    return load(obtain(name, bits, yes), dtype=dtype, context=context)
+
+
+def obtain(name: str, bits: str | None, yes: bool, *, refresh: bool = False) -> Path:
+    """The folder of a model; what it takes is said before it begins, and asked where it is much."""
+    from mlxarch import store
+    from mlxarch.progress import on_terminal
+
+    with on_terminal(None) as progress:
+        return store.obtain(name, bits=parsed_bits(bits), progress=progress, confirm=_confirm(yes), refresh=refresh)
+
+
+def _confirm(yes: bool) -> "Callable[[Plan], bool]":
+    def confirm(plan: "Plan") -> bool:
+        say(f"{plan.name}: {plan.description}; to {plan.target}")
+        large = max(plan.download_bytes, plan.disk_bytes) > ASK_ABOVE
+        if yes or not large or not is_terminal(sys.stdin):
+            return True
+        return click.confirm(f"That takes {size(plan.disk_bytes)} of disk. Go on?", default=True, err=True)
+
+    return confirm
+
+
+def chosen_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling settings that were given, validated before any model is loaded."""
+    from mlxarch.sampling import Sampling
+
+    given = {name: options[name] for name in SAMPLING if options[name] is not None}
+    Sampling(**given)
+    return given

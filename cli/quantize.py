@@ -1,0 +1,91 @@
+"""``mlxarch quantize``: a checkpoint in, a smaller one out."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxarch.cli import options
+from mlxarch.cli.output import answer, answer_json, say, size
+
+if TYPE_CHECKING:
+    from mlxarch.quantize import Summary
+    from mlxarch.weights import Source
+
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+
+
+@click.command("quantize")
+@click.argument("source")
+@click.option("--bits", "--q-bits", type=click.Choice(options.BITS), help="4 unless the mode has others.")
+@click.option("--group-size", "--q-group-size", type=int, help="Weights that share a scale: 32, 64 or 128.")
+@click.option("--mode", "--q-mode", type=click.Choice(MODES), default="affine", show_default=True)
+@click.option("--dtype", type=click.Choice(options.DTYPES), help="Of what is not quantized; else as in the source.")
+@click.option("-o", "--output", "--mlx-path", metavar="DIR", help="The folder to make; else ./NAME-BITSbit.")
+@click.option("--force", is_flag=True, help="Replace an output that exists, once the new one is complete.")
+@options.yes_option
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def quantize_command(
+    source: str,
+    bits: str | None,
+    group_size: int | None,
+    mode: str,
+    dtype: str | None,
+    output: str | None,
+    force: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Write a checkpoint as a folder of MLX weights, quantized.
+
+    SOURCE is a folder, a GGUF file, a repository or a short name. The memory it takes does not depend on the model's
+    size; a run that was interrupted goes on when the same command is given again. --bits original only copies, and with
+    --dtype casts.
+    """
+    from mlxarch.backend import require_backend
+
+    require_backend()
+    from mlxarch.progress import on_terminal
+    from mlxarch.quantize import prepare
+    from mlxarch.quantize.formats import default_bits
+
+    wanted = options.parsed_bits(bits) or default_bits(mode)
+    width = None if wanted == "original" else int(wanted)
+    label = dtype or "copy" if width is None else f"{width}bit" if mode == "affine" else mode
+    name, opened = _open(source, yes)
+    conversion = prepare(opened, output or f"{name}-{label}", bits=width, group_size=group_size, mode=mode, dtype=dtype)
+    try:
+        say(f"{source}: {conversion.method}; needs {size(conversion.needed)} of disk, at {conversion.output}")
+        with on_terminal(None) as progress:
+            summary = conversion.run(force=force, progress=progress)
+    finally:
+        conversion.close()
+    for note in summary.notes:
+        say(f"note: {note}")
+    if as_json:
+        answer_json(asdict(summary))
+    else:
+        answer(_in_words(summary))
+
+
+def _open(source: str, yes: bool) -> "tuple[str, Path | Source]":
+    """A name for the output, and what to read; a name or a repository is downloaded first, as it was published."""
+    from mlxarch import catalog
+
+    reference = catalog.parse(source)
+    if reference.path is None:
+        return reference.name.rsplit("/", 1)[-1].replace("@", "-"), options.obtain(source, "original", yes)
+    if reference.path.suffix == ".gguf" and reference.path.is_file():
+        from mlxarch.quantize.gguf import open_gguf
+
+        return reference.path.stem, open_gguf(reference.path)
+    return reference.path.resolve().name, reference.path
+
+
+def _in_words(summary: "Summary") -> str:
+    before, after = size(summary.source_bytes), size(summary.output_bytes)
+    return (
+        f"{summary.output}: {before} -> {after}, {summary.bits_per_weight:.2f} bits per weight, "
+        f"{summary.quantized} of {summary.tensors} tensors quantized"
+    )
