@@ -24,7 +24,7 @@ help:
 
 demo: $(READY)-gguf
 	$(BIN)/mlxarch pull $(MODEL) --bits 8 --yes </dev/null
-	$(BIN)/mlxarch run $(MODEL) --bits 8 --stats "$(PROMPT)" </dev/null
+	$(BIN)/mlxarch run $(MODEL) --bits 8 --stats --seed 0 --max-tokens 200 "$(PROMPT)" </dev/null
 
 test: $(READY)-test
 	$(BIN)/python -m pytest

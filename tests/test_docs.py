@@ -19,7 +19,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/RE
 
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [text for found, text in fenced if found == language]
 
 
 def mlxarch_says(*arguments: str) -> str:
@@ -68,6 +69,12 @@ def test_the_python_of_the_readme_runs(smollm2, monkeypatch, capsys):
 def test_every_link_within_the_repository_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)", page.read_text())
     assert not [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+
+
+def test_every_benchmark_is_listed_with_the_claim_it_measures():
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
+    assert [script for script in scripts if f"| `{script}" not in page] == []
 
 
 # docs/adding-a-model.md ----------------------------------------------------------------------------------------------

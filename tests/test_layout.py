@@ -16,7 +16,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 PRODUCT = ["mlxarch", "models", "quantize", "cli"]
 
 LONGER = {"models/gemma3n.py": 250, "models/deepseek_v3.py": 250}
-LONGER |= {f"mlxarch/blocks/{name}.py": 150 for name in ("config", "linear", "rope")}
+LONGER |= {f"mlxarch/blocks/{name}.py": 160 for name in ("config", "linear", "rope")}
 
 
 def python_files(*folders: str) -> list[Path]:
