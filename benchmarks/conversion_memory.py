@@ -82,7 +82,7 @@ def measure(source: str, output: str, bits: int, chunk: int) -> dict[str, float]
     """Convert in this process."""
     import mlx.core as mx
 
-    from mlxarch.quantize.convert import Limits, prepare
+    from mlxarch.quantize.conversion import Limits, prepare
 
     mx.eval(mx.zeros(1) + 1)
     conversion = prepare(source, output, bits=bits, limits=Limits(chunk=chunk))

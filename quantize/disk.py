@@ -83,7 +83,7 @@ def as_output_error(error: OSError, output: Path, needed: int, free: int) -> Out
     return OutputError(
         f"{output} could not be written: {error.strerror or error}"
         + (f" ({error.filename})" if error.filename else "")
-        + ". What is written so far is kept; the same command goes on from there"
+        + ". Nothing is lost: once that is put right, the same command goes on from where this one stopped"
     )
 
 

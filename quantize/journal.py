@@ -53,8 +53,10 @@ class Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.model.exists() and not self._replaced.exists():  # nothing to go on with
+        if not os.path.lexists(self._replaced):
             with contextlib.suppress(OSError):
+                if self.model.exists():
+                    self.model.rmdir()  # fails, and ends this, where there is something to go on with
                 self._journal.unlink(missing_ok=True)
                 self._lock_file.unlink(missing_ok=True)  # while it is held: whoever opens it next makes a new one
                 self.folder.rmdir()
@@ -125,6 +127,9 @@ class Workspace:
         while self._lock < 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
+                present = os.listdir(self.folder)
+                if present and self._lock_file.name not in present:  # ours have one from first to last
+                    raise OutputError(f"{self.folder} is in the way: it is no unfinished output; move it elsewhere")
                 lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:  # its last holder was just done and removed the folder
                 continue

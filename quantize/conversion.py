@@ -10,24 +10,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlxarch.blocks import Quantization
-from mlxarch.checkpoint import INDEX, Shard
-from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError, QuantizationError
+from mlxarch.checkpoint import INDEX, Shard, child
+from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.card import Origin, card, origin_of
 from mlxarch.quantize.disk import Disk, as_output_error, size
 from mlxarch.quantize.formats import as_config, in_words, settings
 from mlxarch.quantize.journal import Workspace
-from mlxarch.quantize.plan import SHARD_BYTES, Entry, Plan, make_plan
-from mlxarch.quantize.rounding import all_finite, quantize
+from mlxarch.quantize.plan import SHARD_BYTES, Plan, make_plan
+from mlxarch.quantize.rows import chunks, converted
 from mlxarch.quantize.writer import Writer
-from mlxarch.weights import DTYPES, FLOATS, Packed, Resolved, Source, Tensor, open_source, resolve
+from mlxarch.weights import Resolved, Source, open_source, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +151,8 @@ class Conversion:
         progress(label, finished, total)
         for path in todo:
             entry, tensor = entries[path], parameters[path]
-            for start, stop in _chunks(tensor, self.limits.chunk):
-                for part, rows in _converted(entry, tensor, start, stop).items():
+            for start, stop in chunks(tensor, self.limits.chunk):
+                for part, rows in converted(entry, tensor, start, stop).items():
                     writer.put(path, entry.parts[part], start, rows)
                 progress(label, finished + entry.source_bytes * stop // max(tensor.row_count, 1), total)
             finished, unsynced = finished + entry.source_bytes, unsynced + entry.nbytes
@@ -194,11 +193,9 @@ class Conversion:
                 config[key] = self.dtype
         if not self.resolved.architecture.config.tie_word_embeddings:
             config["tie_word_embeddings"] = False  # what the tensors say
-        files: dict[str, bytes | Path] = {
-            **{path.name: path for path in self.origin.licences},
-            **self.source.sidecars,
-            "config.json": _json(config),
-        }
+        beside = {path.name: path for path in self.origin.licences} | dict(self.source.sidecars)
+        files = {name: child(at.parent, at.name) if isinstance(at, Path) else at for name, at in beside.items()}
+        files["config.json"] = _json(config)
         if len(self.plan.shards) > 1:
             files[INDEX] = _json(self.plan.index())
         title = _name(self.origin.name.rpartition("/")[2], self.wanted, self.dtype)
@@ -298,42 +295,6 @@ def _name(source: str, wanted: Quantization | None, dtype: str | None) -> str:
     if wanted is None:
         return f"{source}-{dtype or 'copy'}"
     return f"{source}-{wanted.bits}bit" if wanted.mode == "affine" else f"{source}-{wanted.mode}"
-
-
-def _chunks(tensor: Tensor, limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most ``limit`` bytes in float32, and at least one row."""
-    step = max(limit // (4 * max(prod(tensor.shape[-1:]), 1)), 1)
-    for start in range(0, tensor.row_count, step):
-        yield start, min(start + step, tensor.row_count)
-
-
-def _converted(entry: Entry, tensor: Tensor, start: int, stop: int) -> dict[str, mx.array]:
-    """Some rows of a parameter, as its parts are stored.
-
-    Raises:
-        QuantizationError: an element is not finite, before or after the cast.
-    """
-    if entry.treatment == "kept packed" and isinstance(tensor, Packed):
-        rows = {part: stored.rows(start, stop) for part, stored in tensor.parts.items()}
-    else:
-        rows = {"weight": tensor.rows(start, stop)}
-    _check_finite(entry, rows, "NaN or infinity; take an intact copy of the source")
-    if entry.treatment == "quantized" and entry.quantization:
-        scales = DTYPES[entry.parts["scales"].dtype]
-        rows = quantize(rows["weight"], entry.quantization, scales if scales in FLOATS else mx.float32)
-    else:
-        rows = {part: values.astype(DTYPES[entry.parts[part].dtype]) for part, values in rows.items()}
-    mx.eval(rows)
-    _check_finite(entry, rows, "a value too large for the dtype; choose bfloat16 or float32")
-    return rows
-
-
-def _check_finite(entry: Entry, rows: dict[str, mx.array], problem: str) -> None:
-    for part, values in rows.items():
-        if values.dtype in FLOATS and not all_finite(values):
-            raise QuantizationError(
-                f"tensor {entry.parts[part].name if part in entry.parts else entry.path} holds {problem}"
-            )
 
 
 @contextmanager
