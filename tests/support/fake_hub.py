@@ -55,12 +55,12 @@ class FakeHub:
             def do_GET(self) -> None:
                 hub.answer(self, body=True)
 
-            def log_message(self, *_: object) -> None: ...
+            def log_message(self, format: str, *args: object) -> None: ...
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(self, *_: object) -> None: ...  # clients that go away
+            def handle_error(self, request: object, client_address: object) -> None: ...  # clients that go away
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
