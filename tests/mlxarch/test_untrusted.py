@@ -104,9 +104,10 @@ def test_a_dangling_link_of_the_hubs_cache_is_a_missing_file(hub):
 
 
 BAD_LINKS = [
-    "/etc/passwd", "/dev/zero", "../outside", "../../outside", "../../../outside", "../../blobs",
-    "../../blobs/../outside", "../../blobs/escape", "../../blobs/deep/x", "../../snapshots/other/x", "../../../blobs", "../../../blobs/outside",
-    "other.json", ".", "..", "loop.json", "../../../models--other--name/blobs/x", "../../../blobs/ab/escape",
+    "/etc/passwd", "/dev/zero", "../outside", "../../outside", "../../../outside", "../../blobs", "../../../blobs",
+    "../../blobs/../outside", "../../blobs/escape", "../../blobs/deep/x", "../../snapshots/other/x", "other.json",
+    "../../../blobs/outside", "../../../models--other--name/blobs/x", "../../../blobs/ab/escape", ".", "..",
+    "loop.json",
 ]  # fmt: skip
 
 
