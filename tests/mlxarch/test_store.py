@@ -377,3 +377,9 @@ def test_describe_tells_facts_of_names_folders_and_repositories(
     assert weights(server, "org/tiny") == []
     with pytest.raises(ModelNotFound):
         store.describe("nothing-of-the-kind")
+
+
+def test_listing_and_describing_do_not_import_the_array_library(worker: Worker) -> None:
+    code = "import sys; from mlxarch import store; store.installed(); store.describe('qwen3-8b'); return 'mlx' in sys.modules"
+    assert worker(code) is False
+    assert obtain(worker, "tiny-1b-4bit") and worker("import sys; return 'mlx' in sys.modules") is True
