@@ -43,7 +43,7 @@ layers: $(READY)-dev
 # setuptools would pack what an earlier build left in build/.
 wheel: $(READY)-dev
 	rm -rf build dist
-	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	@$(BIN)/python -m build --wheel --outdir dist . >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 	$(BIN)/python benchmarks/install_size.py dist/*.whl
 

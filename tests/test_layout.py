@@ -184,6 +184,12 @@ def test_importing_mlxarch_does_not_import_mlx():
     assert not {"mlx", "numpy", "tokenizers", "huggingface_hub", "jinja2"} & set(loaded)
 
 
+def test_the_version_is_the_same_in_both_places():
+    import mlxarch
+
+    assert mlxarch.__version__ == PYPROJECT["project"]["version"]
+
+
 def test_every_public_name_is_there_and_is_listed():
     import mlxarch
 
