@@ -6,6 +6,7 @@ Source: the block formats are those of ggml (ggml-common.h), MLX's packing is th
 import json
 import os
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -78,7 +79,7 @@ def _source(file: "GGUFFile") -> Source:
     config = model_config(file.keys, {name: info.shape for name, info in infos.items()}, where)
     if "rope_freqs.weight" in infos:
         factors = _tensor(file, infos.pop("rope_freqs.weight"))
-        config["rope_scaling"] = llama3_scaling(np.array(factors.rows(0, 1))[0], config, where)
+        config["rope_scaling"] = llama3_scaling(np.array(factors.rows(0, 1).astype(mx.float32))[0], config, where)
     permuted = {}
     if config["model_type"] == "llama":
         permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -116,7 +117,7 @@ class _Blocks:
     def __init__(self, file: "GGUFFile", info: "TensorInfo", heads: int = 0):
         self.file, self.info = file, info
         self.shape = info.shape
-        self.count = int(np.prod(self.shape[: max(1, len(self.shape) - 1)]))
+        self.count = prod(self.shape[: max(1, len(self.shape) - 1)])
         if len(self.shape) == 1 and info.dtype not in PLAIN:
             self.count = 1  # a block holds several elements
         self.row_bytes = info.nbytes // self.count

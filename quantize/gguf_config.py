@@ -8,11 +8,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from mlxarch.errors import ConfigError, UnsupportedArchitecture
+from mlxarch.untrusted import shown
 
 # general.architecture -> transformers' class. The keys are model_types as well.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -78,15 +79,15 @@ def model_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
         ConfigError: a key is missing, of a wrong type, out of range, or not understood.
     """
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UnsupportedArchitecture(
-            f"{where}: general.architecture {name!r} is not read from GGUF; allowed are {', '.join(ARCHITECTURES)}. "
-            "Take the model's safetensors repository instead"
+            f"{where}: general.architecture {shown(name)} is not read from GGUF; allowed are "
+            f"{', '.join(ARCHITECTURES)}. Take the model's safetensors repository instead"
         )
-    if metadata.get("general.type", "model") != "model" or metadata.get("split.count", 1) > 1:
+    if metadata.get("general.type", "model") != "model" or metadata.get("split.count", 1) not in (0, 1):
         raise ConfigError(
-            f"{where}: it is a part of a model: general.type {metadata.get('general.type')!r}, split.count "
-            f"{metadata.get('split.count')!r}. Only whole models are read; llama-gguf-split --merge joins parts"
+            f"{where}: it is a part of a model: general.type {shown(metadata.get('general.type'))}, split.count "
+            f"{shown(metadata.get('split.count'))}. Only whole models are read; llama-gguf-split --merge joins parts"
         )
     keys = _Keys(metadata, name, where)
     keys.refuse_unknown()
@@ -153,11 +154,9 @@ class _Keys:
     def get(self, key: str) -> Any:
         return self.metadata.get(f"{self.architecture}.{key}")
 
-    def refuse(self, key: str, rule: str) -> None:
-        found = repr(self.get(key))
-        found = found if len(found) < 80 else found[:80] + "..."
+    def refuse(self, key: str, rule: str) -> NoReturn:
         raise ConfigError(
-            f"{self.where}: {self.architecture}.{key} {rule}; found {found}. "
+            f"{self.where}: {self.architecture}.{key} {rule}; found {shown(self.get(key))}. "
             "Take another file of this model, or its safetensors repository"
         )
 
@@ -177,15 +176,15 @@ class _Keys:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             self.refuse(key, "must be a whole number from 1 to 2^31 - 1")
-        return value  # pyright: ignore[reportReturnType]  # refuse raises
+        return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Positive and finite, and the shortest decimal that float32 reads as the same: 1e-05, not 9.99999974e-06."""
         value = self.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < _short(value) < math.inf:
             self.refuse(key, "must be a positive number")
-        return _short(float(value))  # pyright: ignore[reportArgumentType]
+        return _short(value)
 
     def scaling(self) -> dict[str, Any] | None:
         kind = self.get("rope.scaling.type")

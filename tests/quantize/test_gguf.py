@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxarch.errors import BackendMissing, CheckpointError, ConfigError, UnsupportedArchitecture
 from mlxarch.quantize.gguf import open_gguf
-from mlxarch.quantize.gguf_config import huggingface_name
+from mlxarch.quantize.gguf_config import huggingface_name, model_config
 from mlxarch.weights import Packed, resolve
 
 K = gguf.GGMLQuantizationType
@@ -311,6 +311,7 @@ def test_linear_and_yarn_scaling_are_carried_over(tmp_path: Path):
     [
         ({"general.type": "adapter"}, ConfigError, "part of a model"),
         ({"split.count": 3}, ConfigError, "part of a model"),
+        ({"split.count": "3"}, ConfigError, "part of a model"),
         ({"llama.block_count": None}, ConfigError, r"block_count must be a whole number .* found None"),
         ({"llama.block_count": "many"}, ConfigError, r"block_count must be a whole number"),
         ({"llama.attention.head_count": 0}, ConfigError, r"head_count must be a whole number"),
@@ -337,6 +338,29 @@ def test_an_architecture_that_is_not_read_is_refused_with_the_list_of_those_that
         UnsupportedArchitecture, match=r"'gemma3' is not read from GGUF; allowed are llama, qwen2, qwen3"
     ):
         open_gguf(write(tmp_path / "m.gguf", weights(), architecture="gemma3"))
+
+
+@pytest.mark.parametrize("name", [None, 7, ["llama"], "x" * 10_000])
+def test_an_architecture_that_is_no_name_is_refused_in_a_short_message(name):
+    with pytest.raises(UnsupportedArchitecture) as caught:
+        model_config({"general.architecture": name}, {}, "file.gguf")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("base", [1e300, 1e-300, -1.0, True, "10000"])
+def test_a_rope_base_outside_float32_is_refused(base):
+    names = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+    keys = {
+        "general.architecture": "llama",
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": base,
+    }
+    keys |= {f"llama.{name}": 1 for name in names}
+    with pytest.raises(ConfigError, match=r"rope\.freq_base must be a positive number"):
+        model_config(keys, {"token_embd.weight": (4, 1)}, "file.gguf")
+    assert (
+        model_config(keys | {"llama.rope.freq_base": 5e5}, {"token_embd.weight": (4, 1)}, "")["rope_theta"] == 500_000
+    )
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_gate_inp.weight", "rope_factors_long.weight", "blk.00.attn_q.weight", "x"])
