@@ -202,8 +202,8 @@ def _read(tokens: mx.array) -> list[int]:
 
 
 def _sample(sampler: Sampler, logits: mx.array) -> tuple[mx.array, mx.array]:
-    # the sum of the logits is finite just when all of them are, short of an overflow that no real model comes near
-    finite = mx.isfinite(logits.astype(mx.float32).sum())
+    # one pass over the logits in float32: not finite if one of them is NaN or +inf, or if all are -inf
+    finite = mx.isfinite(mx.logsumexp(logits))
     token = sampler(logits)
     mx.async_eval(token, finite)
     return token, finite

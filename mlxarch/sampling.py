@@ -90,6 +90,8 @@ class Sampler:
     def __call__(self, logits: mx.array) -> mx.array:
         """Logits (B, V) -> tokens (B,)."""
         settings = self.settings
+        if settings.temperature == 0 and self._bias is None and self._seen is None:
+            return mx.argmax(logits, axis=-1)
         logits = logits.astype(mx.float32)
         if self._bias is not None:
             logits = logits + self._bias

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -118,7 +119,7 @@ class SharedInput:
     @property
     def fused(self) -> bool:
         """Whether they run as one product: joined, and with the arrays that were joined."""
-        return bool(self._joined) and all(p["weight"] is w for p, w in zip(self.projections, self._parts, strict=True))
+        return bool(self._parts) and all(map(is_, [p["weight"] for p in self.projections], self._parts))
 
     def fuse(self) -> None:
         """Join the arrays, if all projections are packed alike and all or none have a bias."""
