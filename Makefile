@@ -1,5 +1,5 @@
 # Everything here installs into .venv; nothing else on the machine is touched. `make demo` and `make test` need only
-# Python 3.11 or newer with pip, make and a C/C++ compiler (on a CPU, MLX compiles small kernels while it runs).
+# Python 3.11 or newer with pip, make, and a C compiler where a package has no wheel for the machine.
 
 PYTHON  = python3 python3.14 python3.13 python3.12 python3.11# the first usable one
 BACKEND := $(shell if [ "$$(uname)" = Darwin ]; then echo metal; elif nvidia-smi -L >/dev/null 2>&1; then echo cuda; else echo cpu; fi)

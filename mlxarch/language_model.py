@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -138,7 +138,7 @@ class LanguageModel:
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
-            rendered = self.tokenizer.apply_chat_template(prompt)
+            rendered = self.tokenizer.apply_chat_template(cast(Sequence[Mapping[str, Any]], prompt))
             if isinstance(rendered, str):
                 raise TokenizerError("the chat template was rendered, not tokenized")
             tokens = rendered
