@@ -99,7 +99,7 @@ def find_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
     """Name → Jinja text of the templates in a model's folder; the usual one is named "default".
 
     Raises:
-        ChatTemplateError: a template is larger than the limit, or a file is not what it must be.
+        ChatTemplateError: a file is not what it must be.
     """
     found = _configured(tokenizer_config.get("chat_template"), "tokenizer_config.json")
     if os.path.lexists(folder / "chat_template.json"):
@@ -111,11 +111,6 @@ def find_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
     if more.is_dir() and not more.is_symlink():
         for name in sorted(entry for entry in os.listdir(more) if entry.endswith(".jinja"))[:_MAX_TEMPLATES]:
             found[name.removesuffix(".jinja")] = _text(_in_snapshot(folder, name))
-    for name, source in found.items():
-        if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
-            raise ChatTemplateError(
-                f"{folder}: the chat template {shown(name)} is larger than {MAX_TEMPLATE_BYTES} bytes. {REMEDY}"
-            )
     return found
 
 

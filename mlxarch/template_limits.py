@@ -17,7 +17,7 @@ from jinja2.utils import Namespace
 from mlxarch.errors import ChatTemplateError
 
 MAX_SECONDS = 2.0
-"""Processor time of the rendering thread."""
+"""For parsing a template, and again for each rendering."""
 MAX_CHARACTERS = 4_000_000
 """Of the output, of one string, of all that one list or mapping holds."""
 MAX_ITEMS = 100_000
@@ -47,7 +47,7 @@ class Limits:
     """The limits of one rendering; every method raises ChatTemplateError where one is exceeded."""
 
     def __init__(self) -> None:
-        self._deadline = time.thread_time() + MAX_SECONDS
+        self._deadline = time.monotonic() + MAX_SECONDS
         self._work = 0
         # id → (the container, how much it holds). Containers never change: the sandbox is an immutable one.
         self._weights: dict[int, tuple[Any, int]] = {}
@@ -57,7 +57,7 @@ class Limits:
         self._work += nbytes
         if self._work > MAX_WORK_BYTES:
             raise exceeded(f"it makes more than {MAX_WORK_BYTES >> 20} MiB of text and lists")
-        if time.thread_time() > self._deadline:
+        if time.monotonic() > self._deadline:
             raise exceeded(f"it takes longer than {MAX_SECONDS:g} s")
 
     def ticking(self, items: Iterable[Any]) -> Iterator[Any]:

@@ -19,19 +19,17 @@ from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace, pass_context
-from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
 from mlxarch.errors import ChatTemplateError
 from mlxarch.template_limits import MAX_CHARACTERS, Limits, exceeded
+from mlxarch.template_syntax import GenerationTag, Guards, bounded
 
 MAX_TEMPLATE_BYTES = 256 << 10
-MAX_SYNTAX_TOKENS = 50_000
-"""Words and signs in a template; the longest published ones have some 7,000."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -59,14 +57,6 @@ _FAST_FILTERS = _words(
     "string tojson trim upper"
 )
 _DROPPED_FILTERS = ("forceescape", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-_REFUSED = (
-    nodes.Block,
-    nodes.Extends,
-    nodes.FromImport,
-    nodes.Import,
-    nodes.Include,
-    nodes.ScopedEvalContextModifier,
-)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -76,11 +66,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_GenerationTag, _Guards, loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[GenerationTag, Guards, loopcontrols]
         )
         self.limits = Limits()
         self._lock = threading.Lock()
-        self._guards = cast(_Guards, self.extensions[_Guards.identifier])
+        self._guards = cast(Guards, self.extensions[Guards.identifier])
         self.globals = {
             "range": self.globals["range"],
             "dict": _Dict(),
@@ -97,6 +87,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def compile_template(self, source: str) -> jinja2.Template:
         """The template, ready to render. Raises jinja2's errors, and ChatTemplateError for one that is refused."""
+        if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
+            raise exceeded(f"it is larger than {MAX_TEMPLATE_BYTES} bytes")
         with self._lock:
             self.limits = Limits()
             return self.from_string(source)
@@ -114,13 +106,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for node in tree.find_all(_REFUSED):
-            raise ChatTemplateError(
-                f"The chat template uses {{% {type(node).__name__.lower()} %}} in line {node.lineno}, which chat "
-                "templates may not: a template is one file without blocks."
-            )
-        tree = _Rewriter(self._guards).visit(tree)
+        tree = bounded(super()._parse(source, name, filename), self._guards)
         tree.set_environment(self)
         return tree
 
@@ -273,108 +259,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
 
-class _Guards(Extension):
-    """What the rewritten template calls, and the bound on its number of words."""
-
-    environment: Sandbox
-
-    def filter_stream(self, stream: Any) -> Iterator[Any]:
-        for count, token in enumerate(stream):
-            if count > MAX_SYNTAX_TOKENS:
-                raise exceeded(f"it has more than {MAX_SYNTAX_TOKENS} words and signs")
-            self.environment.limits.tick()
-            yield token
-
-    def tick(self, characters: int) -> bool:
-        self.environment.limits.tick(characters)
-        return True
-
-    def given(self, value: Any) -> Any:
-        self.environment.limits.tick()
-        return self.environment.limits.given(value)
-
-    def made(self, value: Any) -> Any:
-        return self.environment.limits.made(value)
-
-    def concatenated(self, *values: Any) -> str:
-        limits = self.environment.limits
-        texts = [value if isinstance(value, str) else str(limits.given(value)) for value in values]
-        limits.characters(sum(map(len, texts)))
-        return limits.made("".join(texts))
-
-    def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
-        return self.environment.limits.made(value[start:stop:step])
-
-
-class _Rewriter(NodeTransformer):
-    """Puts ticks and bounds into a template's syntax tree."""
-
-    def __init__(self, guards: _Guards):
-        self._guards = guards
-
-    def _call(self, name: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Call:
-        call = nodes.Call(self._guards.attr(name), list(args), [], None, None)
-        return call.set_lineno(node.lineno)  # type: ignore[return-value]
-
-    def _ticking_body(self, node: Any) -> Any:
-        """A body that may run many times: it starts with a tick that counts the fixed text in it."""
-        text = sum(len(data.data) for part in node.body for data in _own_text(part))
-        self.generic_visit(node)
-        tick = self._call("tick", node, nodes.Const(text))
-        node.body.insert(0, nodes.ExprStmt(tick).set_lineno(node.lineno))
-        return node
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        node = self._ticking_body(node)
-        if node.test is not None:
-            node.test = nodes.And(self._call("tick", node, nodes.Const(0)), node.test)
-        return node
-
-    visit_Macro = visit_CallBlock = _ticking_body
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
-        self.generic_visit(node)
-        return self._call("concatenated", node, *node.nodes)
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        self.generic_visit(node)
-        node.expr = self._call("given", node, node.expr)
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
-        self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice):
-            return node
-        parts = [part or nodes.Const(None) for part in (node.arg.start, node.arg.stop, node.arg.step)]
-        return self._call("sliced", node, node.node, *parts)
-
-    def _literal(self, node: Any) -> Any:
-        self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else self._call("made", node, node)
-
-    visit_List = visit_Tuple = visit_Dict = _literal
-
-
-def _own_text(node: nodes.Node) -> Iterator[nodes.TemplateData]:
-    """The fixed text in a node, outside the loops and macros in it."""
-    if isinstance(node, nodes.TemplateData):
-        yield node
-    elif not isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)):
-        for child in node.iter_child_nodes():
-            yield from _own_text(child)
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}`` marks what the model writes, for training; here it changes nothing."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
-
-
 class _Formatter(SandboxedFormatter):
     def __init__(self, environment: Sandbox):
         super().__init__(environment)
@@ -401,17 +285,17 @@ class _CheckedNamespace(Namespace):
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that namespace(self=...) works
         values = dict(*args[1:], **kwargs)
         for name in values:
-            _CheckedNamespace._check(name)
+            _check_name(name)
         Namespace.__init__(args[0], values)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _check_name(name)
         Namespace.__setitem__(self, name, value)
 
-    @staticmethod
-    def _check(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise ChatTemplateError(f"The chat template stores {name!r} in a namespace; no name there starts with '_'.")
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise ChatTemplateError(f"The chat template stores {name!r} in a namespace; no name there starts with '_'.")
 
 
 def _raise_exception(message: Any) -> None:

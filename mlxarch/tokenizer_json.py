@@ -120,6 +120,9 @@ def _largest_id(model: dict[str, msgspec.Raw], name: str) -> int:
             f"{name}: max_input_chars_per_word is {word}, and may be at most {_MAX_WORD_LENGTH}: the time that a word "
             f"takes grows with its square. {REMEDY}"
         )
+    if kind == "BPE" and msgspec.json.decode(model.get("continuing_subword_prefix", b"null"), type=str | None):
+        # The library cuts its length off each merge unseen, even in the midst of a character, which can abort Python.
+        raise TokenizerError(f"{name}: the BPE model has a continuing_subword_prefix, which is not supported.")
     return largest
 
 
@@ -156,16 +159,20 @@ def _nodes(value: Any) -> Iterator[Any]:
 def _step_expansion(step: dict[str, Any]) -> int:
     kind = step["type"]
     if kind == "Replace":
-        pattern, content = step.get("pattern"), step.get("content", "")
-        text = pattern.get("String") if isinstance(pattern, dict) else None
-        if isinstance(text, str) and text:
-            return max(1, -(-len(content) // len(text)))
-        return len(content) + 1  # a regular expression may match the empty string at every character
+        pattern = step.get("pattern")
+        replaced = _length(pattern.get("String")) if isinstance(pattern, dict) else 0
+        content = _length(step.get("content"))
+        # A regular expression, or nothing, may match at every character without taking it away.
+        return max(1, -(-content // replaced)) if replaced else content + 1
     if kind == "Prepend":
-        return max(1, len(step.get("prepend", "")))
+        return max(1, _length(step.get("prepend")))
     if kind == "Precompiled":
         return max(1, _longest_replacement(step.get("precompiled_charsmap")))
     return _EXPANSIONS.get(kind, 1) if isinstance(kind, str) else 1
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str) else 0  # the library refuses what is no text
 
 
 def _longest_replacement(charsmap: Any) -> int:

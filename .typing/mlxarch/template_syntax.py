@@ -1,0 +1,1 @@
+../../mlxarch/template_syntax.py
