@@ -221,8 +221,8 @@ def _notes(
     again = [e for e in entries if e.treatment == "quantized" and isinstance(parameters[e.path], Packed)]
     if again:
         yield (
-            f"the source is quantized already: {_some(again)} were unpacked and quantized again, which cannot bring "
-            "back what the first time took; the original checkpoint gives a better result"
+            f"{len(again)} matrices of the source were quantized already, and were unpacked and quantized again, which "
+            "cannot bring back what the first time took; the original checkpoint gives a better result"
         )
     kept = [e for e in entries if e.treatment == "kept packed"]
     if kept:

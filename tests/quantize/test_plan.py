@@ -135,7 +135,7 @@ def test_what_is_packed_otherwise_is_quantized_again_and_the_notes_say_so() -> N
     plan = plan_of({"m.weight": packed(4, 128, Quantization(8, 32)), "n.weight": Shape(4, 128)})
     assert {entry.treatment for entry in plan.entries.values()} == {"quantized"}
     assert plan.entries["m.weight"].parts["scales"].dtype == "F16"
-    assert len(plan.notes) == 1 and plan.notes[0].startswith("the source is quantized already: m were unpacked")
+    assert len(plan.notes) == 1 and plan.notes[0].startswith("1 matrices of the source were quantized already")
 
 
 def test_without_a_wish_the_most_frequent_settings_are_the_common_ones() -> None:
