@@ -36,6 +36,10 @@ class Message(msgspec.Struct, omit_defaults=True):
     stopped: bool = False
 
 
+class _Head(msgspec.Struct):
+    version: Any
+
+
 class Saved(msgspec.Struct):
     """The file of a conversation; ``saved`` is the time, in ISO 8601."""
 
@@ -257,10 +261,9 @@ def _read(path: Path) -> Saved:
         if path.stat().st_size > MAX_FILE:
             raise InvalidInput(f"{path} is larger than {MAX_FILE >> 20} MiB, so it is no saved conversation")
         data = path.read_bytes()
-        version = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("version", b"none")
-        if version != str(VERSION).encode():
-            found = bytes(version[:20]).decode(errors="replace")
-            raise InvalidInput(f"{path}: version {found} is not known; this release reads version {VERSION}")
+        version = msgspec.json.decode(data, type=_Head).version
+        if type(version) is not int or version != VERSION:
+            raise InvalidInput(f"{path}: version {version!r} is not known; this release reads version {VERSION}")
         return msgspec.json.decode(data, type=Saved)
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror or error}") from error

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from mlxarch import __version__
-from mlxarch.cli.output import fail, plain_settings, say
+from mlxarch.cli.output import fail, prepare_streams, say
 from mlxarch.errors import MlxArchError
 
 # command: (module of mlxarch.cli, what it does: the first sentence of its own help)
@@ -94,7 +94,7 @@ class CommandLine(click.Group):
         """Run one command line and exit."""
         if "_MLXARCH_COMPLETE" in os.environ:  # a shell asks for completions
             super().main(args, "mlxarch", **extra)
-        plain_settings()
+        prepare_streams()
         sys.exit(_guarded(self, sys.argv[1:] if args is None else list(args)))
 
 

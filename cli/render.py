@@ -3,9 +3,14 @@
 import re
 import sys
 import time
-from typing import Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from mlxarch.cli.output import colored, visible
+
+if TYPE_CHECKING:
+    from rich.markdown import Markdown as RichMarkdown
+    from rich.text import Text as RichText
 
 
 class Writer(Protocol):
@@ -108,12 +113,9 @@ class Markdown:
         return sum(len(line) + 1 for line in lines[: starts[-1]]) if len(starts) > 1 else 0
 
     def _rendered(self, source: str, columns: int) -> list[str]:
-        from rich import markdown
-
         if not source.strip():
             return []
-        # hyperlinks=False: a link shows where it leads
-        document = markdown.Markdown("", code_theme="ansi_dark", hyperlinks=False)
+        document = _document()
         document.parsed = self._parser.parse(source)
         for token in document.parsed:
             for child in token.children or ():
@@ -122,6 +124,20 @@ class Markdown:
         with self._console.capture() as captured:
             self._console.print(document, width=columns - 1)
         return [_trimmed(line) for line in captured.get().strip("\n").split("\n")]
+
+
+def _document() -> "RichMarkdown":
+    """An empty document: a link shows where it leads, and a heading stands on the left."""
+    from rich import markdown
+
+    class Heading(markdown.Heading):
+        def __rich_console__(self, console: object, options: object) -> Iterator["RichText"]:  # type: ignore[override]
+            self.text.justify = "left"
+            yield self.text
+
+    document = markdown.Markdown("", code_theme="ansi_dark", hyperlinks=False)
+    document.elements = {**document.elements, "heading_open": Heading}  # type: ignore[misc]
+    return document
 
 
 _UNDECIDED = re.compile(r"(?:[\s>]*[-=#*_`~+|:>]*|\s*\d+[.)]?)\s*\Z")
@@ -167,7 +183,9 @@ class _Tail:
             text = "\n".join(new)[len(old[start]) :]
         else:
             up = sum(_height(line, columns) for line in old[start:]) - 1
-            text = (f"\x1b[{up}A" if up else "") + "\r\x1b[J" + "\n".join(new)
+            # line by line: erasing from the top of the screen on would send all of it to the scrollback of some
+            text = (f"\x1b[{up}A" if up else "") + "\r" + "\n".join(f"{line}\x1b[K" for line in new)
+            text += "\x1b[J" if len(new) < len(old) - start or up >= len(old) - start else ""
         self._lines = [*old[:start], *new]
         sys.stdout.write(text)
         sys.stdout.flush()
