@@ -97,7 +97,7 @@ def _brake() -> Iterator[_Brake]:
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
-    """What is typed while the answer appears is kept for the next prompt, and not shown in its midst."""
+    """What is typed while the answer appears is kept for the next prompt as typed, and not shown in its midst."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         yield
         return
@@ -105,7 +105,9 @@ def _no_echo() -> Iterator[None]:
 
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    silent = list(before)
+    silent[0] &= ~termios.ICRNL
+    silent[3] &= ~(termios.ECHO | termios.ICANON)  # ISIG stays, and with it Ctrl-C
     termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
     try:
         yield

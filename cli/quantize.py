@@ -8,6 +8,7 @@ import click
 
 from mlxarch.cli import options
 from mlxarch.cli.output import answer, answer_json, say, size
+from mlxarch.errors import QuantizationError
 
 if TYPE_CHECKING:
     from mlxarch.quantize import Summary
@@ -48,10 +49,15 @@ def quantize_command(
     require_backend()
     from mlxarch.progress import on_terminal
     from mlxarch.quantize import prepare
-    from mlxarch.quantize.formats import default_bits
+    from mlxarch.quantize.formats import default_bits, settings
 
     wanted = options.parsed_bits(bits) or default_bits(mode)
     width = None if wanted == "original" else int(wanted)
+    try:
+        if width is not None:
+            settings(width, group_size, mode)
+    except QuantizationError as error:
+        raise click.UsageError(str(error)) from error
     label = dtype or "copy" if width is None else f"{width}bit" if mode == "affine" else mode
     name, opened = _open(source, yes)
     conversion = prepare(opened, output or f"{name}-{label}", bits=width, group_size=group_size, mode=mode, dtype=dtype)

@@ -137,9 +137,7 @@ def test_settings_are_read_checked_and_used(talk):
     ]:
         talk.set(name, text)
         assert talk.settings()[name] == value
-    assert talk.sampling == Sampling(
-        temperature=0.5, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1, seed=7
-    )
+    assert talk.sampling == Sampling(temperature=0.5, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1, seed=7)
     talk.set("stop", "none")
     assert talk.ask("Hi", Silence()).timings.generated_tokens == 3
     for name in ("seed", "max_tokens"):
@@ -150,8 +148,9 @@ def test_settings_are_read_checked_and_used(talk):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("temperature", "hot"), ("temperature", "-1"), ("temperature", "nan"), ("temperature", "none"), ("top_k", "1.5"),
-        ("top_p", "0"), ("min_p", "2"), ("seed", "-1"), ("max_tokens", "0"), ("stop", "''"), ("stop", "'a"),
+        ("temperature", "hot"), ("temperature", "-1"), ("temperature", "nan"), ("temperature", "none"),
+        ("top_k", "1.5"), ("top_p", "0"), ("min_p", "2"), ("seed", "-1"), ("max_tokens", "0"),
+        ("stop", "''"), ("stop", "'a"),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_changes_nothing(talk, name, text):

@@ -111,7 +111,12 @@ class Person:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def sees(self, pattern: str, seconds: float = 60) -> str:
+    def enters(self, text: str, answer: str) -> str:
+        """Type a line, and wait for the answer and for the prompt after it; returns what was shown until then."""
+        self.type(f"{text}\r")
+        return self.sees(answer) + self.sees(">>>")
+
+    def sees(self, pattern: str, seconds: float = 30) -> str:
         """Wait until the pattern is shown, and take all up to its end; what is taken is not seen again."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown)):
@@ -120,7 +125,7 @@ class Person:
         taken, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return taken
 
-    def leaves(self, seconds: float = 60) -> int:
+    def leaves(self, seconds: float = 30) -> int:
         """Wait for the program's end; returns its exit code."""
         deadline = time.monotonic() + seconds
         while self._read(deadline - time.monotonic()):

@@ -1,0 +1,147 @@
+"""pull, list, show, rm, paths."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlxarch import catalog, store
+from mlxarch.cli import options
+from mlxarch.errors import Declined
+from mlxarch.store import Plan
+
+
+@pytest.fixture
+def home_with_models(home: Path, tiny: str) -> Path:
+    for name in ("smollm2-135m-8bit", "smollm2-135m-original", "my-model-4bit"):
+        shutil.copytree(tiny, home / "data" / "models" / name)
+    return home
+
+
+def test_list_shows_the_catalog_and_marks_what_is_here(execute, home_with_models):
+    result = execute("list")
+    lines = result.stdout.splitlines()
+    assert all(any(name in line.split() for line in lines) for name in catalog.entries())
+    marked = [line for line in lines if line.startswith("*")]
+    assert len(marked) == 1 and marked[0].split()[1] == "smollm2-135m" and "original" in marked[0]
+    assert any(line.startswith("my-model-4bit") for line in lines[lines.index("Also on this machine:") :])
+    assert execute("ls", "--all").stdout == result.stdout
+
+
+def test_list_without_models_marks_nothing(execute):
+    result = execute("list")
+    assert result.returncode == 0 and "smollm2-135m" in result.stdout
+    assert not any(line.startswith("*") for line in result.stdout.splitlines())
+    assert "mlxarch pull" in execute("list", "--installed").stdout
+    assert json.loads(execute("list", "--installed", "--json").stdout) == []
+
+
+def test_list_installed_shows_what_is_here_alone(execute, home_with_models):
+    lines = execute("list", "--installed").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["my-model-4bit", "smollm2-135m-8bit", "smollm2-135m-original"]
+    report = json.loads(execute("list", "--installed", "--json").stdout)
+    assert [model["name"] for model in report] == [line.split()[0] for line in lines[1:]]
+    assert set(report[0]) == {"name", "bits", "bytes", "architecture", "origin", "path"}
+
+
+def test_list_json_has_every_entry_with_its_copies(execute, home_with_models):
+    report = json.loads(execute("list", "--json").stdout)
+    here = {entry["name"]: len(entry["installed"]) for entry in report["catalog"]}
+    assert list(here) == list(catalog.entries())
+    assert here["smollm2-135m"] == 2 and sum(here.values()) == 2
+    assert [model["name"] for model in report["others"]] == ["my-model-4bit"]
+
+
+def test_show_says_what_is_known(invoke, home, tiny):
+    text = invoke("show", "Qwen-3:8b").stdout
+    assert "Qwen3 8B" in text and "apache-2.0" in text and "Qwen/Qwen3-8B@" in text
+    assert json.loads(invoke("show", "qwen3-8b", "--json").stdout)["parameters"] > 8e9
+    assert "llama" in invoke("show", tiny).stdout
+    unknown = invoke("show", "qwen3-9b")
+    assert unknown.exit_code == 3 and "qwen3-8b" in unknown.stderr
+
+
+def test_paths_prints_places_of_its_own(invoke, home):
+    report = json.loads(invoke("paths", "--json").stdout)
+    assert {report[name] for name in ("models", "state")} == {str(home / "data" / "models"), str(home / "state")}
+    assert str(home / "cache") in invoke("paths").stdout
+
+
+def test_rm_asks_first_and_removes_only_its_own(invoke, execute, home_with_models, tiny, monkeypatch):
+    models = home_with_models / "data" / "models"
+    refused = invoke("rm", "smollm2-135m-8bit")
+    assert refused.exit_code == 2 and "--yes" in refused.stderr and (models / "smollm2-135m-8bit").exists()
+    monkeypatch.setattr("mlxarch.cli.models.is_terminal", lambda stream: True)
+    assert "stays" in invoke("rm", "smollm2-135m-8bit", input="n\n").stderr
+    assert (models / "smollm2-135m-8bit").exists()
+    assert invoke("rm", "smollm2-135m-8bit", input="y\n").exit_code == 0
+    assert not (models / "smollm2-135m-8bit").exists()
+    assert invoke("rm", "my-model-4bit", "smollm2-135m", "-y").exit_code == 0
+    assert list(models.iterdir()) == []
+    assert invoke("rm", "-y", "my-model-4bit").exit_code == 3
+    assert invoke("rm", "-y", tiny).exit_code == 3 and Path(tiny).exists()
+
+
+def test_pull_prints_the_folder_and_get_is_the_same(invoke, tiny):
+    result = invoke("pull", tiny)
+    assert (result.exit_code, result.stdout) == (0, f"{tiny}\n")
+    assert invoke("get", "-m", tiny).stdout == result.stdout
+    assert invoke("pull").exit_code == 2
+
+
+def test_pull_without_a_network_says_so(invoke):
+    result = invoke("pull", "org/model")
+    assert result.exit_code == 5 and "HF_HUB_OFFLINE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "yes", "terminal", "typed", "asked", "agreed"),
+    [
+        (1, False, True, "", False, True),
+        (6, False, True, "y\n", True, True),
+        (6, False, True, "n\n", True, False),
+        (6, True, True, "", False, True),
+        (6, False, False, "", False, True),
+    ],
+    ids=["small", "large, yes", "large, no", "large, -y", "large, nobody there"],
+)
+def test_a_large_download_is_asked_about(
+    invoke, home, monkeypatch, capsys, gigabytes, yes, terminal, typed, asked, agreed
+):
+    plan = Plan("big-8bit", "download org/big", gigabytes * 10**9, gigabytes * 10**9, home / "big")
+
+    def obtain(name: str, *, confirm, **_: object) -> Path:
+        if not confirm(plan):
+            raise Declined("not agreed to")
+        return plan.target
+
+    monkeypatch.setattr(store, "obtain", obtain)
+    monkeypatch.setattr(options, "is_terminal", lambda stream: terminal)
+    result = invoke("pull", "big", *(["-y"] if yes else []), input=typed)
+    assert "big-8bit: download org/big" in result.stderr
+    assert ("Go on?" in result.stderr) is asked
+    assert result.exit_code == (0 if agreed else 1)
+    assert result.stdout == (f"{plan.target}\n" if agreed else "")
+
+
+def test_bits_reach_the_store_as_it_takes_them(invoke, home, monkeypatch):
+    seen = []
+
+    def obtain(name: str, *, bits: object, **_: object) -> Path:
+        seen.append(bits)
+        return home
+
+    monkeypatch.setattr(store, "obtain", obtain)
+    for arguments in ([], ["--bits", "4"], ["--bits", "original"]):
+        invoke("pull", "smollm2-135m", *arguments)
+    assert seen == [None, 4, "original"]
+
+
+def test_a_stream_that_is_closed_is_no_terminal():
+    from mlxarch.cli.output import is_terminal
+
+    stream = io.StringIO()
+    stream.close()
+    assert not is_terminal(stream) and not is_terminal(None)
