@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
@@ -148,21 +147,18 @@ def decode(
     begin = time.perf_counter()
     timings = Timings(len(prompt), session.keep_common(prompt))
     sampler = Sampler(sampling, model.vocab_size, [prompt])
-    token, finite = _sample(sampler, prefill(model, session, prompt))
+    token, checked = _sample(sampler, prefill(model, session, prompt))
     for index in range(limit):
         following = None
         if index + 1 < limit:
             state = model.states(token[None], session.caches)
             following = _sample(sampler, model.head(state)[:, 0])
-        [value] = _read(token)
-        if not finite.item():
-            raise NonFiniteLogits(_NON_FINITE.format(index))
+        [value] = _read(checked, index)
         if following is not None:
             session.tokens.append(value)
+            token, checked = following
         timings.record(index, time.perf_counter() - begin)
         yield value, timings
-        if following is not None:
-            token, finite = following
 
 
 def decode_batch(
@@ -188,28 +184,31 @@ def decode_batch(
         tokens = tokens[:, size:]
     for index in range(limit):
         state = model.states(tokens, caches)
-        row, finite = _sample(sampler, model.head(state[:, -1:])[:, 0])
-        if not finite.item():
-            raise NonFiniteLogits(_NON_FINITE.format(index))
+        row, checked = _sample(sampler, model.head(state[:, -1:])[:, 0])
+        values = _read(checked, index)
         timings.record(index, time.perf_counter() - begin, len(prompts))
-        yield _read(row)
+        yield values
         tokens = row[:, None]
 
 
-def _read(tokens: mx.array) -> list[int]:
-    """Wait for the tokens of one step."""
-    return [int(token) for token in np.asarray(tokens)]
-
-
 def _sample(sampler: Sampler, logits: mx.array) -> tuple[mx.array, mx.array]:
-    # one pass over the logits in float32: not finite if one of them is NaN or +inf, or if all are -inf
-    finite = mx.isfinite(mx.logsumexp(logits))
-    token = sampler(logits)
-    mx.async_eval(token, finite)
-    return token, finite
+    """Queue the next tokens (B,), and the same with -1 where the logits of the row were not finite.
+
+    The first are always safe to use as an index, the second tell in a single read from the device.
+    """
+    tokens = sampler(logits)
+    # one pass in float32: not finite if a logit is NaN or +inf, or if all are -inf
+    checked = mx.where(mx.isfinite(mx.logsumexp(logits, axis=-1)), tokens.astype(mx.int32), -1)
+    mx.async_eval(checked)
+    return tokens, checked
 
 
-_NON_FINITE = (
-    "the model's output is not finite at generated token {}: a weight file is damaged, or the precision too low; "
-    "download it again, or load it with dtype='float32'"
-)
+def _read(checked: mx.array, index: int) -> list[int]:
+    """Wait for the tokens of step ``index``."""
+    values = [int(token) for token in checked.tolist()]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+    if -1 in values:
+        raise NonFiniteLogits(
+            f"the model's output is not finite at generated token {index}: a weight file is damaged, or the precision "
+            "too low; download it again, or load it with dtype='float32'"
+        )
+    return values
