@@ -11,7 +11,7 @@ from mlxarch.blocks import CausalLM, Embedding, fuse
 from mlxarch.blocks.linear import Matrix
 from mlxarch.errors import CheckpointError, InvalidInput
 from mlxarch.progress import Progress, silent
-from mlxarch.weights import FLOATS, Packed, Resolved, Tensor, forget_arrays, open_source, resolve
+from mlxarch.weights import FLOATS, Packed, Resolved, Tensor, open_source, resolve
 
 DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -39,12 +39,13 @@ def load_model(
     compute = compute_dtype(dtype, resolved)
     try:
         _fill(resolved, compute, progress)
-        for shard in source.shards:
-            shard.check_unchanged()
+    except CheckpointError:
+        source.check_unchanged()  # says more
+        raise
     finally:
-        forget_arrays()
         for shard in source.shards:
             shard.close()
+    source.check_unchanged()
     return resolved.model, source.config
 
 
@@ -76,10 +77,10 @@ def _fill(resolved: Resolved, dtype: mx.Dtype, progress: Progress) -> None:
         groups.setdefault(layer.group() if layer else name.rpartition(".")[0], {})[name] = tensor
     total, done = sum(tensor.nbytes for tensor in resolved.parameters.values()), 0
     for group, tensors in groups.items():
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            _assign(modules[path], leaf, tensor, dtype)
         try:
+            for name, tensor in tensors.items():
+                path, _, leaf = name.rpartition(".")
+                _assign(modules[path], leaf, tensor, dtype)
             mx.eval(modules[group].parameters())
         except RuntimeError as error:
             raise CheckpointError(f"the weights of {group} could not be read ({error}); download them again") from None

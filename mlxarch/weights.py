@@ -9,10 +9,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -95,20 +95,32 @@ class Stored(Tensor):
 
     def load(self) -> mx.array:
         """See Tensor. MLX reads it, when it is evaluated: in parallel, and straight into its own buffer."""
-        return _mlx_arrays(self.shard.path)[self.info.name]
+        array = _unread_array(self.shard, self.info.name)
+        if array.shape != self.shape or array.dtype != self.dtype:
+            self.shard.check_unchanged()
+            raise CheckpointError(
+                f"{self.shard.path}: tensor {self.info.name} is {self.dtype} {self.shape}, and MLX reads it as "
+                f"{array.dtype} {array.shape}; save the checkpoint again"
+            )
+        return array
 
 
-@cache
-def _mlx_arrays(path: Path) -> dict[str, mx.array]:
-    arrays = mx.load(str(path))
-    if not isinstance(arrays, dict):
-        raise CheckpointError(f"{path}: MLX does not read it as safetensors; download the file again")
-    return arrays
+_unread: WeakKeyDictionary[Shard, dict[str, mx.array]] = WeakKeyDictionary()
 
 
-def forget_arrays() -> None:
-    """Let go of the arrays that ``Stored.load`` holds on to between two tensors of one file."""
-    _mlx_arrays.cache_clear()
+def _unread_array(shard: Shard, name: str) -> mx.array:
+    """An array that MLX has yet to read. It is handed out once, so that nothing here holds on to what was read."""
+    if name not in _unread.get(shard, {}):
+        shard.check_unchanged()  # MLX opens it anew, by its path
+        try:
+            _unread[shard] = cast(dict[str, mx.array], mx.load(str(shard.path), format="safetensors"))
+        except (RuntimeError, ValueError) as error:
+            shard.check_unchanged()
+            raise CheckpointError(f"{shard.path}: MLX does not read it ({error}); download it again") from None
+    if name not in _unread[shard]:
+        shard.check_unchanged()
+        raise CheckpointError(f"{shard.path}: MLX does not find tensor {name}; download the file again")
+    return _unread[shard].pop(name)
 
 
 def _dtype(shard: Shard, info: TensorInfo) -> mx.Dtype:
@@ -123,6 +135,9 @@ def _dtype(shard: Shard, info: TensorInfo) -> mx.Dtype:
 class Packed(Tensor):
     """A quantized matrix: its rows are dequantized, its parts are what is stored.
 
+    The rows are float32 whatever the type of the scales: in float16, scale * code + bias would be off by an eighth of
+    a step.
+
     Raises:
         CheckpointError: weight, scales and biases do not fit together. MLX would read beyond their ends.
     """
@@ -130,9 +145,9 @@ class Packed(Tensor):
     def __init__(self, name: str, parts: Mapping[str, Tensor], settings: Quantization) -> None:
         self.parts, self.settings = dict(parts), settings
         weight, scales = parts["weight"], parts["scales"]
-        elements = weight.shape[-1] * 32
+        elements = prod(weight.shape[-1:]) * 32
         self.shape = (*weight.shape[:-1], elements // settings.bits)
-        self.dtype = mx.float32 if settings.mode != "affine" else scales.dtype
+        self.dtype = mx.float32
         wanted = {"weight": (mx.uint32, weight.shape), "scales": (None, settings.scales_shape(self.shape))}
         if settings.mode == "affine":
             wanted["biases"] = (scales.dtype, settings.scales_shape(self.shape))
@@ -141,6 +156,7 @@ class Packed(Tensor):
             for part, (dtype, shape) in wanted.items()
             if part not in parts or parts[part].shape != shape or parts[part].dtype != (dtype or parts[part].dtype)
         ]
+        wrong += [f"{part} are not of this mode" for part in sorted(parts.keys() - wanted.keys())]
         scale_types = FLOATS if settings.mode == "affine" else (mx.uint8,)
         if scales.dtype not in scale_types:
             wrong.append(f"scales are {scales.dtype}")
@@ -157,7 +173,10 @@ class Packed(Tensor):
 
     def rows(self, start: int, stop: int) -> mx.array:
         parts = {part: tensor.rows(start, stop) for part, tensor in self.parts.items()}
-        return self.settings.dequantize(parts["weight"], parts["scales"], parts.get("biases"), self.dtype)
+        scales, biases = parts["scales"], parts.get("biases")
+        if biases is not None:
+            scales, biases = scales.astype(self.dtype), biases.astype(self.dtype)
+        return self.settings.dequantize(parts["weight"], scales, biases, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -178,6 +197,11 @@ class Source:
     shards: tuple[Shard, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file was changed, replaced or removed since it was validated."""
+        for shard in self.shards:
+            shard.check_unchanged()
+
 
 def open_source(folder: str | Path) -> Source:
     """Open a checkpoint folder. Headers and index are validated; no tensor is read.
@@ -194,10 +218,9 @@ def open_source(folder: str | Path) -> Source:
 
 def pack(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Join each quantized weight with its scales and biases, by the settings in ``config``."""
-    packed = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
-    if not packed:
+    if not config.get("quantization"):
         _refuse_foreign(config)
-        return dict(stored)
+    packed = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         path, _, part = name.rpartition(".")
@@ -223,11 +246,11 @@ def settings_of(config: Mapping[str, Any], path: str) -> Quantization:
     if not isinstance(chosen, dict):
         raise ConfigError(f"config.json: {path} is quantized, but `quantization` gives no bits and group_size for it")
     mode, allowed = chosen.get("mode", "affine"), "affine, mxfp4, mxfp8, nvfp4"
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ConfigError(f"config.json: quantization mode {mode!r} of {path} is unknown; known: {allowed}")
     bits_allowed, groups_allowed = MODES[mode]
     bits, group = chosen.get("bits", bits_allowed[-1]), chosen.get("group_size", groups_allowed[0])
-    if bits not in bits_allowed or group not in groups_allowed or isinstance(bits, bool):
+    if type(bits) is not int or bits not in bits_allowed or type(group) is not int or group not in groups_allowed:
         raise ConfigError(
             f"config.json: {path} has {bits!r} bits in groups of {group!r}; mode {mode} allows bits "
             f"{', '.join(map(str, bits_allowed))} in groups of {', '.join(map(str, groups_allowed))}"

@@ -135,6 +135,7 @@ class SharedInput:
         for projection, size, end in zip(self.projections, sizes, self._ends, strict=True):
             for name, joined in self._joined.items():
                 projection[name] = joined[end - size : end]
+            mx.eval(projection.parameters())  # a view of the joined; left unevaluated, only this thread could read it
         self._parts = [p["weight"] for p in self.projections]
 
     def __call__(self, x: mx.array) -> list[mx.array]:
