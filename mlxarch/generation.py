@@ -1,7 +1,7 @@
 """Prefill and decode: from prompt tokens to new tokens."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -63,10 +63,49 @@ class Session:
     Attributes:
         caches: one for each layer.
         tokens: what the caches hold.
+        renew: makes empty caches, for those that cannot go back as far as a prompt asks (a window has no past).
+        model: whose caches they are; None until the first turn.
+        turn: counts the turns, so that an answer left unfinished notices that a later one has begun.
     """
 
-    caches: list[Cache]
+    caches: list[Cache | None]
     tokens: list[int] = field(default_factory=list)
+    renew: Callable[[], list[Cache | None]] | None = None
+    model: CausalLM | None = None
+    turn: int = 0
+
+    def begin(self, model: CausalLM) -> int:
+        """Start a turn, and return its number.
+
+        Raises:
+            InvalidInput: the session holds tokens of another model.
+        """
+        if self.model is not None and self.model is not model:
+            raise InvalidInput("this session belongs to another model; take one from the session() of this model")
+        self.model, self.renew, self.turn = model, self.renew or model.make_caches, self.turn + 1
+        return self.turn
+
+    def check(self, turn: int) -> None:
+        """Refuse to go on with an earlier turn: the caches have moved on.
+
+        Raises:
+            InvalidInput: another turn has begun since.
+        """
+        if self.turn != turn:
+            raise InvalidInput("another turn has begun in this session; an answer before it cannot go on any more")
+
+    def settle(self) -> None:
+        """After a pass that broke off: let the caches hold ``tokens`` and no more, with nothing left to compute."""
+        try:
+            sound = self._truncate(len(self.tokens))
+            evaluate(self.caches)
+        except RuntimeError:  # what they hold cannot be computed
+            sound = False
+        if not sound and self.renew is not None:
+            self.caches, self.tokens = self.renew(), []
+
+    def _truncate(self, length: int) -> bool:
+        return all([cache.truncate(length) for cache in self.caches if cache is not None])
 
     def keep_common(self, prompt: Sequence[int]) -> int:
         """Forget all but what ``prompt`` begins with, and return how many tokens that is.
@@ -78,8 +117,10 @@ class Session:
             if held != wanted:
                 break
             common += 1
-        if not all(cache.truncate(common) for cache in self.caches):
-            raise InvalidInput("these caches cannot go back so far; begin a new session")
+        if not self._truncate(common):
+            if self.renew is None:
+                raise InvalidInput("these caches cannot go back so far; begin a new session")
+            self.caches, common = self.renew(), 0
         del self.tokens[common:]
         return common
 
@@ -116,14 +157,18 @@ def room(prompt_tokens: int, max_tokens: int | None, context: int) -> int:
     return left if max_tokens is None else max_tokens
 
 
+def evaluate(caches: Sequence[Cache | None]) -> None:
+    """Compute what the caches hold, and nothing else: not the head, whose logits nobody asked for."""
+    mx.eval([cache.arrays() for cache in caches if cache is not None])
+
+
 def prefill(model: CausalLM, session: Session, prompt: Sequence[int]) -> mx.array:
     """Feed what the session does not hold yet of ``prompt``, and return the logits (1, V) behind its last token."""
     rest, size = list(prompt[len(session.tokens) :]), prefill_chunk()
     while len(rest) > size:
         chunk, rest = rest[:size], rest[size:]
         model.states(mx.array([chunk]), session.caches)
-        # the caches alone: what only the head would need is never computed
-        mx.eval([cache.arrays() for cache in session.caches])
+        evaluate(session.caches)
         session.tokens += chunk
     state = model.states(mx.array([rest]), session.caches)
     session.tokens += rest
@@ -143,22 +188,29 @@ def decode(
 
     Raises:
         NonFiniteLogits: NaN or infinity instead of a token.
+        InvalidInput: the session belongs to another model, or has begun another turn meanwhile.
     """
-    begin = time.perf_counter()
+    begin, turn = time.perf_counter(), session.begin(model)
     timings = Timings(len(prompt), session.keep_common(prompt))
     sampler = Sampler(sampling, model.vocab_size, [prompt])
-    token, checked = _sample(sampler, prefill(model, session, prompt))
-    for index in range(limit):
-        following = None
-        if index + 1 < limit:
-            state = model.states(token[None], session.caches)
-            following = _sample(sampler, model.head(state)[:, 0])
-        [value] = _read(checked, index)
-        if following is not None:
-            session.tokens.append(value)
-            token, checked = following
-        timings.record(index, time.perf_counter() - begin)
-        yield value, timings
+    try:
+        token, checked = _sample(sampler, prefill(model, session, prompt))
+        for index in range(limit):
+            following = None
+            if index + 1 < limit:
+                state = model.states(token[None], session.caches)
+                following = _sample(sampler, model.head(state)[:, 0])
+            [value] = _read(checked, index)
+            if following is not None:
+                session.tokens.append(value)
+                token, checked = following
+            timings.record(index, time.perf_counter() - begin)
+            yield value, timings
+            session.check(turn)
+    except (Exception, KeyboardInterrupt):
+        if session.turn == turn:
+            session.settle()
+        raise
 
 
 def decode_batch(
@@ -180,7 +232,7 @@ def decode_batch(
     size = prefill_chunk()
     while tokens.shape[1] > size:
         model.states(tokens[:, :size], caches)
-        mx.eval([cache.arrays() for cache in caches])
+        evaluate(caches)
         tokens = tokens[:, size:]
     for index in range(limit):
         state = model.states(tokens, caches)
@@ -199,7 +251,9 @@ def _sample(sampler: Sampler, logits: mx.array) -> tuple[mx.array, mx.array]:
     tokens = sampler(logits)
     # one pass in float32: not finite if a logit is NaN or +inf, or if all are -inf
     checked = mx.where(mx.isfinite(mx.logsumexp(logits, axis=-1)), tokens.astype(mx.int32), -1)
-    mx.async_eval(checked)
+    # the sampler's state too: MLX's unevaluated arrays belong to the thread that made them, and between two tokens
+    # nothing may be left to this one
+    mx.async_eval(checked, sampler.state)
     return tokens, checked
 
 

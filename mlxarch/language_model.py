@@ -1,6 +1,5 @@
 """A model with its tokenizer: what ``mlxarch.load`` returns."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import mlx.core as mx
 
 from mlxarch import store
 from mlxarch.blocks import Cache, CausalLM
+from mlxarch.checkpoint import read_json
 from mlxarch.errors import ConfigError, InvalidInput, TokenizerError
 from mlxarch.generation import Session, Timings, check_tokens, decode, decode_batch, room
 from mlxarch.loading import load_model
@@ -18,6 +18,7 @@ from mlxarch.sampling import Sampling
 from mlxarch.stops import StopStrings
 from mlxarch.tokenizer import Tokenizer
 
+_PROMPT = "a prompt is a text, a list of messages with role and content, or a list of token ids"
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
@@ -86,7 +87,9 @@ def load(
 class LanguageModel:
     """A loaded model.
 
-    MLX's graphs belong to the thread that builds them: use one thread for one generation.
+    Any thread may generate, whichever loaded the model; a session, and an iterator of ``stream``, may pass from one
+    thread to another between two pieces. MLX's unevaluated arrays belong to the thread that made them, so nothing is
+    left unevaluated there. Two threads must not use one session at the same time.
 
     Attributes:
         path: of the folder that it was loaded from.
@@ -101,17 +104,17 @@ class LanguageModel:
     ) -> None:
         self.path, self.model, self.config, self.tokenizer = path, model, config, tokenizer
         longest = model.context_length
-        if context is not None and not 1 <= context <= longest:
-            raise InvalidInput(f"context must lie in 1 … {longest}, what {path.name} was made for; found {context}")
+        if context is not None and (type(context) is not int or not 1 <= context <= longest):
+            raise InvalidInput(f"context must lie in 1 … {longest}, what {path.name} was made for; found {context!r}")
         self.context_length, self._capacity = context or longest, context
 
-    def make_caches(self) -> list[Cache]:
+    def make_caches(self) -> list[Cache | None]:
         """Empty caches, one for each layer."""
         return self.model.make_caches(self._capacity)
 
     def session(self) -> Session:
         """A conversation to be: pass it to every turn, and a turn computes only what differs from the last."""
-        return Session(self.make_caches())
+        return Session(self.make_caches(), renew=self.make_caches)
 
     @property
     def recommended_sampling(self) -> Sampling:
@@ -120,12 +123,13 @@ class LanguageModel:
         if not path.is_file():
             return Sampling()
         try:
-            advice = json.loads(path.read_text("utf-8"))
+            advice = read_json(path)
             if not advice.get("do_sample"):
                 return Sampling()
-            known = {k: advice[k] for k in ("temperature", "top_k", "top_p", "min_p") if advice.get(k) is not None}
+            names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            known = {name: advice[name] for name in names if advice.get(name) is not None}
             return Sampling(**{"temperature": 1.0, **known})
-        except (ValueError, AttributeError, InvalidInput) as error:
+        except InvalidInput as error:
             raise ConfigError(f"{path}: {error}; correct the file or remove it") from None
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
@@ -137,6 +141,8 @@ class LanguageModel:
         """
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+            raise InvalidInput(f"{_PROMPT}; found {type(prompt).__name__}")
         elif prompt and isinstance(prompt[0], Mapping):
             rendered = self.tokenizer.apply_chat_template(cast(Sequence[Mapping[str, Any]], prompt))
             if isinstance(rendered, str):
@@ -145,7 +151,7 @@ class LanguageModel:
         else:
             tokens = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
             if len(tokens) < len(prompt):
-                raise InvalidInput("a prompt is a text, a list of messages with role and content, or a list of ids")
+                raise InvalidInput(f"{_PROMPT}; found a {type(prompt).__name__} of other things")
         check_tokens(tokens, self.model.vocab_size)
         return tokens
 
@@ -174,13 +180,15 @@ class LanguageModel:
             InvalidInput: an argument is out of range.
             NonFiniteLogits: the model broke down.
         """
+        if session is not None and not isinstance(session, Session):
+            raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
         chosen, stops = _sampling(sampling, settings), StopStrings(stop)
         limit = self._limit(tokens := self.tokens_of(prompt), max_tokens)
         return self._pieces(tokens, limit, chosen, stops, session or self.session())
 
     def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
-        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
-            raise InvalidInput(f"max_tokens must be at least 1, found {max_tokens!r}")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise InvalidInput(f"max_tokens must be a whole number from 1 on, found {max_tokens!r}")
         return room(len(tokens), max_tokens, self.context_length)
 
     def _pieces(
@@ -220,6 +228,8 @@ class LanguageModel:
         The weights are read once for a token of every prompt, so a batch costs little more than its longest member.
         Arguments and errors are those of ``stream``; the timings are those of the whole batch.
         """
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+            raise InvalidInput(f"prompts must be a list of prompts, found {type(prompts).__name__}")
         if not prompts:
             return []
         chosen, rows = _sampling(sampling, settings), [_Row(self.tokenizer, stop) for _ in prompts]
@@ -258,8 +268,9 @@ class _Row:
 
 
 def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
-    try:
-        return replace(sampling or Sampling(), **settings)
-    except TypeError:
-        known = ", ".join(Sampling.__dataclass_fields__)
-        raise InvalidInput(f"unknown argument among {', '.join(settings)}; sampling has {known}") from None
+    if not isinstance(sampling, Sampling | None):
+        raise InvalidInput(f"sampling must be a Sampling, found {type(sampling).__name__}")
+    if unknown := sorted(settings.keys() - Sampling.__dataclass_fields__.keys()):
+        known = ", ".join(("max_tokens", "stop", "sampling", "session", *Sampling.__dataclass_fields__))
+        raise InvalidInput(f"unknown argument {', '.join(unknown)}; known: {known}")
+    return replace(sampling or Sampling(), **settings)

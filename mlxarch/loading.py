@@ -11,7 +11,8 @@ from mlxarch.blocks import CausalLM, Embedding, fuse
 from mlxarch.blocks.linear import Matrix
 from mlxarch.errors import CheckpointError, InvalidInput
 from mlxarch.progress import Progress, silent
-from mlxarch.weights import FLOATS, Packed, Resolved, Tensor, open_source, resolve
+from mlxarch.tensors import FLOATS, Packed, Tensor
+from mlxarch.weights import Resolved, open_source, resolve
 
 DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxarch.blocks import CausalLM, DecoderConfig
+from mlxarch.blocks.renames import Ignore, Rename, Rule
 from mlxarch.errors import UnsupportedArchitecture
 
 MODELS = {
@@ -13,14 +14,34 @@ MODELS = {
     "mistral": "llama3",
     "qwen3": "qwen3",
 }
+# Of a wrapper's own keys, those that speak of its text model too
+PASSED_ON = ("tie_word_embeddings",)
+
+# Both spellings of a text model inside a wrapper, the published and that of transformers 5, lose their prefix
+WRAPPED: tuple[Rule, ...] = (
+    Ignore(
+        r"^(model\.)?(vision_tower|vision_model|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.", "tower"
+    ),
+    Rename(r"^language_model\.(?=model\.|lm_head\.)", ""),
+    Rename(r"^model\.language_model\.", "model."),
+)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A config together with the code that runs it."""
+    """A config together with the code that runs it.
+
+    Attributes:
+        name: of the file in ``models/``.
+        config: what that file reads of config.json.
+        rules: its ``WEIGHTS``: how published tensors become its parameters.
+        prefix: what stands before the parameters' names in a checkpoint of this ``model_type``.
+    """
 
     name: str
     config: DecoderConfig
+    rules: tuple[Rule, ...]
+    prefix: str
     _build: Callable[[Any], CausalLM]
 
     def build(self) -> CausalLM:
@@ -41,5 +62,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             f"config.json: model_type {kind!r} is unknown; known: {', '.join(sorted(MODELS))}. "
             "docs/adding-a-model.md shows how to add one"
         )
+    text = config.get("text_config")
+    wrapped = isinstance(text, dict)  # a vision or audio model around the text model: its towers are left out
+    inner = {"model_type": kind, **text, **{k: config[k] for k in PASSED_ON if k in config}} if wrapped else config
     module = importlib.import_module(f"mlxarch.models.{MODELS[kind]}")  # a name of our own table, never of the file
-    return Architecture(MODELS[kind], module.Config.from_dict(config), module.build)
+    rules = (*(WRAPPED if wrapped else ()), *getattr(module, "WEIGHTS", ()))
+    prefix = "language_model." if wrapped else ""
+    return Architecture(MODELS[kind], module.Config.from_dict(inner), rules, prefix, module.build)

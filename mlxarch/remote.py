@@ -18,7 +18,8 @@ from mlxarch.errors import CheckpointError
 from mlxarch.hub import Repository, shifted
 from mlxarch.progress import Progress, silent
 from mlxarch.safetensors_header import read_header
-from mlxarch.weights import DTYPES, Source, Stored, Tensor, pack
+from mlxarch.tensors import DTYPES, Stored, Tensor
+from mlxarch.weights import Source, pack
 
 logger = logging.getLogger(__name__)
 

@@ -1,182 +1,26 @@
-"""From the tensors of a checkpoint to the parameters of a model, without reading more than is asked for.
-
-A ``Tensor`` knows its shape and gives its values by rows: a quantizer reads a tensor in chunks, a loader whole.
-What is stored otherwise than the model wants it (packed, split, stacked, in another number format) becomes a Tensor
-that computes its rows from others.
-"""
+"""From the tensors of a checkpoint to the parameters of a model: names, quantized triples, and what must be there."""
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from typing import Any, assert_never
 
-import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxarch.blocks import CausalLM, Quantization
+from mlxarch.blocks import CausalLM, DecoderConfig, Quantization
 from mlxarch.blocks.linear import Matrix
-from mlxarch.checkpoint import Checkpoint, Shard, TensorInfo
+from mlxarch.blocks.renames import Ignore, IgnoreExtraLayers, Rename, Rule, SplitRows, Stack, Transpose
+from mlxarch.checkpoint import Checkpoint, Shard
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.registry import Architecture, architecture
+from mlxarch.tensors import FLOATS, Fp8Blocks, Packed, Rows, Stacked, Stored, Tensor, Transposed
 
-DTYPES = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "F32": mx.float32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-}
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 SIDECARS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
 )
-
-
-class Tensor(ABC):
-    """A tensor that is read when its rows are asked for.
-
-    Attributes:
-        shape: what the model sees.
-        dtype: of the rows.
-    """
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-
-    @property
-    def row_count(self) -> int:
-        """Rows of the matrix (prod(shape[:-1]), shape[-1]) as which ``rows`` counts; 1 for a vector."""
-        return prod(self.shape[:-1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return prod(self.shape) * self.dtype.size
-
-    @abstractmethod
-    def rows(self, start: int, stop: int) -> mx.array:
-        """Rows ``start`` to ``stop``: (stop - start, shape[-1]).
-
-        Raises:
-            CheckpointError: the file cannot be read, or is no longer the one that was checked.
-        """
-
-    def load(self) -> mx.array:
-        """All of it, in its own shape."""
-        return self.rows(0, self.row_count).reshape(self.shape)
-
-
-class Stored(Tensor):
-    """A tensor as a safetensors file holds it."""
-
-    def __init__(self, shard: Shard, info: TensorInfo) -> None:
-        self.shard, self.info, self.shape, self.dtype = shard, info, info.shape, _dtype(shard, info)
-
-    def rows(self, start: int, stop: int) -> mx.array:
-        width = self.shape[-1] if self.shape else 1
-        raw = bytearray((stop - start) * width * self.dtype.size)
-        self.shard.read_into(self.info, memoryview(raw), start * width * self.dtype.size)
-        # by way of an integer type of the same width, for NumPy has no bfloat16
-        words = mx.array(np.frombuffer(raw, f"u{self.dtype.size}"))
-        return words.view(self.dtype).reshape(stop - start, width)
-
-    def load(self) -> mx.array:
-        """See Tensor. MLX reads it, when it is evaluated: in parallel, and straight into its own buffer."""
-        array = _unread_array(self.shard, self.info.name)
-        if array.shape != self.shape or array.dtype != self.dtype:
-            self.shard.check_unchanged()
-            raise CheckpointError(
-                f"{self.shard.path}: tensor {self.info.name} is {self.dtype} {self.shape}, and MLX reads it as "
-                f"{array.dtype} {array.shape}; save the checkpoint again"
-            )
-        return array
-
-
-_unread: WeakKeyDictionary[Shard, dict[str, mx.array]] = WeakKeyDictionary()
-
-
-def _unread_array(shard: Shard, name: str) -> mx.array:
-    """An array that MLX has yet to read. It is handed out once, so that nothing here holds on to what was read."""
-    if name not in _unread.get(shard, {}):
-        shard.check_unchanged()  # MLX opens it anew, by its path
-        try:
-            _unread[shard] = cast(dict[str, mx.array], mx.load(str(shard.path), format="safetensors"))
-        except (RuntimeError, ValueError) as error:
-            shard.check_unchanged()
-            raise CheckpointError(f"{shard.path}: MLX does not read it ({error}); download it again") from None
-    if name not in _unread[shard]:
-        shard.check_unchanged()
-        raise CheckpointError(f"{shard.path}: MLX does not find tensor {name}; download the file again")
-    return _unread[shard].pop(name)
-
-
-def _dtype(shard: Shard, info: TensorInfo) -> mx.Dtype:
-    if info.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{shard.path}: tensor {info.name} has dtype {info.dtype}; mlxarch reads {', '.join(DTYPES)}. "
-            "Save the checkpoint in bfloat16 or float32"
-        )
-    return DTYPES[info.dtype]
-
-
-class Packed(Tensor):
-    """A quantized matrix: its rows are dequantized, its parts are what is stored.
-
-    The rows are float32 whatever the type of the scales: in float16, scale * code + bias would be off by an eighth of
-    a step.
-
-    Raises:
-        CheckpointError: weight, scales and biases do not fit together. MLX would read beyond their ends.
-    """
-
-    def __init__(self, name: str, parts: Mapping[str, Tensor], settings: Quantization) -> None:
-        self.parts, self.settings = dict(parts), settings
-        weight, scales = parts["weight"], parts["scales"]
-        elements = prod(weight.shape[-1:]) * 32
-        self.shape = (*weight.shape[:-1], elements // settings.bits)
-        self.dtype = mx.float32
-        wanted = {"weight": (mx.uint32, weight.shape), "scales": (None, settings.scales_shape(self.shape))}
-        if settings.mode == "affine":
-            wanted["biases"] = (scales.dtype, settings.scales_shape(self.shape))
-        wrong = [
-            f"{part} is {parts[part].dtype} {parts[part].shape}" if part in parts else f"{part} is missing"
-            for part, (dtype, shape) in wanted.items()
-            if part not in parts or parts[part].shape != shape or parts[part].dtype != (dtype or parts[part].dtype)
-        ]
-        wrong += [f"{part} are not of this mode" for part in sorted(parts.keys() - wanted.keys())]
-        scale_types = FLOATS if settings.mode == "affine" else (mx.uint8,)
-        if scales.dtype not in scale_types:
-            wrong.append(f"scales are {scales.dtype}")
-        if elements % settings.bits or self.shape[-1] % settings.group_size or wrong:
-            raise CheckpointError(
-                f"tensor {name}: with {settings.bits} bits, groups of {settings.group_size}, mode {settings.mode}, a "
-                f"weight of {weight.dtype} {weight.shape} and its scales and biases must fit together; found "
-                f"{'; '.join(wrong) or f'rows of {self.shape[-1]} elements'}. Check `quantization` in config.json"
-            )
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
-
-    def rows(self, start: int, stop: int) -> mx.array:
-        parts = {part: tensor.rows(start, stop) for part, tensor in self.parts.items()}
-        scales, biases = parts["scales"], parts.get("biases")
-        if biases is not None:
-            scales, biases = scales.astype(self.dtype), biases.astype(self.dtype)
-        return self.settings.dequantize(parts["weight"], scales, biases, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -219,7 +63,7 @@ def open_source(folder: str | Path) -> Source:
 def pack(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Join each quantized weight with its scales and biases, by the settings in ``config``."""
     if not config.get("quantization"):
-        _refuse_foreign(config)
+        stored = _unpack_foreign(stored, config)
     packed = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -267,14 +111,31 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
-def _refuse_foreign(config: Mapping[str, Any]) -> None:
+def _unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Number formats of other makers: float8 in blocks."""
     foreign = config.get("quantization_config") or {}
     method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
-    if method:
+    if method == "fp8":
+        block = foreign.get("weight_block_size") or (128, 128)
+        if list(block) != [128, 128]:
+            raise ConfigError(f"config.json: float8 in blocks of {block} is not read; only [128, 128] is")
+        tensors = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale_inv")}
+        for name, scale in stored.items():
+            weight = name.removesuffix("_scale_inv")
+            if weight not in tensors:
+                raise CheckpointError(f"tensor {name} has no {weight} beside it; download the checkpoint again")
+            if weight != name:
+                tensors[weight] = Fp8Blocks(weight, tensors[weight], scale)
+        return tensors
+    if method and method not in KEPT_AS_THEY_ARE:
         raise ConfigError(
             f"config.json: the weights are packed by {method!r}, which mlxarch does not read; take the original "
             "checkpoint, or one that is quantized for MLX"
         )
+    return dict(stored)
+
+
+KEPT_AS_THEY_ARE: tuple[str, ...] = ()  # formats that the rules of a model take apart by the tensors' names
 
 
 @dataclass(frozen=True)
@@ -284,22 +145,32 @@ class Resolved:
     Attributes:
         architecture: with ``tie_word_embeddings`` as the tensors have it.
         parameters: path of the weight -> Tensor; a Packed stands for its three arrays.
-        ignored: names of tensors that the model has no use for, by rule.
+        ignored: names of tensors that the model has no use for, each with what it is.
     """
 
     architecture: Architecture
     model: CausalLM
     parameters: dict[str, Tensor]
-    ignored: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def matrices(self) -> frozenset[str]:
         """Paths of the parameters that can be quantized: weights of linear layers and embeddings."""
         return frozenset(f"{path}.weight" for path, m in self.model.named_modules() if isinstance(m, Matrix))
 
+    @property
+    def published(self) -> dict[str, Tensor]:
+        """The parameters by the names that a checkpoint of this ``model_type`` gives them, in the source's order."""
+        return {self.architecture.prefix + path: tensor for path, tensor in self.parameters.items()}
+
+    @property
+    def published_matrices(self) -> frozenset[str]:
+        """``matrices`` by these names."""
+        return frozenset(self.architecture.prefix + path for path in self.matrices)
+
 
 # What no architecture reads: tables that RoPE computes itself
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+COMMON: tuple[Rule, ...] = (Ignore(r"\.rotary_emb\.inv_freq$", "RoPE frequencies"),)
 
 
 def resolve(source: Source) -> Resolved:
@@ -310,8 +181,9 @@ def resolve(source: Source) -> Resolved:
         ConfigError, UnsupportedArchitecture: see ``registry.architecture``.
     """
     found = architecture(source.config)
-    ignored = tuple(name for name in source.tensors if IGNORED.search(name))
-    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in ignored}
+    tensors, ignored = dict(source.tensors), {}
+    for rule in (*COMMON, *found.rules):
+        tensors = _apply(rule, tensors, found.config, ignored)
     if found.config.tie_word_embeddings and "lm_head.weight" in tensors:
         # the file brings a head of its own, which then counts, whatever the config says
         found = replace(found, config=replace(found.config, tie_word_embeddings=False))
@@ -326,11 +198,82 @@ def resolve(source: Source) -> Resolved:
             )
         if not isinstance(tensor, Packed) and tensor.dtype not in FLOATS:
             raise CheckpointError(f"tensor {name} is {tensor.dtype}; float32, float16 and bfloat16 are allowed")
-    resolved = Resolved(found, model, {name: tensors[name] for name in shapes}, ignored)
+    # in the order of the source: who reads them in this order reads each file once
+    resolved = Resolved(found, model, tensors, ignored)
     packed = {name for name, tensor in tensors.items() if isinstance(tensor, Packed)}
     if not packed <= resolved.matrices:
         raise CheckpointError(f"tensor {min(packed - resolved.matrices)} is quantized, and no matrix")
     return resolved
+
+
+def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignored: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors with one rule applied; what it leaves out is added to ``ignored`` with the reason."""
+    match rule:
+        case Rename(pattern, to):
+            return {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
+        case Ignore(pattern, what):
+            ignored |= {name: what for name in tensors if re.search(pattern, name)}
+        case IgnoreExtraLayers():
+            layers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in tensors}
+            extra = (n for n, m in layers.items() if m and int(m[1]) >= config.num_hidden_layers)
+            ignored |= dict.fromkeys(extra, "layers that predict further tokens")
+        case Transpose(pattern):
+            return {n: Transposed(t) if re.search(pattern, n) else t for n, t in tensors.items()}
+        case Stack(pattern, to):
+            return _stack(re.compile(pattern), to, tensors)
+        case SplitRows():
+            return _split(rule, tensors)
+        case _:
+            assert_never(rule)
+    return {name: tensor for name, tensor in tensors.items() if name not in ignored}
+
+
+def _stack(pattern: re.Pattern[str], to: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not (found := pattern.search(name)):
+            out[name] = tensor
+            continue
+        target = name[: found.start()] + found.expand(to) + name[found.end() :]
+        out.setdefault(target, tensor)  # holds the place in the order
+        stacks.setdefault(target, {})[int(found["expert"])] = tensor
+    for target, experts in stacks.items():
+        missing = sorted(set(range(max(experts) + 1)) - set(experts))
+        if missing or len({(e.shape, e.dtype, type(e)) for e in experts.values()}) > 1:
+            problem = f"lacks expert {missing[0]}" if missing else "has experts of different shapes or types"
+            raise CheckpointError(f"tensor {target} {problem}; download the checkpoint again")
+        ordered = [experts[index] for index in range(len(experts))]
+        first = ordered[0]
+        if isinstance(first, Packed):
+            each = [expert for expert in ordered if isinstance(expert, Packed) and expert.settings == first.settings]
+            if len(each) < len(ordered):
+                raise CheckpointError(f"tensor {target} has experts that are quantized in different ways")
+            parts = {part: Stacked([expert.parts[part] for expert in each]) for part in first.parts}
+            out[target] = Packed(target, parts, first.settings)
+        else:
+            out[target] = Stacked(ordered)
+    return out
+
+
+def _split(rule: SplitRows, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not (found := re.search(rule.pattern, name)):
+            out[name] = tensor
+            continue
+        count, rows = len(rule.to), tensor.shape[-1 if rule.vector else -2]
+        if rows % count:
+            raise CheckpointError(f"tensor {name} of shape {tensor.shape} does not hold {count} equal parts")
+        for index, to in enumerate(rule.to):
+            size = rows // count
+            pick = np.arange(index, rows, count) if rule.interleaved else np.arange(index * size, (index + 1) * size)
+            target = name[: found.start()] + found.expand(to) + name[found.end() :]
+            if isinstance(tensor, Packed):
+                out[target] = tensor.each_part(target, lambda part, pick=pick: Rows(part, pick))
+            else:
+                out[target] = Rows(tensor, pick, rule.vector)
+    return out
 
 
 def _check_names(wanted: Iterable[str], found: Iterable[str]) -> None:

@@ -1,11 +1,13 @@
-"""Llama 3 (Meta, 2024), also Llama 3.1 to 3.3, SmolLM2, and Mistral without a window.
+"""Llama 3 (Meta, 2024), also Llama 3.1 to 3.3, SmolLM2 and Mistral 7B.
 
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ SwiGLU ─ + ─
        └──────────────────────┘  └────────────────┘
 
 Stands out: the plain pre-norm decoder that the others are told apart from; grouped-query attention, no biases;
-from 3.1 on RoPE whose slow frequencies are stretched (rope type llama3).
-Source: arXiv:2407.21783; meta-llama/Llama-3.1-8B/config.json; biases as in transformers' LlamaForCausalLM.
+from 3.1 on RoPE whose slow frequencies are stretched (rope type llama3). Mistral's first version
+has a sliding window on every layer.
+Source: arXiv:2407.21783; meta-llama/Llama-3.1-8B/config.json; mistralai/Mistral-7B-v0.1/config.json;
+biases as in transformers' LlamaForCausalLM.
 """
 
 from dataclasses import dataclass
@@ -20,10 +22,12 @@ from mlxarch.blocks import (
     Cache,
     CausalLM,
     DecoderConfig,
+    Full,
     GatedMLP,
     Positive,
     RMSNorm,
     RoPE,
+    Sliding,
     Step,
     swiglu,
 )
@@ -39,6 +43,7 @@ class Config(DecoderConfig):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: int | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -48,7 +53,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
         self.self_attn = Attention(
-            c, rope=RoPE(c.head_size, c.rotation), bias=c.attention_bias, output_bias=c.attention_bias
+            c,
+            rope=RoPE(c.head_size, c.rotation),
+            span=Sliding(c.sliding_window) if c.sliding_window else Full(),
+            bias=c.attention_bias,
+            output_bias=c.attention_bias,
         )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu, c.mlp_bias)
         self.input_layernorm = norm(c.hidden_size)

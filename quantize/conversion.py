@@ -141,10 +141,9 @@ class Conversion:
             shard.close()
 
     def _write_weights(self, workspace: Workspace, writer: Writer, done: set[str], progress: Progress) -> None:
-        parameters, entries = self.resolved.parameters, self.plan.entries
-        position = {id(tensor): n for n, tensor in enumerate(self.source.tensors.values())}
-        # in the source's order, so that a source that comes file by file is passed once
-        todo = sorted(entries.keys() - done, key=lambda path: (position.get(id(parameters[path]), 0), path))
+        parameters, entries = self.resolved.published, self.plan.entries
+        # they stand in the source's order, so that a source that comes file by file is passed once
+        todo = [path for path in parameters if path not in done]
         total, finished = self.summary.source_bytes, sum(entries[path].source_bytes for path in done)
         label = "copying" if self.wanted is None else "quantizing"
         unsynced, names = 0, []
@@ -244,7 +243,7 @@ def prepare(
             raise OutputError(f"{output} holds the source; name another output")
     resolved = resolve(opened)
     kind = DTYPE_NAMES[dtype] if dtype else None
-    plan = make_plan(resolved.parameters, resolved.matrices, wanted, kind, limits.shard)
+    plan = make_plan(resolved.published, resolved.published_matrices, wanted, kind, limits.shard)
     return Conversion(opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk())
 
 

@@ -16,7 +16,8 @@ from mlxarch.blocks import Quantization
 from mlxarch.errors import BackendMissing, CheckpointError
 from mlxarch.quantize.gguf_config import huggingface_name, llama3_scaling, model_config
 from mlxarch.quantize.gguf_tokenizer import Vocabulary, tokenizer_files
-from mlxarch.weights import Packed, Source, Tensor
+from mlxarch.tensors import Packed, Tensor
+from mlxarch.weights import Source
 
 if TYPE_CHECKING:
     from mlxarch.checkpoint import TensorInfo

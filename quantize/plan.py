@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize.formats import as_config, fitting, in_words, stored_as
-from mlxarch.weights import DTYPES, FLOATS, Packed, Tensor
+from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
 
 SHARD_BYTES = 5 * 10**9  # as large as the shards of mlx-lm and of most published models
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlxarch.errors import QuantizationError
 from mlxarch.quantize.plan import Entry
 from mlxarch.quantize.rounding import all_finite, quantize
-from mlxarch.weights import DTYPES, FLOATS, Packed, Tensor
+from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
 
 
 def chunks(tensor: Tensor, limit: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from mlxarch.blocks.feedforward import GatedMLP, geglu, swiglu
 from mlxarch.blocks.linear import Embedding, Linear, Quantization, fuse
 from mlxarch.blocks.norms import RMSNorm
 from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
-from mlxarch.blocks.span import Full, Span
+from mlxarch.blocks.span import Chunked, Full, Sliding, Span
 from mlxarch.blocks.step import Mask, Step
 from mlxarch.cache import Cache
 
@@ -21,6 +21,7 @@ __all__ = [
     "Attention",
     "Cache",
     "CausalLM",
+    "Chunked",
     "DecoderConfig",
     "Embedding",
     "Full",
@@ -34,6 +35,7 @@ __all__ = [
     "RMSNorm",
     "RoPE",
     "Rotation",
+    "Sliding",
     "Span",
     "Step",
     "fuse",

@@ -10,12 +10,14 @@ from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.linear import Linear, SharedInput
 from mlxarch.blocks.rope import NoRoPE, RoPE
 from mlxarch.blocks.span import Full, Span
-from mlxarch.blocks.step import Step
+from mlxarch.blocks.step import Mask, Step
 from mlxarch.cache import Cache
 
 
 class Attention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245); multi-head when there are as many KV heads as heads.
+
+    An architecture with a trick of its own overrides ``turn`` (how positions enter) or ``attend`` (what scores are).
 
     Args:
         rope: turns queries and keys by their position.
@@ -23,6 +25,8 @@ class Attention(nn.Module):
         scale: multiplies the scores; 1/sqrt(head size) unless given.
         norm: makes a QK-norm of the given width; None leaves queries and keys as they are.
         qk_norm: "head" normalises each head by itself, "projection" all heads as one vector.
+        sinks: one learned logit a head joins the softmax and takes no value (arXiv:2309.17453).
+        softcap: scores become softcap * tanh(scores / softcap), before the mask (arXiv:2408.00118).
 
     Shape:
         x: (B, L, hidden_size) -> the same
@@ -39,6 +43,8 @@ class Attention(nn.Module):
         qk_norm: Literal["head", "projection"] = "head",
         bias: bool = False,
         output_bias: bool = False,
+        sinks: bool = False,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         size, queries, keys = c.head_size, c.num_attention_heads * c.head_size, c.kv_heads * c.head_size
@@ -49,8 +55,26 @@ class Attention(nn.Module):
         if norm is not None:
             self.q_norm = norm(size if qk_norm == "head" else queries)
             self.k_norm = norm(size if qk_norm == "head" else keys)
-        self.head_size, self.scale, self.span, self.rope = size, scale or size**-0.5, span, rope
-        self.qk_norm = qk_norm if norm else None
+        if sinks:
+            self.sinks = mx.zeros((c.num_attention_heads,))
+        self.head_size, self.scale, self.span, self.rope = size, size**-0.5 if scale is None else scale, span, rope
+        self.qk_norm, self.softcap = qk_norm if norm else None, softcap
+
+    def make_cache(self, capacity: int | None) -> Cache | None:
+        """An empty cache for this layer."""
+        return self.span.make_cache(capacity)
+
+    def turn(self, q: mx.array, k: mx.array, step: Step) -> tuple[mx.array, mx.array]:
+        """Let the positions in: q (B, H, L, D), k (B, K, L, D) -> the same."""
+        return self.rope(q, step.offset), self.rope(k, step.offset)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, step: Step) -> mx.array:
+        """q (B, H, L, D) over k, v (B, K, S, D) -> (B, H, L, D)."""
+        if self.softcap is not None:
+            cap = self.softcap
+            return attend_by_scores(q, k, v, mask, lambda scores: cap * mx.tanh(scores * (self.scale / cap)))
+        sinks = self.get("sinks")
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=sinks)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
         q, k, v = self.qkv(x)  # (B, L, heads * D)
@@ -60,10 +84,32 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.swapaxes(1, 2) for t in (q, k, v))  # (B, heads, L, D)
-        q, k = self.rope(q, step.offset), self.rope(k, step.offset)
-
+        q, k = self.turn(q, k, step)
         mask = step.mask(self.span, cache)  # before the cache takes the new keys
         if cache is not None:
             k, v = cache.append(k, v)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+        out = self.attend(q, k, v, mask, step)
         return self.o_proj(out.swapaxes(1, 2).flatten(-2))
+
+
+def attend_by_scores(
+    q: mx.array, k: mx.array, v: mx.array, mask: Mask, score: Callable[[mx.array], mx.array]
+) -> mx.array:
+    """Attention with the scores at hand, for what the fused kernel does not do.
+
+    Args:
+        score: q k^T -> what goes into the softmax, shaped (B, K, H/K, L, S).
+
+    Shape:
+        q (B, H, L, D), k, v (B, K, S, D) -> (B, H, L, D)
+    """
+    batch, heads, length, size = q.shape
+    kv_heads, held = k.shape[1:3]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, size)
+    scores = score((grouped @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32))  # (B, K, H/K, L, S)
+    if isinstance(mask, str):
+        mask = mx.arange(held - length, held)[:, None] >= mx.arange(held)
+    if mask is not None:
+        scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], scores, -mx.inf)
+    weights = mx.softmax(scores, axis=-1).astype(v.dtype)
+    return (weights @ v[:, :, None]).reshape(batch, heads, length, size)

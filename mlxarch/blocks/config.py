@@ -11,6 +11,7 @@ from mlxarch.errors import ConfigError
 
 Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+MAX_HEAD_SIZE = 4096  # tables of RoPE grow with it, before any tensor shows that a config is wrong
 
 # Keys that change the mathematics, and the values with which they do not. A config that sets one of them otherwise
 # is refused unless its architecture has a field of that name.
@@ -73,12 +74,20 @@ class DecoderConfig:
 
     @property
     def rotation(self) -> Rotation:
-        """RoPE's parameters from either dialect: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+        """RoPE's parameters; of the full-attention layers where the kinds of layers differ."""
+        return self.rotation_of("full_attention")
+
+    def rotation_of(self, kind: str) -> Rotation:
+        """RoPE's parameters for a layer type, from either dialect of config.json.
+
+        ``rope_parameters`` holds them flat or by layer type; in the older dialect ``rope_theta`` and ``rope_scaling``
+        speak of all layers, and an architecture whose kinds differ overrides this.
 
         Raises:
             ConfigError: neither names a base. There is no default: a wrong base gives fluent nonsense.
         """
         scaling = self.rope_parameters or self.rope_scaling or {}
+        scaling = scaling[kind] if isinstance(scaling.get(kind), dict) else scaling
         theta = scaling.get("rope_theta", self.rope_theta)
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
             raise ConfigError(f"config.json: rope_theta must be a positive number, found {theta!r}")
@@ -121,6 +130,11 @@ class DecoderConfig:
         Raises:
             ConfigError: one does not hold.
         """
+        if self.head_size > MAX_HEAD_SIZE:
+            raise ConfigError(
+                f"config.json: heads of {self.head_size} features; at most {MAX_HEAD_SIZE} are allowed, and no known "
+                "model comes near"
+            )
         if self.num_attention_heads % self.kv_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads = {self.num_attention_heads} must be a multiple of "

@@ -61,7 +61,7 @@ class CausalLM(nn.Module):
         x = self.model.norm(state)
         return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
 
-    def states(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def states(self, tokens: mx.array, caches: Sequence[Cache | None] | None = None) -> mx.array:
         """Token ids (B, L) -> the state behind the last layer. The ids must be in range: nothing checks them here."""
         step = Step(tokens.shape[1], caches)
         state = self.embed(tokens, step)
@@ -69,7 +69,7 @@ class CausalLM(nn.Module):
             state = layer(state, step, cache)
         return state
 
-    def __call__(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, caches: Sequence[Cache | None] | None = None) -> mx.array:
         """Token ids (B, L) -> logits (B, L, V). With caches, the tokens follow those that the caches hold.
 
         Raises:
@@ -84,15 +84,16 @@ class CausalLM(nn.Module):
             raise InvalidInput(f"token ids must lie in 0 … {self.vocab_size - 1}; found {outside[0]}")
         return self.head(self.states(tokens, caches))
 
-    def make_caches(self, capacity: int | None = None, padding: Sequence[int] | None = None) -> list[Cache]:
-        """One empty cache for each layer.
+    def make_caches(self, capacity: int | None = None, padding: Sequence[int] | None = None) -> list[Cache | None]:
+        """One empty cache for each layer; None for a layer that takes its keys and values from another.
 
         Args:
             capacity: tokens to allocate for at once; None grows by need.
             padding: of a batch, how many tokens of padding stand on the left of each row.
         """
-        caches = [layer.self_attn.span.make_cache(capacity) for layer in self.layers]
+        caches = [layer.self_attn.make_cache(capacity) for layer in self.layers]
         if padding is not None and any(padding):
             for cache in caches:
-                cache.padding = mx.array(list(padding))
+                if cache is not None:
+                    cache.padding = mx.array(list(padding))
         return caches

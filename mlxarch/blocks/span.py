@@ -5,7 +5,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlxarch.cache import Cache, FullCache
+from mlxarch.cache import Cache, FullCache, SlidingCache
 
 
 class Span(Protocol):
@@ -15,8 +15,8 @@ class Span(Protocol):
         """Whether the query at one position may see the key at another; the arrays are broadcast."""
         ...
 
-    def is_causal(self, length: int) -> bool:
-        """Whether, among ``length`` consecutive positions, each sees itself and all before it."""
+    def sees_all(self, first: int, last: int) -> bool:
+        """Whether each of the positions from ``first`` to ``last`` sees itself and all of them before it."""
         ...
 
     def make_cache(self, capacity: int | None) -> Cache:
@@ -31,8 +31,41 @@ class Full:
     def sees(self, query: mx.array, key: mx.array) -> mx.array:
         return key <= query
 
-    def is_causal(self, length: int) -> bool:
+    def sees_all(self, first: int, last: int) -> bool:
         return True
 
     def make_cache(self, capacity: int | None) -> Cache:
         return FullCache(capacity)
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """A token sees itself and the ``window - 1`` tokens before it."""
+
+    window: int
+
+    def sees(self, query: mx.array, key: mx.array) -> mx.array:
+        return (key <= query) & (key > query - self.window)
+
+    def sees_all(self, first: int, last: int) -> bool:
+        return last - first < self.window
+
+    def make_cache(self, capacity: int | None) -> Cache:
+        return SlidingCache(self.window)
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """A token sees itself and the tokens before it in its chunk; a new chunk begins every ``size`` positions."""
+
+    size: int
+
+    def sees(self, query: mx.array, key: mx.array) -> mx.array:
+        return (key <= query) & (key // self.size == query // self.size)
+
+    def sees_all(self, first: int, last: int) -> bool:
+        return first // self.size == last // self.size
+
+    def make_cache(self, capacity: int | None) -> Cache:
+        # the newest ``size`` tokens hold all of the current chunk, whatever the padding of the row
+        return SlidingCache(self.size)

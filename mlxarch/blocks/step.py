@@ -1,7 +1,7 @@
 """What all layers share in one forward pass: where the queries stand, and who may see whom."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -15,14 +15,17 @@ class Step:
     """One forward pass over ``length`` new tokens.
 
     Attributes:
+        shared: keys and values that a later layer takes from an earlier one, by whatever name the two agree on.
         offset: position of the first query; one for each row (B,) where rows are padded on the left.
         positions: of all queries, (L,) or (B, L); negative ones are padding.
     """
 
-    def __init__(self, length: int, caches: Sequence[Cache] | None = None) -> None:
-        held = caches[0].length if caches else 0
-        self.length, self.padding = length, caches[0].padding if caches else None
+    def __init__(self, length: int, caches: Sequence[Cache | None] | None = None) -> None:
+        first = next((cache for cache in caches or () if cache is not None), None)
+        held = first.length if first else 0
+        self.length, self.padding = length, first.padding if first else None
         self.offset: int | mx.array = held if self.padding is None else held - self.padding
+        self.shared: dict[Hashable, Any] = {}
         self._masks: dict[tuple[Span, type[Cache] | None], Mask] = {}
 
     @property
@@ -45,10 +48,12 @@ class Step:
         return self._masks[shared]
 
     def _mask(self, span: Span, cache: Cache | None) -> Mask:
+        if self.padding is None:
+            first, last = (cache.oldest(self.length), cache.length) if cache else (0, 0)
+            if span.sees_all(first, last + self.length - 1):
+                return None if self.length == 1 else "causal"
         keys = cache.slots(self.length) if cache else mx.arange(self.length)  # (S,)
         if self.padding is None:
-            if (cache is None or cache.consecutive) and span.is_causal(keys.shape[0]):
-                return None if self.length == 1 else "causal"
             return span.sees(self.positions[:, None], keys)
         queries = self.positions[:, :, None]  # (B, L, 1)
         keys = keys - self.padding[:, None, None]  # (B, 1, S)

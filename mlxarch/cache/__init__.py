@@ -2,5 +2,6 @@
 
 from mlxarch.cache.base import Cache
 from mlxarch.cache.full import FullCache
+from mlxarch.cache.sliding import SlidingCache
 
-__all__ = ["Cache", "FullCache"]
+__all__ = ["Cache", "FullCache", "SlidingCache"]

@@ -14,10 +14,7 @@ class Cache(ABC):
     Attributes:
         length: tokens appended so far, also those that the cache has let go of.
         padding: tokens of padding on the left of each row (B,), None where there is none.
-        consecutive: whether the keys it returns stand in order, without a gap, up to the newest.
     """
-
-    consecutive = True
 
     def __init__(self) -> None:
         self.length = 0
@@ -33,7 +30,14 @@ class Cache(ABC):
 
     @abstractmethod
     def slots(self, length: int) -> mx.array:
-        """Slots of the keys that ``append`` would return for ``length`` new tokens: (S,)."""
+        """Slots of the keys that ``append`` would return for ``length`` new tokens: (S,).
+
+        They have no gap. For several new tokens they are in order; for one they may be in any.
+        """
+
+    def oldest(self, length: int) -> int:
+        """The smallest of ``slots(length)``."""
+        return 0
 
     @abstractmethod
     def truncate(self, length: int) -> bool:

@@ -146,7 +146,6 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
     "rope parameter of another type": ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor"),
     "unknown activation": ({"hidden_act": "gelu_new"}, "hidden_act"),
     "unknown kind of layer": ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-    "window": ({"sliding_window": 8}, "sliding_window"),
     "part of a head is rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "heads that no group size fits": ({"num_key_value_heads": 3}, "num_key_value_heads"),
     "hidden size that no head count divides": ({"hidden_size": 33}, "hidden_size"),

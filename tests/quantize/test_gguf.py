@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from mlxarch.errors import BackendMissing, CheckpointError, ConfigError, UnsupportedArchitecture
 from mlxarch.quantize.gguf import open_gguf
 from mlxarch.quantize.gguf_config import huggingface_name, model_config
-from mlxarch.weights import Packed, resolve
+from mlxarch.tensors import Packed
+from mlxarch.weights import resolve
 
 K = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD, WIDE = 256, 4, 2, 64, 512

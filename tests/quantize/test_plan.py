@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize.plan import Plan, make_plan
-from mlxarch.weights import Packed, Tensor
+from mlxarch.tensors import Packed, Tensor
 
 FOUR = Quantization(4, 64)
 

@@ -1,0 +1,61 @@
+"""How a published checkpoint's tensors become a model's parameters: what a model file's ``WEIGHTS`` table is made of.
+
+The rules only say what is to be done; ``mlxarch.weights`` does it. They are applied in the order of the table, each to
+every tensor whose name its pattern matches (a regular expression, found anywhere in the name).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Replace what the pattern matches; ``to`` may refer to its groups."""
+
+    pattern: str
+    to: str
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """Leave these tensors out; ``what`` tells a person what they are."""
+
+    pattern: str
+    what: str
+
+
+@dataclass(frozen=True)
+class IgnoreExtraLayers:
+    """Leave out layers from ``num_hidden_layers`` on: heads that predict further tokens (MTP)."""
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """Stored (…, in, out), wanted (…, out, in)."""
+
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Tensors of single experts become one, the group ``expert`` of the pattern counting from 0: (E, out, in)."""
+
+    pattern: str
+    to: str
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """One tensor holds several: (…, n · out, in), or (…, n · out) where ``vector`` is set, in equal parts.
+
+    Attributes:
+        to: names of the parts, in their order; they may refer to the pattern's groups.
+        interleaved: the parts' rows alternate.
+    """
+
+    pattern: str
+    to: tuple[str, ...]
+    interleaved: bool = False
+    vector: bool = False
+
+
+Rule = Rename | Ignore | IgnoreExtraLayers | Transpose | Stack | SplitRows
