@@ -87,6 +87,11 @@ class Sampler:
                 if prompt:
                     self._seen[row, mx.array(list(prompt))] = True
 
+    @property
+    def state(self) -> list[mx.array]:
+        """What the next call builds on."""
+        return self._keys if self._seen is None else [*self._keys, self._seen]
+
     def __call__(self, logits: mx.array) -> mx.array:
         """Logits (B, V) -> tokens (B,)."""
         settings = self.settings
