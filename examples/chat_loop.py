@@ -1,0 +1,38 @@
+"""Chat in the terminal. Ctrl-C stops an answer; Ctrl-D or an empty line ends the chat.
+
+    python chat_loop.py
+    python chat_loop.py --model llama3.2-3b --system "You are a patient teacher of Portuguese."
+
+The session holds the conversation as the model has read it, so that a turn computes only what is new.
+"""
+
+import argparse
+import sys
+
+import mlxarch
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("-m", "--model", default="qwen3-4b")
+parser.add_argument("--system", help="what the model is told first")
+parser.add_argument("--max-tokens", type=int, help="of an answer")
+args = parser.parse_args()
+
+try:
+    model = mlxarch.load(args.model)
+    session, settings = model.session(), model.recommended_sampling
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    while question := input("> "):
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        try:
+            for piece in model.stream(messages, session=session, sampling=settings, max_tokens=args.max_tokens):
+                answer += piece.text
+                print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        print()
+        messages.append({"role": "assistant", "content": answer})
+except (EOFError, KeyboardInterrupt):
+    print()
+except mlxarch.MlxArchError as error:
+    sys.exit(f"chat_loop: {error}")
