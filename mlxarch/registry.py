@@ -12,7 +12,9 @@ from mlxarch.errors import UnsupportedArchitecture
 MODELS = {
     "llama": "llama3",
     "mistral": "llama3",
+    "qwen2_moe": "qwen3_moe",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
 }
 # Of a wrapper's own keys, those that speak of its text model too
 PASSED_ON = ("tie_word_embeddings",)

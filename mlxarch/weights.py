@@ -155,8 +155,9 @@ class Resolved:
 
     @property
     def matrices(self) -> frozenset[str]:
-        """Paths of the parameters that can be quantized: weights of linear layers and embeddings."""
-        return frozenset(f"{path}.weight" for path, m in self.model.named_modules() if isinstance(m, Matrix))
+        """Paths of the parameters that a quantizer may pack: weights of linear layers, experts and embeddings."""
+        modules = self.model.named_modules()
+        return frozenset(f"{path}.weight" for path, m in modules if isinstance(m, Matrix) and m.quantizable)
 
     @property
     def published(self) -> dict[str, Tensor]:
@@ -201,8 +202,9 @@ def resolve(source: Source) -> Resolved:
     # in the order of the source: who reads them in this order reads each file once
     resolved = Resolved(found, model, tensors, ignored)
     packed = {name for name, tensor in tensors.items() if isinstance(tensor, Packed)}
-    if not packed <= resolved.matrices:
-        raise CheckpointError(f"tensor {min(packed - resolved.matrices)} is quantized, and no matrix")
+    matrices = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Matrix)}
+    if not packed <= matrices:
+        raise CheckpointError(f"tensor {min(packed - matrices)} is quantized, and no matrix")
     return resolved
 
 

@@ -10,7 +10,8 @@ from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.config import DecoderConfig, Positive
 from mlxarch.blocks.decoder import CausalLM, Layer
 from mlxarch.blocks.feedforward import GatedMLP, geglu, swiglu
-from mlxarch.blocks.linear import Embedding, Linear, Quantization, fuse
+from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, Quantization, fuse
+from mlxarch.blocks.moe import Experts, MoE, Router, SoftmaxTopK
 from mlxarch.blocks.norms import RMSNorm
 from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
 from mlxarch.blocks.span import Chunked, Full, Sliding, Span
@@ -18,6 +19,11 @@ from mlxarch.blocks.step import Mask, Step
 from mlxarch.cache import Cache
 
 __all__ = [
+    "SoftmaxTopK",
+    "Router",
+    "MoE",
+    "Experts",
+    "ExpertLinear",
     "Attention",
     "Cache",
     "CausalLM",

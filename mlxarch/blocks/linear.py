@@ -41,6 +41,21 @@ class Quantization:
             mode=self.mode,
         )
 
+    def gather_matmul(self, x: mx.array, packed: dict[str, Any], chosen: mx.array, sorted: bool) -> mx.array:
+        """Each row of x @ the transposed matrix that is chosen for it, of a ``packed`` stack (E, out, in)."""
+        return mx.gather_qmm(
+            x,
+            packed["weight"],
+            packed["scales"],
+            packed.get("biases"),
+            rhs_indices=chosen,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=sorted,
+        )
+
     def dequantize(self, weight: mx.array, scales: mx.array, biases: mx.array | None, dtype: mx.Dtype) -> mx.array:
         """The values that the packed arrays stand for."""
         return mx.dequantize(
@@ -49,16 +64,19 @@ class Quantization:
 
 
 class Matrix(nn.Module):
-    """A weight (out, in), packed where ``quantization`` is set; then ``scales`` and ``biases`` stand beside it."""
+    """A weight (…, out, in), packed where ``quantization`` is set; then ``scales`` and ``biases`` stand beside it."""
 
-    def __init__(self, outputs: int, inputs: int) -> None:
+    quantizable = True  # whether a quantizer may pack it; a router may come packed and is never packed here
+
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = mx.zeros((outputs, inputs))
+        self.weight = mx.zeros(shape)
         self.quantization: Quantization | None = None
 
-    def product(self, x: mx.array) -> mx.array:
-        """x @ weight.T, without any bias."""
-        return x @ self["weight"].T if self.quantization is None else self.quantization.matmul(x, self)
+    def product(self, x: mx.array, arrays: dict[str, Any] | None = None) -> mx.array:
+        """x @ weight.T, without any bias; ``arrays`` stands in for the matrix's own where several are joined."""
+        arrays = self if arrays is None else arrays
+        return x @ arrays["weight"].T if self.quantization is None else self.quantization.matmul(x, arrays)
 
 
 class Linear(Matrix):
@@ -73,9 +91,9 @@ class Linear(Matrix):
         if bias:
             self.bias = mx.zeros((outputs,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.product(x)
-        return y + self["bias"] if "bias" in self else y
+    def __call__(self, x: mx.array, arrays: dict[str, Any] | None = None) -> mx.array:
+        y, arrays = self.product(x, arrays), self if arrays is None else arrays
+        return y + arrays["bias"] if "bias" in arrays else y
 
 
 class Embedding(Matrix):
@@ -102,6 +120,30 @@ class Embedding(Matrix):
         return self.product(x)
 
 
+class ExpertLinear(Matrix):
+    """The matrices of all experts: each row of x is multiplied by the one that is chosen for it.
+
+    Shape:
+        x: (..., 1, in), chosen: (...) -> (..., 1, out); ``sorted``: whether the chosen experts stand in order
+    """
+
+    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(experts, outputs, inputs)
+        if bias:
+            self.bias = mx.zeros((experts, outputs))
+
+    def __call__(
+        self, x: mx.array, chosen: mx.array, sorted: bool = False, arrays: dict[str, Any] | None = None
+    ) -> mx.array:
+        arrays = self if arrays is None else arrays
+        if self.quantization is None:
+            weight = arrays["weight"].swapaxes(-1, -2)
+            y = mx.gather_mm(x, weight, rhs_indices=chosen, sorted_indices=sorted)
+        else:
+            y = self.quantization.gather_matmul(x, arrays, chosen, sorted)
+        return y + arrays["bias"][chosen][..., None, :] if "bias" in arrays else y
+
+
 class SharedInput:
     """Projections of one input (q/k/v, gate/up), run as one matrix product once ``fuse`` found that they can be.
 
@@ -110,7 +152,7 @@ class SharedInput:
     A projection that got other arrays since runs alone again.
     """
 
-    def __init__(self, *projections: Linear) -> None:
+    def __init__(self, *projections: Linear | ExpertLinear) -> None:
         self.projections = projections
         self._joined: dict[str, mx.array] = {}
         self._parts: list[mx.array] = []
@@ -126,27 +168,22 @@ class SharedInput:
         first = self.projections[0]
         names = set(first.keys())
         alike = all(p.quantization == first.quantization and set(p.keys()) == names for p in self.projections)
-        if not alike or len({p[n].dtype for p in self.projections for n in names & {"weight"}}) > 1:
+        if not alike or len({p["weight"].dtype for p in self.projections}) > 1:
             return
-        sizes = [p["weight"].shape[0] for p in self.projections]
+        sizes = [p["weight"].shape[-2] for p in self.projections]
         self._ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        self._joined = {name: mx.concatenate([p[name] for p in self.projections]) for name in sorted(names)}
+        axes = {name: -1 if name == "bias" else -2 for name in sorted(names)}
+        self._joined = {name: mx.concatenate([p[name] for p in self.projections], axes[name]) for name in axes}
         mx.eval(self._joined)
-        for projection, size, end in zip(self.projections, sizes, self._ends, strict=True):
-            for name, joined in self._joined.items():
-                projection[name] = joined[end - size : end]
-            mx.eval(projection.parameters())  # a view of the joined; left unevaluated, only this thread could read it
+        for name, joined in self._joined.items():
+            for projection, part in zip(self.projections, mx.split(joined, self._ends[:-1], axes[name]), strict=True):
+                projection[name] = part
         self._parts = [p["weight"] for p in self.projections]
 
-    def __call__(self, x: mx.array) -> list[mx.array]:
+    def __call__(self, x: mx.array, *chosen: Any) -> list[mx.array]:
         if not self.fused:
-            return [projection(x) for projection in self.projections]
-        joined = self._joined
-        settings = self.projections[0].quantization
-        y = x @ joined["weight"].T if settings is None else settings.matmul(x, joined)
-        if "bias" in joined:
-            y = y + joined["bias"]
-        return list(mx.split(y, self._ends[:-1], axis=-1))
+            return [projection(x, *chosen) for projection in self.projections]
+        return list(mx.split(self.projections[0](x, *chosen, arrays=self._joined), self._ends[:-1], axis=-1))
 
 
 def fuse(module: nn.Module) -> None:

@@ -1,0 +1,113 @@
+"""Qwen3 MoE (Alibaba, 2025), also Qwen1.5 MoE and Qwen2 MoE.
+
+    x ─┬─ norm ─ attention ─ + ─┬─ norm ─ router ─ 8 of 128 experts ─ + ─
+       └──────────────────────┘  └───────────────────────────────────┘
+
+Stands out: many small experts and, unlike its predecessors, no shared one; QK-norm on every head. Qwen2 MoE has biases
+on queries, keys and values instead, and a shared expert behind a gate of its own.
+Source: arXiv:2505.09388; Qwen/Qwen3-30B-A3B/config.json; Qwen/Qwen1.5-MoE-A2.7B/config.json.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks import (
+    Attention,
+    Cache,
+    CausalLM,
+    DecoderConfig,
+    Experts,
+    GatedMLP,
+    Linear,
+    MoE,
+    RMSNorm,
+    RoPE,
+    SoftmaxTopK,
+    Step,
+    swiglu,
+)
+from mlxarch.blocks.renames import Stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """transformers 5 writes ``num_local_experts`` for ``num_experts``. The sliding window is off in published files."""
+
+    hidden_act: Literal["silu"] = "silu"
+    moe_intermediate_size: int
+    num_experts: int = 0
+    num_local_experts: int = 0
+    num_experts_per_tok: int
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    shared_expert_intermediate_size: int | None = None
+    attention_bias: bool = False
+    qkv_bias: bool = True
+    use_sliding_window: Literal[False] = False
+    sliding_window: int | None = None
+
+    @property
+    def qwen2(self) -> bool:
+        """Whether it is of the older generation."""
+        return self.model_type == "qwen2_moe"
+
+    def has_experts(self, index: int) -> bool:
+        """Whether layer ``index`` is sparse; the others have an ordinary feed-forward."""
+        return index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
+
+
+class GatedSharedMoE(MoE):
+    """Qwen2 MoE: what the shared expert adds is scaled by a sigmoid of the token."""
+
+    def __init__(self, c: Config, gate: SoftmaxTopK, switch_mlp: Experts) -> None:
+        super().__init__(gate, switch_mlp)
+        self.shared_expert = GatedMLP(c.hidden_size, c.shared_expert_intermediate_size or 0, swiglu)
+        self.shared_expert_gate = Linear(c.hidden_size, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+class DecoderLayer(nn.Module):
+    """Norm before attention and before the experts."""
+
+    def __init__(self, c: Config, index: int) -> None:
+        super().__init__()
+        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        self.self_attn = Attention(
+            c,
+            rope=RoPE(c.head_size, c.rotation),
+            norm=None if c.qwen2 else norm,
+            qk_norm="head",
+            bias=c.qkv_bias if c.qwen2 else c.attention_bias,
+            output_bias=False if c.qwen2 else c.attention_bias,
+        )
+        self.mlp = moe(c) if c.has_experts(index) else GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def moe(c: Config) -> MoE:
+    """The experts of one layer and their router."""
+    experts = c.num_experts or c.num_local_experts
+    gate = SoftmaxTopK(c.hidden_size, experts, c.num_experts_per_tok, renormalise=c.norm_topk_prob)
+    stack = Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu)
+    return GatedSharedMoE(c, gate, stack) if c.qwen2 else MoE(gate, stack)
+
+
+def build(c: Config) -> CausalLM:
+    """A model with the right shapes and no weights."""
+    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
+    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+
+
+WEIGHTS = (Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."),)
