@@ -51,15 +51,6 @@ class Config(DecoderConfig):
     use_sliding_window: Literal[False] = False
     sliding_window: int | None = None
 
-    @property
-    def qwen2(self) -> bool:
-        """Whether it is of the older generation."""
-        return self.model_type == "qwen2_moe"
-
-    def has_experts(self, index: int) -> bool:
-        """Whether layer ``index`` is sparse; the others have an ordinary feed-forward."""
-        return index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
-
 
 class GatedSharedMoE(MoE):
     """Qwen2 MoE: what the shared expert adds is scaled by a sigmoid of the token."""
@@ -79,17 +70,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        self.self_attn = Attention(
-            c,
-            rope=RoPE(c.head_size, c.rotation),
-            norm=None if c.qwen2 else norm,
-            qk_norm="head",
-            bias=c.qkv_bias if c.qwen2 else c.attention_bias,
-            output_bias=False if c.qwen2 else c.attention_bias,
-        )
-        self.mlp = moe(c) if c.has_experts(index) else GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
-        self.input_layernorm = norm(c.hidden_size)
-        self.post_attention_layernorm = norm(c.hidden_size)
+        attention = partial(Attention, c, rope=RoPE(c.head_size, c.rotation))
+        if c.model_type == "qwen2_moe":
+            self.self_attn = attention(bias=c.qkv_bias)
+        else:
+            self.self_attn = attention(norm=norm, bias=c.attention_bias, output_bias=c.attention_bias)
+        sparse = index not in c.mlp_only_layers and (index + 1) % c.decoder_sparse_step == 0
+        self.mlp = moe(c) if sparse else GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
+        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), step, cache)
@@ -101,7 +89,7 @@ def moe(c: Config) -> MoE:
     experts = c.num_experts or c.num_local_experts
     gate = SoftmaxTopK(c.hidden_size, experts, c.num_experts_per_tok, renormalise=c.norm_topk_prob)
     stack = Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu)
-    return GatedSharedMoE(c, gate, stack) if c.qwen2 else MoE(gate, stack)
+    return GatedSharedMoE(c, gate, stack) if c.shared_expert_intermediate_size else MoE(gate, stack)
 
 
 def build(c: Config) -> CausalLM:
