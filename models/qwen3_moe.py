@@ -3,9 +3,9 @@
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ router ─ 8 of 128 experts ─ + ─
        └──────────────────────┘  └───────────────────────────────────┘
 
-Stands out: many small experts and, unlike its predecessors, no shared one; QK-norm on every head. Qwen2 MoE has biases
-on queries, keys and values instead, and a shared expert behind a gate of its own.
-Source: arXiv:2505.09388; Qwen/Qwen3-30B-A3B/config.json; Qwen/Qwen1.5-MoE-A2.7B/config.json.
+Stands out: many small experts, none of them shared; QK-norm on every head. Qwen2 MoE has biases on queries, keys and
+values instead, and a shared expert behind a gate.
+Source: arXiv:2505.09388; config.json of Qwen/Qwen3-30B-A3B and Qwen/Qwen1.5-MoE-A2.7B.
 """
 
 from dataclasses import dataclass
@@ -88,8 +88,8 @@ def moe(c: Config) -> MoE:
     """The experts of one layer and their router."""
     experts = c.num_experts or c.num_local_experts
     gate = SoftmaxTopK(c.hidden_size, experts, c.num_experts_per_tok, renormalise=c.norm_topk_prob)
-    stack = Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu)
-    return GatedSharedMoE(c, gate, stack) if c.shared_expert_intermediate_size else MoE(gate, stack)
+    kind = partial(GatedSharedMoE, c) if c.shared_expert_intermediate_size else MoE
+    return kind(gate, Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu))
 
 
 def build(c: Config) -> CausalLM:
