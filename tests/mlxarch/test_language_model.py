@@ -1,0 +1,501 @@
+"""mlxarch.load and what it returns: prompts, answers, stops, limits."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+from talker import CONTEXT, VOCABULARY, make_talker
+
+import mlxarch
+import parity
+from mlxarch import LanguageModel, Result, Sampling
+from mlxarch.blocks import CausalLM
+from mlxarch.errors import ConfigError, ContextLengthError, InvalidInput, ModelNotFound, NonFiniteLogits, TokenizerError
+from mlxarch.loading import load_model
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+TOKENS, END = 465, 461
+
+Speak = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def model(talker: Path) -> LanguageModel:
+    return mlxarch.load(talker)
+
+
+@pytest.fixture
+def speak(monkeypatch: pytest.MonkeyPatch) -> Speak:
+    """Let the model say given tokens, for each row of a batch its own; the last is repeated."""
+
+    def script(*rows: Sequence[int]) -> None:
+        step = -1
+
+        def head(self: CausalLM, state: mx.array) -> mx.array:
+            nonlocal step
+            step += 1
+            ids = mx.array([row[min(step, len(row) - 1)] for row in rows])
+            return (mx.arange(VOCABULARY) == ids[:, None, None]).astype(mx.float32)
+
+        monkeypatch.setattr(CausalLM, "head", head)
+
+    return script
+
+
+@pytest.fixture
+def indices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Smallest and largest id of everything that reached the embedding."""
+    seen: list[tuple[int, int]] = []
+    embed = CausalLM.embed
+
+    def watched(self: CausalLM, tokens: mx.array, step: Any) -> mx.array:
+        seen.append((int(np.array(tokens).min()), int(np.array(tokens).max())))
+        return embed(self, tokens, step)
+
+    monkeypatch.setattr(CausalLM, "embed", watched)
+    return seen
+
+
+# load
+
+
+def test_a_path_loads_as_text_and_as_path(talker: Path, model: LanguageModel) -> None:
+    again = mlxarch.load(str(talker))
+    assert again.path == model.path == talker
+    assert again.config == json.loads((talker / "config.json").read_text())
+    assert again.context_length == CONTEXT
+    assert again.generate("hello", max_tokens=5).tokens == model.generate("hello", max_tokens=5).tokens
+    logits = model.model(mx.array([[1, 2, 3]]))
+    assert logits.shape == (1, 3, VOCABULARY)
+    caches = model.make_caches()
+    model.model(mx.array([[1, 2]]), caches)
+    assert mx.allclose(model.model(mx.array([[3]]), caches)[0, 0], logits[0, 2], atol=1e-5)
+
+
+def test_a_name_is_obtained_at_the_bits_asked_for(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("mlxarch.store.obtain", lambda name, *, bits, progress: asked.append((name, bits)) or talker)
+    mlxarch.load("smollm2-135m")
+    mlxarch.load("smollm2:135m", bits=4)
+    assert asked == [("smollm2-135m", None), ("smollm2:135m", 4)]
+
+
+def test_what_does_not_exist_is_not_found(tmp_path: Path) -> None:
+    for name in (tmp_path / "nothing", "./nothing"):
+        with pytest.raises(ModelNotFound, match="nothing"):
+            mlxarch.load(name)
+
+
+def test_progress_ends_with_all_bytes_and_its_absence_is_silent(
+    talker: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reports: list[tuple[str, int, int]] = []
+    mlxarch.load(talker, progress=lambda label, done, total: reports.append((label, done, total)))
+    assert reports[-1][1] == reports[-1][2] > 0
+    assert [done for _, done, _ in reports] == sorted(done for _, done, _ in reports)
+    mlxarch.load(talker)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_float32_is_the_default_on_a_cpu_and_a_dtype_can_be_asked_for(talker_copy: Path) -> None:
+    file = talker_copy / "model.safetensors"
+    save_file({name: array.astype(np.float16) for name, array in load_file(file).items()}, file)
+
+    def dtype(asked: Any) -> mx.Dtype:
+        loaded = mlxarch.load(talker_copy, dtype=asked).model
+        types = {array.dtype for array in dict(tree_flatten(loaded.parameters())).values()}
+        assert len(types) == 1
+        return types.pop()
+
+    if mx.default_device() == mx.cpu:
+        assert dtype(None) == mx.float32
+    for name in ("float32", "float16", "bfloat16"):
+        assert dtype(name) == dtype(getattr(mx, name)) == getattr(mx, name)
+    for wrong in ("int8", "fp16", "", mx.int32, np.float32, 16, ["float32"]):
+        with pytest.raises(InvalidInput, match="float32, float16, bfloat16"):
+            mlxarch.load(talker_copy, dtype=wrong)  # type: ignore[arg-type]
+
+
+def test_a_context_is_planned_within_what_the_model_allows(talker: Path) -> None:
+    small = mlxarch.load(talker, context=20)
+    assert small.context_length == 20
+    assert len(small.generate([1, 2, 3]).tokens) == 17
+    cache = small.make_caches()[0]
+    small.model(mx.array([[1]]), small_caches := small.make_caches())
+    assert cache is not None and small_caches[0] is not None
+    assert small_caches[0].nbytes == 2 * 2 * 20 * 16 * 4  # keys and values, heads, tokens, features, float32
+    assert mlxarch.load(talker, context=CONTEXT).context_length == CONTEXT
+    for wrong in (0, -1, CONTEXT + 1, 2.5, "20", True, float("nan")):
+        with pytest.raises(InvalidInput, match=f"context must lie in 1 … {CONTEXT}"):
+            mlxarch.load(talker, context=wrong)  # type: ignore[arg-type]
+
+
+def test_both_dialects_of_a_config_give_the_same_model(tmp_path: Path) -> None:
+    answers = []
+    for dialect in parity.DIALECTS:
+        folder = tmp_path / dialect
+        folder.mkdir()
+        model, _ = load_model(parity.copy("llama3", dialect, folder))
+        answers.append(model(mx.array([[1, 2, 3]])))
+    assert mx.array_equal(*answers)
+
+
+@pytest.mark.parametrize(
+    ("advice", "wanted"),
+    [
+        (None, Sampling()),
+        ({"temperature": 0.7}, Sampling()),
+        ({"do_sample": False, "temperature": 0.7}, Sampling()),
+        ({"do_sample": True}, Sampling(temperature=1.0)),
+        ({"do_sample": True, "top_k": None, "top_p": 0.9}, Sampling(temperature=1.0, top_p=0.9)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "typical_p": 1.0},
+            Sampling(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1),
+        ),
+        ({"do_sample": True, "repetition_penalty": 1.05}, Sampling(temperature=1.0, repetition_penalty=1.05)),
+    ],
+)
+def test_the_makers_advice_on_sampling_is_read(advice: Any, wanted: Sampling, talker_copy: Path) -> None:
+    model, path = mlxarch.load(talker_copy), talker_copy / "generation_config.json"
+    path.unlink()
+    if advice is not None:
+        path.write_text(json.dumps(advice))
+    assert model.recommended_sampling == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "[" * 200_000,
+        '{"do_sample": true, "top_p": 7}',
+        '{"do_sample": true, "temperature": "hot"}',
+        '{"do_sample": true, "temperature": NaN}',
+        '{"do_sample": true, "top_k": 2.5}',
+        '{"do_sample": true, "min_p": [0.1]}',
+        "\udcff",
+    ],
+)
+def test_malformed_advice_on_sampling_is_an_error_that_names_the_file(text: str, talker_copy: Path) -> None:
+    model = mlxarch.load(talker_copy)
+    (talker_copy / "generation_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        _ = model.recommended_sampling
+
+
+# Prompts
+
+
+def test_texts_messages_and_ids_are_prompts(model: LanguageModel) -> None:
+    encode = model.tokenizer.encode
+    assert model.tokens_of("hello") == encode("hello")
+    assert model.tokens_of(MESSAGES) == model.tokenizer.apply_chat_template(MESSAGES) != encode("hello")
+    assert model.tokens_of(tuple(MESSAGES)) == model.tokens_of(MESSAGES)
+    assert model.tokens_of([5, 6, 7]) == model.tokens_of((5, 6, 7)) == model.tokens_of(range(5, 8)) == [5, 6, 7]
+    assert model.generate("hello", max_tokens=4).tokens == model.generate(encode("hello"), max_tokens=4).tokens
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(None, 5, 2.5, b"text", bytearray(b"text"), {"role": "user", "content": "x"}, {1, 2}, object()),
+        *(["a", "b"], [1.0, 2.0], [True], [1, "a"], [None], [[1, 2]], np.array([1, 2]), mx.array([1, 2])),
+        *(iter([1, 2]), [np.int64(3)], [*MESSAGES, "hello"], [{}], [{"content": "x"}]),
+    ],
+    ids=lambda prompt: repr(prompt)[:30],
+)
+def test_anything_else_is_no_prompt(prompt: Any, model: LanguageModel) -> None:
+    for call in (model.stream, model.generate, lambda p: model.generate_batch([p])):
+        with pytest.raises((InvalidInput, TokenizerError)):
+            call(prompt)
+
+
+def test_an_empty_prompt_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.tokens_of("") == [460]  # a text that begins is one already
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text, **_: [])
+    for prompt in ("", [], ()):
+        with pytest.raises(InvalidInput, match="the prompt is empty"):
+            model.stream(prompt)
+
+
+def test_no_id_outside_of_the_vocabulary_reaches_the_embedding(
+    model: LanguageModel, indices: list[tuple[int, int]]
+) -> None:
+    draw, refused = np.random.default_rng(3), 0
+    wild = (-1, VOCABULARY, VOCABULARY + 1, 2**31, 2**32, 2**63, 2**64, -(2**40), 10**30)
+    for _ in range(400):
+        ids = draw.integers(0, VOCABULARY, 4).tolist()
+        if draw.random() < 0.7:
+            ids[int(draw.integers(4))] = wrong = wild[int(draw.integers(len(wild)))]
+            refused += 1
+            for call in (model.generate, lambda p, **settings: model.generate_batch([[1], p], **settings)):
+                with pytest.raises(InvalidInput, match=f"token {wrong} lies outside"):
+                    call(ids, max_tokens=1)
+        else:
+            assert model.generate(ids, max_tokens=1).tokens
+    assert refused > 200
+    assert len(indices) == 400 - refused
+    assert all(0 <= low <= high < VOCABULARY for low, high in indices)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_that_names_the_token(
+    talker: Path, indices: list[tuple[int, int]]
+) -> None:
+    model = mlxarch.load(talker)
+    text = next(chr(code) for code in range(0x20, 0x1000) if max(model.tokenizer.encode(chr(code))[1:]) >= 100)
+    model.model.vocab_size = 100
+    wrong = next(token for token in model.tokenizer.encode(text) if token >= 100)
+    with pytest.raises(InvalidInput, match=f"token {wrong} .* 0 … 99; tokenizer and weights belong to different"):
+        model.generate(text, max_tokens=1)
+    assert not indices
+
+
+def test_an_id_that_the_tokenizer_lacks_shows_as_nothing(model: LanguageModel, speak: Speak) -> None:
+    hello = model.tokenizer.encode("hello", add_special_tokens=False)
+    speak([hello[0], TOKENS + 3, VOCABULARY - 1, *hello[1:], END])
+    assert model.generate("x").text == "hello"
+
+
+# Answers
+
+
+def joined(pieces: Sequence[mlxarch.Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+ANSWER = "héllo 🙂 wörld, STOP. 漢字 and more"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ((), ANSWER),
+        ("STOP", "héllo 🙂 wörld, "),
+        (["never", "STOP"], "héllo 🙂 wörld, "),
+        ("🙂", "héllo "),
+        ("é", "h"),
+        ("o 🙂 wö", "héll"),
+        ("字 an", "héllo 🙂 wörld, STOP. 漢"),
+        (["more", "wörld", "and"], "héllo 🙂 "),
+        ("h", ""),
+        ("more!", ANSWER),
+        ("e", "héllo 🙂 wörld, STOP. 漢字 and mor"),
+    ],
+)
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(
+    stop: Any, text: str, model: LanguageModel, speak: Speak
+) -> None:
+    tokens = [*model.tokenizer.encode(ANSWER, add_special_tokens=False), END]
+    speak(tokens)
+    pieces = list(model.stream("x", stop=stop, max_tokens=100))
+    assert joined(pieces) == text
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+    assert all("�" not in piece.text for piece in pieces)
+    speak(tokens)
+    result = model.generate("x", stop=stop, max_tokens=100)
+    assert (result.text, result.finish_reason) == (text, "stop")
+    assert result.tokens == [piece.token for piece in pieces] == tokens[: len(result.tokens)]
+    speak(tokens, tokens)
+    assert [(r.text, r.tokens) for r in model.generate_batch(["x", "yy"], stop=stop, max_tokens=100)] == [
+        (text, result.tokens)
+    ] * 2
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_the_pieces_are_the_answer_wherever_it_is_cut(count: int, model: LanguageModel, speak: Speak) -> None:
+    tokens = model.tokenizer.encode("h🙂wör漢", add_special_tokens=False)
+    speak(tokens)
+    pieces = list(model.stream("x", max_tokens=count, stop=["never", "漢字"]))
+    assert [piece.token for piece in pieces] == (tokens + [tokens[-1]] * 12)[:count]
+    assert pieces[-1].finish_reason == "length"
+    assert joined(pieces) == model.tokenizer.decode([piece.token for piece in pieces if piece.token is not None])
+    assert pieces[-1].timings.generated_tokens == count
+
+
+def test_every_end_token_ends_the_answer(model: LanguageModel, speak: Speak) -> None:
+    assert {461, 463, 464} <= model.tokenizer.eos_ids
+    hello = model.tokenizer.encode("hello", add_special_tokens=False)
+    for end in model.tokenizer.eos_ids:
+        speak([*hello, end, 70])
+        result = model.generate("x", max_tokens=50)
+        assert (result.text, result.tokens, result.finish_reason) == ("hello", [*hello, end], "stop")
+    speak([*hello, 462, END])  # special, and no end
+    assert model.generate("x").tokens == [*hello, 462, END]
+
+
+def test_an_end_at_the_limit_is_an_end(model: LanguageModel, speak: Speak) -> None:
+    speak([70, 71, END])
+    assert model.generate("x", max_tokens=3).finish_reason == "stop"
+    speak([70, 71, END])
+    assert model.generate("x", max_tokens=2).finish_reason == "length"
+
+
+def test_without_a_limit_an_answer_ends_with_the_context_and_never_beyond(
+    model: LanguageModel, speak: Speak, indices: list[tuple[int, int]]
+) -> None:
+    for length in (3, 100, CONTEXT - 1):
+        speak([70])
+        indices.clear()
+        session = model.session()
+        result = model.generate([5] * length, session=session)
+        assert (len(result.tokens), result.finish_reason) == (CONTEXT - length, "length")
+        assert len(session.tokens) == CONTEXT - 1 and len(indices) == CONTEXT - length
+        speak([70], [70])
+        results = model.generate_batch([[5] * length, [5]])
+        assert [len(r.tokens) for r in results] == [CONTEXT - length] * 2
+    speak([70])
+    assert len(model.generate([5] * 200, max_tokens=56).tokens) == 56
+
+
+def test_what_does_not_fit_into_the_context_is_refused_before_anything_runs(
+    model: LanguageModel, indices: list[tuple[int, int]]
+) -> None:
+    for length, wanted in ((CONTEXT, None), (CONTEXT + 50, None), (200, 57), (1, CONTEXT), (CONTEXT, 1)):
+        for call in (model.stream, lambda p, **settings: model.generate_batch([[1], p], **settings)):
+            with pytest.raises(ContextLengthError) as error:
+                call([5] * length, max_tokens=wanted)
+            assert str(length) in str(error.value) and str(CONTEXT) in str(error.value)
+            assert wanted is None or str(wanted) in str(error.value)
+    assert not indices
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, "5", True, [3], float("inf")])
+def test_max_tokens_is_a_whole_number_from_1_on(count: Any, model: LanguageModel) -> None:
+    for call in (model.stream, model.generate, lambda p, **settings: model.generate_batch([p], **settings)):
+        with pytest.raises(InvalidInput, match="max_tokens"):
+            call("x", max_tokens=count)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"temprature": 0.5}, "unknown argument temprature; known: max_tokens, stop, .*temperature"),
+        ({"temperature": 0.5, "n": 2}, "unknown argument n;"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"sampling": "greedy"}, "sampling must be a Sampling, found str"),
+        ({"sampling": {"temperature": 1}}, "sampling must be a Sampling, found dict"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [5]}, "stop"),
+        ({"stop": 5}, "stop"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(arguments: dict[str, Any], named: str, model: LanguageModel) -> None:
+    for call in (model.stream, model.generate, lambda p, **settings: model.generate_batch([p], **settings)):
+        with pytest.raises(InvalidInput, match=named):
+            call("x", **arguments)
+
+
+def test_a_bias_outside_of_the_vocabulary_is_refused_and_hurts_no_session(model: LanguageModel) -> None:
+    session = model.session()
+    first = model.generate("hello", max_tokens=3, session=session).tokens
+    with pytest.raises(InvalidInput, match=f"{VOCABULARY}"):
+        model.generate("hello you", max_tokens=3, logit_bias={VOCABULARY: 5.0}, session=session)
+    assert model.generate("hello", max_tokens=3, session=session).tokens == first
+
+
+def test_settings_override_the_sampling_given(model: LanguageModel) -> None:
+    base = Sampling(temperature=1.0, seed=1)
+    same = [model.generate("x", max_tokens=8, sampling=base).tokens for _ in range(2)]
+    assert same[0] == same[1] == model.generate("x", max_tokens=8, temperature=1.0, seed=1).tokens
+    assert model.generate("x", max_tokens=8, sampling=base, seed=2).tokens != same[0]
+    assert (
+        model.generate("x", max_tokens=8, sampling=base, temperature=0).tokens
+        == model.generate("x", max_tokens=8).tokens
+    )
+
+
+@pytest.mark.parametrize("session", [5, {}, "session", []])
+def test_a_session_comes_from_session(session: Any, model: LanguageModel) -> None:
+    with pytest.raises(InvalidInput, match=r"session\(\)"):
+        model.stream("x", session=session)
+
+
+# Batches
+
+
+def test_a_batch_answers_as_single_calls_do(model: LanguageModel) -> None:
+    prompts = ["hello", MESSAGES, [5, 6, 7], "a longer text than all the others, to be sure"]
+    for settings in ({}, {"temperature": 1.0, "seed": 4, "top_p": 0.9}):
+        alone = [model.generate(prompt, max_tokens=12, **settings) for prompt in prompts]
+        together = model.generate_batch(prompts, max_tokens=12, **settings)
+
+        def parts(results: list[Result]) -> list[tuple[str, list[int], str]]:
+            return [(r.text, r.tokens, r.finish_reason) for r in results]
+
+        assert parts(together) == parts(alone)
+        assert len({r.text for r in together}) == 4
+        assert together[0].timings.prompt_tokens == sum(r.timings.prompt_tokens for r in alone)
+
+
+def test_every_answer_of_a_batch_ends_for_itself(model: LanguageModel, speak: Speak) -> None:
+    speak([70, END], [70, 71, 72, 73, 74], [70, 71, 72, END, 75])
+    results = model.generate_batch(["x", "y", "z"], max_tokens=5)
+    assert [r.finish_reason for r in results] == ["stop", "length", "stop"]
+    assert [len(r.tokens) for r in results] == [2, 5, 4]
+
+
+def test_a_batch_is_a_list_of_prompts(model: LanguageModel) -> None:
+    assert model.generate_batch([]) == []
+    for wrong in ("hello", b"hello", 5, None, iter(["x"]), {"x": 1}):
+        with pytest.raises(InvalidInput, match="prompts must be a list"):
+            model.generate_batch(wrong)  # type: ignore[arg-type]
+
+
+# Sessions, threads, several models
+
+
+def test_a_chat_computes_only_what_is_new(model: LanguageModel) -> None:
+    session, messages = model.session(), list(MESSAGES)
+    for turn in range(3):
+        result = model.generate(messages, max_tokens=6, session=session)
+        assert result.tokens == model.generate(messages, max_tokens=6).tokens
+        assert (result.timings.reused_tokens > 15) == (turn > 0)
+        held = list(session.tokens)
+        messages += [{"role": "assistant", "content": "x"}, {"role": "user", "content": "more"}]
+        prompt = model.tokens_of(messages)
+        assert held[: len(prompt)] != prompt
+
+
+def test_a_model_generates_in_a_thread_that_did_not_load_it(talker: Path, model: LanguageModel) -> None:
+    wanted = model.generate(MESSAGES, max_tokens=6, temperature=1.0, seed=1).tokens
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(model.generate, MESSAGES, max_tokens=6, temperature=1.0, seed=1).result().tokens == wanted
+        loaded = other.submit(mlxarch.load, talker).result()
+        batch = other.submit(model.generate_batch, [MESSAGES, "x"], max_tokens=6, temperature=1.0, seed=1).result()
+    assert batch[0].tokens == wanted
+    assert loaded.generate(MESSAGES, max_tokens=6, temperature=1.0, seed=1).tokens == wanted
+
+
+def test_two_models_do_not_disturb_each_other(talker: Path, model: LanguageModel, tmp_path: Path) -> None:
+    alone = model.generate("hello", max_tokens=10).tokens
+    other = mlxarch.load(make_talker(tmp_path / "other", seed=1, tied=True, layers=3))
+    alone_other = other.generate("hello", max_tokens=10).tokens
+    assert alone_other != alone
+    one, two = model.stream("hello", max_tokens=10), other.stream("hello", max_tokens=10)
+    turns = [(next(one).token, next(two).token) for _ in range(10)]
+    assert [list(tokens) for tokens in zip(*turns, strict=True)] == [alone, alone_other]
+    session = other.session()
+    other.generate("hello", max_tokens=2, session=session)
+    with pytest.raises(InvalidInput, match="another model"):
+        model.generate("hello", max_tokens=2, session=session)
+
+
+def test_a_breakdown_is_an_error_of_every_way_to_generate(talker: Path) -> None:
+    model = mlxarch.load(talker)
+    norm: Any = model.model.model.norm
+    norm.weight = norm.weight * float("nan")
+    calls = (model.generate, lambda p, **settings: model.generate_batch([p], **settings))
+    for call in calls:
+        with pytest.raises(NonFiniteLogits):
+            call("x", max_tokens=3)
