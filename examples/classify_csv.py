@@ -31,8 +31,7 @@ try:
         sys.exit(f"classify_csv: some labels begin with the same token; these differ: {', '.join(first.values())}")
     prior = model.model(mx.array([nothing]))[0, -1]  # what it likes to say of no text at all (arXiv:2102.09690)
     settings = {"max_tokens": 1, "logit_bias": {token: 500 - float(prior[token]) for token in first}}
-    batches = [tokens[i : i + 32] for i in range(0, len(tokens), 32)]
-    column = ["label", *(first[a.tokens[0]] for batch in batches for a in model.generate_batch(batch, **settings))]
+    column = ["label", *(first[answer.tokens[0]] for answer in model.generate_batch(tokens, **settings))]
     csv.writer(sys.stdout, lineterminator="\n").writerows([*row, new] for row, new in zip(rows, column, strict=True))
 except (mlxarch.MlxArchError, OSError, ValueError, csv.Error) as error:
     sys.exit(f"classify_csv: {error}")

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlxarch import store
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.checkpoint import read_json
-from mlxarch.errors import ConfigError, InvalidInput, TokenizerError
+from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
 from mlxarch.generation import Session, Timings, check_tokens, decode, decode_batch, room
 from mlxarch.loading import load_model
 from mlxarch.progress import Progress, on_terminal
@@ -132,8 +132,10 @@ class LanguageModel:
         except InvalidInput as error:
             raise ConfigError(f"{path}: {error}; correct the file or remove it") from None
 
-    def tokens_of(self, prompt: Prompt) -> list[int]:
+    def tokens_of(self, prompt: Prompt, template: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a text (as it stands), of messages (through the chat template) or of ids (checked).
+
+        ``template`` holds variables for the chat template, such as ``enable_thinking`` or ``tools``.
 
         Raises:
             InvalidInput: an id outside of the vocabulary, or no tokens at all.
@@ -144,7 +146,7 @@ class LanguageModel:
         elif isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
             raise InvalidInput(f"{_PROMPT}; found {type(prompt).__name__}")
         elif prompt and isinstance(prompt[0], Mapping):
-            rendered = self.tokenizer.apply_chat_template(cast(Sequence[Mapping[str, Any]], prompt))
+            rendered = self.tokenizer.apply_chat_template(cast(Sequence[Mapping[str, Any]], prompt), **(template or {}))
             if isinstance(rendered, str):
                 raise TokenizerError("the chat template was rendered, not tokenized")
             tokens = rendered
@@ -163,6 +165,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         sampling: Sampling | None = None,
         session: Session | None = None,
+        template: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Iterator[Piece]:
         """Generate, piece by piece. Closing the iterator stops it.
@@ -173,6 +176,7 @@ class LanguageModel:
             stop: strings that end the answer, and are no part of it.
             sampling: how tokens are chosen; greedy unless given.
             session: of the conversation; only what differs from what it holds is computed.
+            template: variables for the chat template, such as ``{"enable_thinking": False}``.
             **settings: fields of Sampling, which replace those of ``sampling``.
 
         Raises:
@@ -183,7 +187,7 @@ class LanguageModel:
         if session is not None and not isinstance(session, Session):
             raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
         chosen, stops = _sampling(sampling, settings), StopStrings(stop)
-        limit = self._limit(tokens := self.tokens_of(prompt), max_tokens)
+        limit = self._limit(tokens := self.tokens_of(prompt, template), max_tokens)
         return self._pieces(tokens, limit, chosen, stops, session or self.session())
 
     def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
@@ -221,22 +225,40 @@ class LanguageModel:
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         sampling: Sampling | None = None,
+        template: Mapping[str, Any] | None = None,
+        batch_size: int = 32,
         **settings: Any,
     ) -> list[Result]:
         """Generate for several prompts at once: one result each, in their order.
 
         The weights are read once for a token of every prompt, so a batch costs little more than its longest member.
-        Arguments and errors are those of ``stream``; the timings are those of the whole batch.
+        ``batch_size`` prompts run together, which bounds the memory of their caches. The other arguments and errors
+        are those of ``stream``, the errors naming the prompt by its index; timings are those of the prompt's batch.
         """
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise InvalidInput(f"prompts must be a list of prompts, found {type(prompts).__name__}")
-        if not prompts:
-            return []
-        chosen, rows = _sampling(sampling, settings), [_Row(self.tokenizer, stop) for _ in prompts]
-        ids = [self.tokens_of(prompt) for prompt in prompts]
+        if type(batch_size) is not int or batch_size < 1:
+            raise InvalidInput(f"batch_size must be a whole number from 1 on, found {batch_size!r}")
+        chosen, ids = _sampling(sampling, settings), []
+        for index, prompt in enumerate(prompts):
+            try:
+                ids.append(self.tokens_of(prompt, template))
+                self._limit(ids[-1], max_tokens)
+            except MlxArchError as error:
+                raise type(error)(f"prompts[{index}]: {error}") from None
+        starts = range(0, len(ids), batch_size)
+        return [
+            result
+            for start in starts
+            for result in self._batch(ids[start : start + batch_size], max_tokens, stop, chosen)
+        ]
+
+    def _batch(
+        self, ids: list[list[int]], max_tokens: int | None, stop: str | Sequence[str], sampling: Sampling
+    ) -> list[Result]:
+        rows, timings = [_Row(self.tokenizer, stop) for _ in ids], Timings(sum(map(len, ids)))
         limit = min(self._limit(tokens, max_tokens) for tokens in ids)
-        timings = Timings(sum(map(len, ids)))
-        for step in decode_batch(self.model, ids, chosen, limit, timings):
+        for step in decode_batch(self.model, ids, sampling, limit, timings):
             for row, token in zip(rows, step, strict=True):
                 row.add(token)
             if all(row.reason for row in rows):
