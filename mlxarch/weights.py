@@ -116,8 +116,8 @@ def _unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     foreign = config.get("quantization_config") or {}
     method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
     if method == "fp8":
-        block = foreign.get("weight_block_size") or (128, 128)
-        if list(block) != [128, 128]:
+        block = foreign.get("weight_block_size") or [128, 128]
+        if block != [128, 128]:
             raise ConfigError(f"config.json: float8 in blocks of {block} is not read; only [128, 128] is")
         tensors = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale_inv")}
         for name, scale in stored.items():
