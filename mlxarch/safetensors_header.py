@@ -54,7 +54,8 @@ def read_header(fd: int, size: int, path: object) -> tuple[dict[str, TensorInfo]
     # floating-point number; looking at every integer for it costs a third of the parser's time.
     integer = _integer if b"-0" in text else int
     header = parse_json(text, str(path), depth=8, values=14 * MAX_TENSORS, integer=integer)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where it is given none
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise _refusal(path, f"__metadata__ is {shown(metadata)}, and must map text to text")
     if len(header) > MAX_TENSORS:
