@@ -28,7 +28,6 @@ STRICTER = {
     r"dtype \{'\w+': None\} is not supported": "the package's parser takes an object of one key for a name",
     r"dtype, shape and data_offsets alone": "it takes a list for an object, and ignores fields it does not know",
     r"is there twice": "it lets the last of equal keys win where their bytes agree",
-    r"__metadata__ is None": "it takes null for absent",
     r"must start with \{": "it skips blanks",
     r"integers from 0 to 2147483647": "dimensions are 32-bit integers in the array library",
     r"at most 8 dimensions": "no weight has more",
