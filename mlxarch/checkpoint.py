@@ -6,16 +6,19 @@ Nothing here needs the array library, and nothing reaches it that has not passed
 import logging
 import os
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from mlxarch.errors import CheckpointError, InvalidInput, ModelNotFound
 from mlxarch.safetensors_header import DTYPE_BYTES, TensorInfo, read_header
-from mlxarch.untrusted import REMEDY, child, open_regular, read_exactly, read_json, shown
+from mlxarch.tensor_parallel import check_slices, slice_name, sliced_files
+from mlxarch.untrusted import REMEDY, child, listed, open_regular, read_exactly, read_json, shown
 
 __all__ = ["DTYPE_BYTES", "INDEX", "Checkpoint", "Shard", "TensorInfo", "child", "read_json"]
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 MAX_SHARDS = 10_000
 
 _logger = logging.getLogger(__name__)
@@ -95,8 +98,9 @@ class Checkpoint:
     """A model folder: ``config``, and the ``tensors`` of those ``shards`` that count, each with its shard.
 
     The index decides which files and tensors count; others are left alone with a warning. Without an index it is
-    model.safetensors, or the only safetensors file there is. ``metadata`` joins that of the shards; where they differ
-    the first one counts.
+    model.safetensors, the only safetensors file there is, or a set of slices (see ``tensor_parallel``), each of whose
+    tensors goes by the name that ``slice_name`` gives it. ``metadata`` joins that of the shards; where they differ the
+    first one counts.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], shards: list[Shard]) -> None:
@@ -149,36 +153,47 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {problem.strerror}. Check the folder's permissions.") from problem
         weights = [entry for entry in present if entry.endswith(".safetensors")]
         index = _read_index(child(self.folder, INDEX)) if INDEX in present else None
-        names = [_single(self.folder, present, weights)] if index is None else sorted(set(index.values()))
+        ranks = sliced_files(self.folder, weights) if index is None and SINGLE not in weights else {}
+        names = (
+            list(ranks) or [_single(self.folder, present, weights)] if index is None else sorted(set(index.values()))
+        )
         paths = [child(self.folder, name) for name in names]
         if missing := [path.name for path in paths if not path.exists()]:
             raise CheckpointError(
-                f"{self.folder}: {len(missing)} of {len(paths)} weight files are missing: {_listed(missing)}. "
+                f"{self.folder}: {len(missing)} of {len(paths)} weight files are missing: {listed(missing)}. "
                 "Download the model again: what is there is kept, and only what is missing is fetched."
             )
         if strays := sorted(set(weights) - set(names)):
-            chosen = "not in the index" if index else f"{names[0]} is there"
-            _logger.warning("%s: %s left alone: %s", self.folder, _listed(strays), chosen)
+            chosen = "not in the index" if index else "it is no slice" if ranks else f"{names[0]} is there"
+            _logger.warning("%s: %s left alone: %s", self.folder, listed(strays), chosen)
         for path in paths:
             self.shards.append(Shard.open(path))
-        self._join(index)
+        check_slices(self.folder, {shard.path.name: shard.tensors for shard in self.shards}, ranks)
+        self._join(index, ranks)
 
-    def _join(self, index: dict[str, str] | None) -> None:
+    def _join(self, index: dict[str, str] | None, ranks: Mapping[str, int | None]) -> None:
         """Collect the tensors of all shards; with an index, both must say the same of every tensor listed."""
         unlisted: list[str] = []
         for shard in self.shards:
             self.metadata = shard.metadata | self.metadata
             for name, info in shard.tensors.items():
-                listed = shard.path.name if index is None else index.get(name)
-                if listed is None:
+                place = shard.path.name if index is None else index.get(name)
+                unique = slice_name(name, ranks.get(shard.path.name))
+                if place is None:
                     unlisted.append(name)
-                elif listed != shard.path.name:
+                elif place != shard.path.name:
                     raise CheckpointError(
-                        f"{shard.path}: tensor {shown(name)}: it is in this file, and {INDEX} places it in {listed}; "
+                        f"{shard.path}: tensor {shown(name)}: it is in this file, and {INDEX} places it in {place}; "
                         f"both must agree. Shards of two versions are mixed: download all of them again."
                     )
+                elif unique in self.tensors:
+                    other = self.tensors[unique][0].path.name
+                    raise CheckpointError(
+                        f"{shard.path}: tensor {shown(name)}: it is in {other} too, and may be in one file only. "
+                        "Files of two versions are mixed: download all of them again."
+                    )
                 else:
-                    self.tensors[name] = shard, info
+                    self.tensors[unique] = shard, info
         if index is not None and (lost := index.keys() - self.tensors.keys()):
             name = min(lost)
             raise CheckpointError(
@@ -186,7 +201,7 @@ class Checkpoint:
                 f"({len(lost)} such tensors). Shards of two versions are mixed: download all of them again."
             )
         if unlisted:
-            _logger.warning("%s: %s left alone: not in the index", self.folder, _listed(sorted(unlisted)))
+            _logger.warning("%s: %s left alone: not in the index", self.folder, listed(sorted(unlisted)))
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -208,20 +223,15 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _single(folder: Path, present: list[str], weights: list[str]) -> str:
     """The weight file of a folder without an index."""
-    if "model.safetensors" in weights:
-        return "model.safetensors"
+    if SINGLE in weights:
+        return SINGLE
     if len(weights) == 1:
         return weights[0]
     if weights:
         raise CheckpointError(
-            f"{folder}: {_listed(weights)} are there, and no {INDEX} says which belong together. "
+            f"{folder}: {listed(weights)} are there, and no {INDEX} says which belong together. "
             "Download the index too, or leave one file in the folder."
         )
     other = [entry for entry in present if entry.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz"))]
     remedy = "Only safetensors are read here: get the model in that format." if other else "Download the model again."
-    raise CheckpointError(f"{folder}: there is no safetensors file, only {_listed(other or present)}. {remedy}")
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more
+    raise CheckpointError(f"{folder}: there is no safetensors file, only {listed(other or present)}. {remedy}")

@@ -7,7 +7,7 @@ stacked, transposed, in another number format) is a Tensor that computes its row
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import cast
+from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -224,7 +224,7 @@ class Rows(Tensor):
 class Joined(Tensor):
     """Tensors side by side along the rows (axis -2) or the columns (axis -1) of a matrix, as parallel ranks cut it."""
 
-    def __init__(self, parts: Sequence[Tensor], axis: int) -> None:
+    def __init__(self, parts: Sequence[Tensor], axis: Literal[-2, -1]) -> None:
         self.parts, self.axis, self.dtype = parts, axis, parts[0].dtype
         shape = list(parts[0].shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
@@ -239,6 +239,9 @@ class Joined(Tensor):
             pieces += [part.rows(low, high)] if low < high else []
             first += part.row_count
         return mx.concatenate(pieces)
+
+    def load(self) -> mx.array:
+        return mx.concatenate([part.load() for part in self.parts], axis=self.axis)
 
 
 class Transposed(Tensor):

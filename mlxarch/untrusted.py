@@ -5,7 +5,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ _FORMAT.maxstring, _FORMAT.maxother, _FORMAT.maxlist, _FORMAT.maxdict = 200, 200
 def shown(value: object) -> str:
     """``repr`` of something that came from a file, for a message: escaped, and cut where it is long."""
     return _FORMAT.repr(value)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names of several, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
 
 
 def child(folder: str | os.PathLike[str], name: object) -> Path:

@@ -11,15 +11,16 @@ from mlx.utils import tree_flatten
 
 from mlxarch.blocks import CausalLM, DecoderConfig, Quantization
 from mlxarch.blocks.linear import Matrix
-from mlxarch.blocks.renames import Ignore, IgnoreExtraLayers, Rename, Rule, SplitRows, Stack, Transpose
+from mlxarch.blocks.renames import Ignore, IgnoreExtraLayers, Join, Rename, Rule, SplitRows, Stack, Transpose
 from mlxarch.checkpoint import Checkpoint, Shard
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.registry import Architecture, architecture
-from mlxarch.tensors import FLOATS, Fp8Blocks, Packed, Rows, Stacked, Stored, Tensor, Transposed
+from mlxarch.tensors import FLOATS, Fp8Blocks, Joined, Packed, Rows, Stacked, Stored, Tensor, Transposed
 
 SIDECARS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", "tiktoken.model", "tekken.json", "tokenizer.tok.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json"),
 )
 
 
@@ -221,8 +222,10 @@ def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignore
             ignored |= dict.fromkeys(extra, "layers that predict further tokens")
         case Transpose(pattern):
             return {n: Transposed(t) if re.search(pattern, n) else t for n, t in tensors.items()}
-        case Stack(pattern, to):
-            return _stack(re.compile(pattern), to, tensors)
+        case Stack():
+            return _stack(rule, tensors)
+        case Join():
+            return _join(rule, tensors)
         case SplitRows():
             return _split(rule, tensors)
         case _:
@@ -230,32 +233,53 @@ def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignore
     return {name: tensor for name, tensor in tensors.items() if name not in ignored}
 
 
-def _stack(pattern: re.Pattern[str], to: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if not (found := pattern.search(name)):
-            out[name] = tensor
-            continue
-        target = name[: found.start()] + found.expand(to) + name[found.end() :]
-        out.setdefault(target, tensor)  # holds the place in the order
-        stacks.setdefault(target, {})[int(found["expert"])] = tensor
-    for target, experts in stacks.items():
-        missing = sorted(set(range(max(experts) + 1)) - set(experts))
-        if missing or len({(e.shape, e.dtype, type(e)) for e in experts.values()}) > 1:
-            problem = f"lacks expert {missing[0]}" if missing else "has experts of different shapes or types"
-            raise CheckpointError(f"tensor {target} {problem}; download the checkpoint again")
-        ordered = [experts[index] for index in range(len(experts))]
-        first = ordered[0]
+def _stack(rule: Stack, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out, groups = _grouped(rule.pattern, rule.to, "expert", tensors)
+    for target, experts in groups.items():
+        if len({(e.shape, e.dtype, type(e)) for e in experts}) > 1:
+            raise CheckpointError(
+                f"tensor {target} has experts of different shapes or types; download the checkpoint again"
+            )
+        first = experts[0]
         if isinstance(first, Packed):
-            each = [expert for expert in ordered if isinstance(expert, Packed) and expert.settings == first.settings]
-            if len(each) < len(ordered):
+            each = [expert for expert in experts if isinstance(expert, Packed) and expert.settings == first.settings]
+            if len(each) < len(experts):
                 raise CheckpointError(f"tensor {target} has experts that are quantized in different ways")
             parts = {part: Stacked([expert.parts[part] for expert in each]) for part in first.parts}
             out[target] = Packed(target, parts, first.settings)
         else:
-            out[target] = Stacked(ordered)
+            out[target] = Stacked(experts)
     return out
+
+
+def _join(rule: Join, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out, groups = _grouped(rule.pattern, rule.to, "rank", tensors)
+    for target, slices in groups.items():
+        if any(len(s.shape) != 2 for s in slices) or len({(s.shape, s.dtype) for s in slices}) > 1:
+            raise CheckpointError(
+                f"tensor {target} has slices of different shapes or types; download the checkpoint again"
+            )
+        out[target] = Joined(slices, rule.axis)
+    return out
+
+
+def _grouped(
+    pattern: str, to: str, key: str, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """The tensors with the first of each group in its place, and the groups, in the order of the pattern's ``key``."""
+    out: dict[str, Tensor] = {}
+    groups: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not (found := re.search(pattern, name)):
+            out[name] = tensor
+            continue
+        target = name[: found.start()] + found.expand(to) + name[found.end() :]
+        out.setdefault(target, tensor)  # holds the place in the order
+        groups.setdefault(target, {})[int(found[key])] = tensor
+    for target, members in groups.items():
+        if missing := sorted(set(range(max(members) + 1)) - set(members)):
+            raise CheckpointError(f"tensor {target} lacks {key} {missing[0]}; download the checkpoint again")
+    return out, {target: [members[index] for index in sorted(members)] for target, members in groups.items()}
 
 
 def _split(rule: SplitRows, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

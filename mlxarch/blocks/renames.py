@@ -5,6 +5,7 @@ every tensor whose name its pattern matches (a regular expression, found anywher
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,19 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Join:
+    """Slices become one tensor, side by side in the order of the pattern's group ``rank``, which counts from 0.
+
+    Attributes:
+        axis: -2 joins (out / n, in), -1 joins (out, in / n).
+    """
+
+    pattern: str
+    to: str
+    axis: Literal[-2, -1]
+
+
+@dataclass(frozen=True)
 class SplitRows:
     """One tensor holds several: (…, n · out, in), or (…, n · out) where ``vector`` is set, in equal parts.
 
@@ -58,4 +72,4 @@ class SplitRows:
     vector: bool = False
 
 
-Rule = Rename | Ignore | IgnoreExtraLayers | Transpose | Stack | SplitRows
+Rule = Rename | Ignore | IgnoreExtraLayers | Transpose | Stack | Join | SplitRows

@@ -1,0 +1,1 @@
+../../mlxarch/tensor_parallel.py
