@@ -1,58 +1,30 @@
 """Mixture of experts: a router picks experts for each token, their outputs are summed by weight."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxarch.blocks.feedforward import Gate
-from mlxarch.blocks.linear import ExpertLinear, Matrix, SharedInput
+from mlxarch.blocks.linear import ExpertLinear, SharedInput
+from mlxarch.blocks.routers import Router
 
 SORT_FROM = 64  # rows; from here on it pays to bring those of one expert together
 
 
-class Router(Matrix):
-    """Rates the experts for every token, in float32 whatever the model computes in. A subclass chooses among them.
+class TopK(Router):
+    """The k largest logits; ``weigh`` makes weights of these alone: (…, k) -> the same."""
 
-    Shape:
-        x: (B, L, dim) -> experts (B, L, k), their weights (B, L, k) in float32; logits: (B, L, dim) -> (B, L, E)
-    """
-
-    quantizable = False
-
-    def __init__(self, dim: int, experts: int, bias: bool = False) -> None:
-        super().__init__(experts, dim)
-        if bias:
-            self.bias = mx.zeros((experts,))
-
-    def logits(self, x: mx.array) -> mx.array:
-        x = x.astype(mx.float32)
-        y = x @ self["weight"].astype(mx.float32).T if self.quantization is None else self.product(x)
-        return y + self["bias"].astype(mx.float32) if "bias" in self else y
-
-
-def top(scores: mx.array, k: int) -> mx.array:
-    """Indices of the k largest on the last axis, in no order."""
-    return mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
-
-
-class SoftmaxTopK(Router):
-    """Softmax over all experts, then the k largest (arXiv:2101.03961, with k > 1).
-
-    Args:
-        renormalise: the weights of the k sum to one.
-        scale: multiplies them.
-    """
-
-    def __init__(self, dim: int, experts: int, k: int, *, renormalise: bool, scale: float = 1.0) -> None:
-        super().__init__(dim, experts)
-        self.k, self.renormalise, self.scale = k, renormalise, scale
+    def __init__(
+        self, dim: int, experts: int, k: int, *, weigh: Callable[[mx.array], mx.array], bias: bool = False
+    ) -> None:
+        super().__init__(dim, experts, bias)
+        self.k, self.weigh = k, weigh
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        chances = mx.softmax(self.logits(x), axis=-1)
-        chosen = top(chances, self.k)
-        weights = mx.take_along_axis(chances, chosen, axis=-1)
-        if self.renormalise:
-            weights = weights / weights.sum(-1, keepdims=True)
-        return chosen, weights * self.scale if self.scale != 1 else weights
+        logits = self.logits(x)
+        chosen = top(logits, self.k)
+        return chosen, self.weigh(mx.take_along_axis(logits, chosen, axis=-1))
 
 
 class Experts(nn.Module):
