@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlxarch.blocks import CausalLM, DecoderConfig, Quantization
 from mlxarch.blocks.linear import Matrix
-from mlxarch.blocks.renames import Ignore, IgnoreExtraLayers, Join, Rename, Rule, SplitRows, Stack, Transpose
+from mlxarch.blocks.renames import Ignore, IgnoreExtraLayers, IgnoreFrom, Join, Rename, Rule, SplitRows, Stack, Transpose
 from mlxarch.checkpoint import Checkpoint, Shard
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.registry import Architecture, architecture
@@ -163,12 +163,12 @@ class Resolved:
     @property
     def published(self) -> dict[str, Tensor]:
         """The parameters by the names that a checkpoint of this ``model_type`` gives them, in the source's order."""
-        return {self.architecture.prefix + path: tensor for path, tensor in self.parameters.items()}
+        return {self.architecture.published(path): tensor for path, tensor in self.parameters.items()}
 
     @property
     def published_matrices(self) -> frozenset[str]:
         """``matrices`` by these names."""
-        return frozenset(self.architecture.prefix + path for path in self.matrices)
+        return frozenset(map(self.architecture.published, self.matrices))
 
 
 # What no architecture reads: tables that RoPE computes itself
@@ -217,9 +217,11 @@ def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignore
         case Ignore(pattern, what):
             ignored |= {name: what for name in tensors if re.search(pattern, name)}
         case IgnoreExtraLayers():
-            layers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in tensors}
-            extra = (n for n, m in layers.items() if m and int(m[1]) >= config.num_hidden_layers)
+            extra = _from_layer(config.num_hidden_layers, tensors)
             ignored |= dict.fromkeys(extra, "layers that predict further tokens")
+        case IgnoreFrom(first, pattern, what):
+            named = _from_layer(getattr(config, first), tensors)
+            ignored |= {name: what for name in named if re.search(pattern, name)}
         case Transpose(pattern):
             return {n: Transposed(t) if re.search(pattern, n) else t for n, t in tensors.items()}
         case Stack():
@@ -231,6 +233,11 @@ def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignore
         case _:
             assert_never(rule)
     return {name: tensor for name, tensor in tensors.items() if name not in ignored}
+
+
+def _from_layer(first: int, names: Iterable[str]) -> list[str]:
+    layers = {name: re.search(r"\blayers\.(\d+)\.", name) for name in names}
+    return [name for name, match in layers.items() if match and int(match[1]) >= first]
 
 
 def _stack(rule: Stack, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

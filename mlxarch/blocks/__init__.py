@@ -7,13 +7,15 @@ Shapes are written with these letters throughout:
 """
 
 from mlxarch.blocks.attention import Attention
-from mlxarch.blocks.config import DecoderConfig, Positive
+from mlxarch.blocks.config import DecoderConfig, Positive, Size
 from mlxarch.blocks.decoder import CausalLM, Layer
 from mlxarch.blocks.feedforward import GatedMLP, geglu, swiglu
+from mlxarch.blocks.layer_types import AlternatingConfig, TwoBasesConfig
 from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, Quantization, fuse
-from mlxarch.blocks.moe import Experts, MoE, Router, SoftmaxTopK
-from mlxarch.blocks.norms import RMSNorm
+from mlxarch.blocks.moe import Experts, MoE
+from mlxarch.blocks.norms import RMSNorm, ZeroCenteredRMSNorm
 from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
+from mlxarch.blocks.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.span import Chunked, Full, Sliding, Span
 from mlxarch.blocks.step import Mask, Step
 from mlxarch.cache import Cache
@@ -32,6 +34,8 @@ __all__ = [
     "Embedding",
     "Full",
     "GatedMLP",
+    "GroupLimitedSigmoid",
+    "GroupLimitedSoftmax",
     "Layer",
     "Linear",
     "Mask",
@@ -41,9 +45,13 @@ __all__ = [
     "RMSNorm",
     "RoPE",
     "Rotation",
+    "Size",
     "Sliding",
     "Span",
     "Step",
+    "AlternatingConfig",
+    "TwoBasesConfig",
+    "ZeroCenteredRMSNorm",
     "fuse",
     "geglu",
     "swiglu",

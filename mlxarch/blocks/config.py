@@ -38,6 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (None, 1),
     "sliding_window": (None,),
     "use_bias": (None, False),
+    "use_bidirectional_attention": (None, False),
     "use_qk_norm": (None, False),
     "use_sliding_window": (None, False),
 }

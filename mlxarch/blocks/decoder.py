@@ -18,9 +18,12 @@ from mlxarch.errors import InvalidInput
 class Layer(Protocol):
     """What every architecture's DecoderLayer offers the frame."""
 
-    self_attn: Attention
+    @property
+    def self_attn(self) -> Attention:
+        """What keeps keys and values."""
+        ...
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, /, step: Step, cache: Cache | None) -> mx.array:
         """The residual stream (B, L, hidden_size), one layer further."""
         ...
 
@@ -38,10 +41,23 @@ class CausalLM(nn.Module):
 
     Whoever walks a model (generation, streaming, a quantizer) uses three steps: ``embed`` makes the state, each of
     ``layers`` takes and returns it, ``head`` makes logits of it.
+
+    Args:
+        embed_scale: multiplies the embeddings, rounded to their type as in the training.
+        softcap: logits become softcap * tanh(logits / softcap) (arXiv:2408.00118).
     """
 
-    def __init__(self, c: DecoderConfig, layers: Sequence[Layer], norm: nn.Module) -> None:
+    def __init__(
+        self,
+        c: DecoderConfig,
+        layers: Sequence[Layer],
+        norm: nn.Module,
+        *,
+        embed_scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__()
+        self.embed_scale, self.softcap = embed_scale, softcap
         self.vocab_size, self.context_length = c.vocab_size, c.max_position_embeddings
         self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
         if not c.tie_word_embeddings:
@@ -54,12 +70,14 @@ class CausalLM(nn.Module):
 
     def embed(self, tokens: mx.array, step: Step) -> mx.array:
         """Token ids (B, L) -> state (B, L, hidden_size)."""
-        return self.model.embed_tokens(tokens)
+        x = self.model.embed_tokens(tokens)
+        return x if self.embed_scale is None else x * mx.array(self.embed_scale, x.dtype)
 
     def head(self, state: mx.array) -> mx.array:
         """State (B, L, hidden_size) -> logits (B, L, V)."""
         x = self.model.norm(state)
-        return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+        logits = self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+        return logits if self.softcap is None else self.softcap * mx.tanh(logits / self.softcap)
 
     def states(self, tokens: mx.array, caches: Sequence[Cache | None] | None = None) -> mx.array:
         """Token ids (B, L) -> the state behind the last layer. The ids must be in range: nothing checks them here."""

@@ -30,6 +30,15 @@ class IgnoreExtraLayers:
 
 
 @dataclass(frozen=True)
+class IgnoreFrom:
+    """Leave out what the pattern matches in layers from a number on; ``first`` names it among the config's values."""
+
+    first: str
+    pattern: str
+    what: str
+
+
+@dataclass(frozen=True)
 class Transpose:
     """Stored (…, in, out), wanted (…, out, in)."""
 
@@ -72,4 +81,19 @@ class SplitRows:
     vector: bool = False
 
 
-Rule = Rename | Ignore | IgnoreExtraLayers | Transpose | Stack | Join | SplitRows
+Rule = Rename | Ignore | IgnoreExtraLayers | IgnoreFrom | Transpose | Stack | Join | SplitRows
+
+
+def stacked_experts(*, interleaved: bool = False) -> tuple[Rule, ...]:
+    """Rules for experts published as ``experts.gate_up_proj`` (E, in, 2 out) and ``down_proj``, biases as ``…_bias``.
+
+    Where they come packed they are called ``….weight`` and are not transposed: (E, 2 out, in).
+    """
+    parts = (".gate_proj.weight", ".up_proj.weight"), (".gate_proj.bias", ".up_proj.bias")
+    return (
+        Transpose(r"\.experts\.(gate_up|down)_proj$"),
+        Rename(r"(?<=_proj)$", ".weight"),
+        Rename(r"(?<=_proj)_bias$", ".bias"),
+        SplitRows(r"\.gate_up_proj\.weight$", parts[0], interleaved),
+        SplitRows(r"\.gate_up_proj\.bias$", parts[1], interleaved, vector=True),
+    )

@@ -1,0 +1,80 @@
+"""Gemma 3 (Google, 2025), text part.
+
+    x ─┬─ norm ─ attention ─ norm ─ + ─┬─ norm ─ GeGLU ─ norm ─ + ─
+       └─────────────────────────────┘  └───────────────────────┘
+
+Stands out: norms on both sides of attention and feed-forward, their weights around zero; five sliding layers to one
+full layer, each kind with its own RoPE base; QK-norm on every head; embeddings times sqrt(hidden_size).
+Source: arXiv:2503.19786; config.json of google/gemma-3-1b-it and google/gemma-3-27b-it; transformers' Gemma3TextConfig.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks import (
+    Attention,
+    Cache,
+    CausalLM,
+    GatedMLP,
+    Positive,
+    RoPE,
+    Size,
+    Step,
+    TwoBasesConfig,
+    ZeroCenteredRMSNorm,
+    geglu,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TwoBasesConfig):
+    """The published files of 4B to 27B name only what differs from the defaults of transformers' Gemma3TextConfig."""
+
+    vocab_size: Size = 262_208
+    hidden_size: Size = 2304
+    intermediate_size: Size = 9216
+    num_hidden_layers: Size = 26
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size | None = 4
+    head_dim: Size | None = 256
+    hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    max_position_embeddings: Size = 131_072
+    query_pre_attn_scalar: Positive = 256
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive | None = 1_000_000.0
+    rope_local_base_freq: Positive = 10_000.0
+    sliding_window: Size = 4096
+    sliding_window_pattern: Size = 6
+    tie_word_embeddings: bool = True
+
+
+class DecoderLayer(nn.Module):
+    """Norms before and after attention, before and after the feed-forward."""
+
+    def __init__(self, c: Config, index: int) -> None:
+        super().__init__()
+        norm = partial(ZeroCenteredRMSNorm, eps=c.rms_norm_eps)
+        self.self_attn = Attention(
+            c,
+            rope=RoPE(c.head_size, c.rotation_of(c.kind(index))),
+            span=c.span(index),
+            scale=c.query_pre_attn_scalar**-0.5,
+            norm=norm,
+        )
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, geglu)
+        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), step, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+def build(c: Config) -> CausalLM:
+    """A model with the right shapes and no weights."""
+    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
+    return CausalLM(c, layers, ZeroCenteredRMSNorm(c.hidden_size, c.rms_norm_eps), embed_scale=c.hidden_size**0.5)
