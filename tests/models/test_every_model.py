@@ -20,6 +20,10 @@ def tokens(name: str) -> list[int]:
     return parity.reference(name)["input_ids"][0].tolist()
 
 
+def distance(difference: mx.array) -> float:
+    return float(np.abs(np.array(difference)).max())
+
+
 def batch(model: CausalLM, ids: mx.array, padding: list[int] | None, more: list[int]) -> mx.array:
     """Logits of a batch: two chunks of the prompts, then one token after the other."""
     caches = model.make_caches(padding=padding)
@@ -38,10 +42,10 @@ def test_a_left_padded_batch_gives_each_row_its_own_logits(name: str, tmp_path: 
     together = batch(model, padded, padding, more)
     for index, row in enumerate(rows):
         alone = model(mx.array([row + more]))[0]
-        assert mx.abs(together[index, padding[index] :] - alone).max().item() <= 1e-4
+        assert distance(together[index, padding[index] :] - alone) <= 1e-4
     # negative control: with the padding taken for text, the short rows change
     wrong = batch(model, padded, None, more)
-    assert mx.abs(wrong[2, padding[2] :] - together[2, padding[2] :]).max().item() > 1e-2
+    assert distance(wrong[2, padding[2] :] - together[2, padding[2] :]) > 1e-2
 
 
 def twin_of(model: CausalLM) -> None:
@@ -70,10 +74,9 @@ def test_a_quantized_copy_computes_what_its_weights_stand_for(name: str, bits: i
     packed = model(ids)
     caches = model.make_caches()
     model(ids[:, :30], caches)
-    assert mx.abs(model(ids[:, 30:], caches) - packed[:, 30:]).max().item() <= 1e-4
+    assert distance(model(ids[:, 30:], caches) - packed[:, 30:]) <= 1e-4
     twin, _ = load_model(target, dtype="float32")
     twin_of(twin)
-    assert mx.abs(twin(ids) - packed).max().item() <= 2e-4
+    assert distance(twin(ids) - packed) <= 2e-4
     # negative control: quantizing is not for nothing, the original's logits are others
-    apart = float(np.abs(np.array(packed) - parity.reference(name)["logits"]).max())
-    assert apart > 1e-3
+    assert distance(packed - mx.array(parity.reference(name)["logits"])) > 1e-3
