@@ -293,6 +293,26 @@ class Mapped(Tensor):
         return self.function(self.tensor.rows(start, stop))
 
 
+class Words(Tensor):
+    """Bytes as MLX's uint32 words: (…, blocks, bytes) become one row of (…, blocks · bytes / 4)."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.tensor, self.dtype = tensor, mx.uint32
+        if tensor.dtype != mx.uint8 or len(tensor.shape) < 2 or tensor.shape[-1] % 4:
+            raise CheckpointError(
+                f"tensor {name}: packed codes must be bytes (…, blocks, bytes), these a multiple of 4; "
+                f"found {tensor.dtype} {tensor.shape}"
+            )
+        self.shape = (*tensor.shape[:-2], tensor.shape[-2] * tensor.shape[-1] // 4)
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        blocks = self.tensor.shape[-2]
+        return self.tensor.rows(start * blocks, stop * blocks).view(self.dtype).reshape(stop - start, -1)
+
+    def load(self) -> mx.array:
+        return self.tensor.load().view(self.dtype).flatten(-2)
+
+
 class Fp8Blocks(Tensor):
     """float8 e4m3 with a float32 scale for every block of 128 by 128, ragged at the edges (DeepSeek-V3's format).
 

@@ -11,11 +11,21 @@ from mlx.utils import tree_flatten
 
 from mlxarch.blocks import CausalLM, DecoderConfig, Quantization
 from mlxarch.blocks.linear import Matrix
-from mlxarch.blocks.renames import Ignore, IgnoreExtraLayers, IgnoreFrom, Join, Rename, Rule, SplitRows, Stack, Transpose
+from mlxarch.blocks.renames import (
+    Ignore,
+    IgnoreExtraLayers,
+    IgnoreFrom,
+    Join,
+    Rename,
+    Rule,
+    SplitRows,
+    Stack,
+    Transpose,
+)
 from mlxarch.checkpoint import Checkpoint, Shard
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.registry import Architecture, architecture
-from mlxarch.tensors import FLOATS, Fp8Blocks, Joined, Packed, Rows, Stacked, Stored, Tensor, Transposed
+from mlxarch.tensors import FLOATS, Fp8Blocks, Joined, Packed, Rows, Stacked, Stored, Tensor, Transposed, Words
 
 SIDECARS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -113,7 +123,7 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 def _unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Number formats of other makers: float8 in blocks."""
+    """Number formats of other makers: float8 in blocks, and MXFP4."""
     foreign = config.get("quantization_config") or {}
     method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
     if method == "fp8":
@@ -128,12 +138,34 @@ def _unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
             if weight != name:
                 tensors[weight] = Fp8Blocks(weight, tensors[weight], scale)
         return tensors
+    if method == "mxfp4":
+        return _mxfp4(stored)
     if method and method not in KEPT_AS_THEY_ARE:
         raise ConfigError(
             f"config.json: the weights are packed by {method!r}, which mlxarch does not read; take the original "
             "checkpoint, or one that is quantized for MLX"
         )
     return dict(stored)
+
+
+def _mxfp4(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``X_blocks`` (…, out, in / 32, 16) with ``X_scales`` (…, out, in / 32) are ``X.weight`` in MLX's mode mxfp4.
+
+    Both have the lower four bits of a byte first and scales of 2^(s - 127), so nothing is computed.
+    Source: openai/gpt-oss's gpt_oss/torch/weights.py; OCP Microscaling Formats 1.0.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        base, _, part = name.rpartition("_")
+        other = {"blocks": "scales", "scales": "blocks"}.get(part)
+        if other is None:
+            tensors[name] = tensor
+        elif f"{base}_{other}" not in stored:
+            raise CheckpointError(f"tensor {name} has no {base}_{other} beside it; download the checkpoint again")
+        elif part == "blocks":
+            parts = {"weight": Words(name, tensor), "scales": stored[f"{base}_scales"]}
+            tensors[f"{base}.weight"] = Packed(f"{base}.weight", parts, Quantization(4, 32, "mxfp4"))
+    return tensors
 
 
 KEPT_AS_THEY_ARE: tuple[str, ...] = ()  # formats that the rules of a model take apart by the tensors' names

@@ -7,13 +7,13 @@ import mlx.nn as nn
 
 from mlxarch.blocks.feedforward import Gate
 from mlxarch.blocks.linear import ExpertLinear, SharedInput
-from mlxarch.blocks.routers import Router
+from mlxarch.blocks.routers import Router, top
 
 SORT_FROM = 64  # rows; from here on it pays to bring those of one expert together
 
 
 class TopK(Router):
-    """The k largest logits; ``weigh`` makes weights of these alone: (…, k) -> the same."""
+    """The k largest logits; ``weigh`` makes their weights of them alone: (B, L, k) -> the same."""
 
     def __init__(
         self, dim: int, experts: int, k: int, *, weigh: Callable[[mx.array], mx.array], bias: bool = False
