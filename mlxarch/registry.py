@@ -17,6 +17,7 @@ MODELS = {
     "gemma3n": "gemma3n",
     "gemma3n_text": "gemma3n",
     "gpt_oss": "gpt_oss",
+    "gpt2": "gpt2",
     "llama": "llama3",
     "llama4": "llama4",
     "llama4_text": "llama4",

@@ -9,11 +9,11 @@ Shapes are written with these letters throughout:
 from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.config import DecoderConfig, Positive, Size
 from mlxarch.blocks.decoder import CausalLM, Layer
-from mlxarch.blocks.feedforward import GatedMLP, geglu, swiglu
+from mlxarch.blocks.feedforward import GatedMLP, geglu, gelu, swiglu
 from mlxarch.blocks.layer_types import AlternatingConfig, TwoBasesConfig
 from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, Quantization, fuse
 from mlxarch.blocks.moe import Experts, MoE
-from mlxarch.blocks.norms import RMSNorm, ZeroCenteredRMSNorm
+from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
 from mlxarch.blocks.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.span import Chunked, Full, Sliding, Span
@@ -37,6 +37,7 @@ __all__ = [
     "GroupLimitedSigmoid",
     "GroupLimitedSoftmax",
     "Layer",
+    "LayerNorm",
     "Linear",
     "Mask",
     "NoRoPE",
@@ -54,5 +55,6 @@ __all__ = [
     "ZeroCenteredRMSNorm",
     "fuse",
     "geglu",
+    "gelu",
     "swiglu",
 ]

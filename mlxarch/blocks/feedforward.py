@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import wraps
+from typing import TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,9 +11,10 @@ import mlx.nn as nn
 from mlxarch.blocks.linear import Linear, SharedInput
 
 Gate = Callable[[mx.array, mx.array], mx.array]
+Elementwise = TypeVar("Elementwise", bound=Callable[..., mx.array])
 
 
-def one_kernel(function: Gate) -> Gate:
+def one_kernel(function: Elementwise) -> Elementwise:
     """Run elementwise operations as one kernel on a GPU.
 
     Not on a CPU: MLX would call a C++ compiler there while the model runs, and few laptops have one.
@@ -20,10 +22,10 @@ def one_kernel(function: Gate) -> Gate:
     compiled = mx.compile(function, shapeless=True)
 
     @wraps(function)
-    def run(gate: mx.array, up: mx.array) -> mx.array:
-        return (function if mx.default_device() == mx.cpu else compiled)(gate, up)
+    def run(*arrays: mx.array) -> mx.array:
+        return (function if mx.default_device() == mx.cpu else compiled)(*arrays)
 
-    return run
+    return cast(Elementwise, run)
 
 
 @one_kernel
@@ -33,9 +35,15 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 @one_kernel
+def gelu(x: mx.array) -> mx.array:
+    """The tanh approximation of gelu (arXiv:1606.08415), in configs ``gelu_new`` or ``gelu_pytorch_tanh``."""
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@one_kernel
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up, with the tanh approximation of gelu (arXiv:1606.08415)."""
-    return 0.5 * gate * (1 + mx.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    """gelu(gate) * up."""
+    return gelu(gate) * up
 
 
 class GatedMLP(nn.Module):

@@ -40,3 +40,19 @@ class ZeroCenteredRMSNorm(RMSNorm):
             mx.eval(self._sum)  # unevaluated, it would belong to this thread
             self._sum_of = weight
         return mx.fast.rms_norm(x, self._sum, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias (arXiv:1607.06450).
+
+    Shape:
+        x: (..., dims) -> the same
+    """
+
+    def __init__(self, dims: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = mx.ones((dims,)), mx.zeros((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self["weight"], self["bias"], self.eps)

@@ -1,0 +1,143 @@
+"""GPT-2 (OpenAI, 2019).
+
+    x ─┬─ norm ─ attention ─ + ─┬─ norm ─ GELU ─ + ─
+       └──────────────────────┘  └──────────────┘
+
+Stands out: a learned vector for every position, so that the context ends where their table does; LayerNorm; biases
+everywhere; one matrix for queries, keys and values; a feed-forward without a gate; tied embeddings.
+Source: openai-community/gpt2/config.json and transformers' GPT2Config; Radford et al. 2019.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks import Cache, CausalLM, DecoderConfig, Embedding, Full, LayerNorm, Linear, Positive, Step, gelu
+from mlxarch.blocks.renames import Ignore, Rename, Transpose
+from mlxarch.errors import ConfigError, ContextLengthError
+
+NAMES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "rms_norm_eps",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """GPT-2 has names of its own for what every decoder has: ``NAMES``. A null ``n_inner`` is 4 times ``n_embd``."""
+
+    activation_function: Literal["gelu_new"] = "gelu_new"
+    add_cross_attention: Literal[False] = False
+    reorder_and_upcast_attn: Literal[False] = False
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    scale_attn_weights: Literal[True] = True
+    rms_norm_eps: Positive = 1e-5
+    tie_word_embeddings: bool = True
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        missing = sorted(NAMES.keys() - config.keys() - {"n_inner", "layer_norm_epsilon"})
+        if missing:
+            raise ConfigError(f"config.json of a 'gpt2' model lacks {', '.join(missing)}")
+        inner = config.get("n_inner")
+        found = dict(config) | {"n_inner": config["n_embd"] * 4 if inner is None else inner}
+        return super().from_dict({NAMES.get(key, key): value for key, value in found.items()})
+
+
+class Attention(nn.Module):
+    """Every head has its own keys and values; the positions are in the input already."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c_attn = Linear(c.hidden_size, 3 * c.hidden_size, True)
+        self.c_proj = Linear(c.hidden_size, c.hidden_size, True)
+        self.head_size, self.span, self.rope = c.head_size, Full(), None
+        self.make_cache = self.span.make_cache
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        qkv = mx.unflatten(self.c_attn(x), -1, (3, -1, self.head_size))  # (B, L, 3, H, D)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, H, L, D)
+        mask = step.mask(self.span, cache)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_size**-0.5, mask=mask)
+        return self.c_proj(out.swapaxes(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """Up, GELU, down."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = Linear(dim, hidden, True), Linear(hidden, dim, True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.c_proj(gelu(self.c_fc(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Norm before attention and before the feed-forward."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = (LayerNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+        self.attn, self.mlp = Attention(c), MLP(c.hidden_size, c.intermediate_size)
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        x = x + self.attn(self.ln_1(x), step, cache)
+        return x + self.mlp(self.ln_2(x))
+
+    self_attn = property(lambda self: self.attn)  # as all others call it
+
+
+class Transformer(nn.Module):
+    """Decoder under the names of the checkpoint."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.wte, self.wpe = Embedding(c.vocab_size, c.hidden_size), Embedding(c.max_position_embeddings, c.hidden_size)
+        self.h = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
+        self.ln_f = LayerNorm(c.hidden_size, c.rms_norm_eps)
+
+    embed_tokens = property(lambda self: self.wte)
+    layers = property(lambda self: self.h)
+    norm = property(lambda self: self.ln_f)
+
+
+class GPT2(CausalLM):
+    """Adds the vector of its position to each token."""
+
+    def __init__(self, c: Config) -> None:
+        decoder = Transformer(c)
+        super().__init__(c, decoder.layers, decoder.norm)
+        self.model = decoder
+
+    def embed(self, tokens: mx.array, step: Step) -> mx.array:
+        furthest = step.offset if isinstance(step.offset, int) else int(step.offset.max())
+        if furthest + step.length > self.context_length:
+            raise ContextLengthError(
+                f"{furthest + step.length} tokens, and the model knows {self.context_length} positions; shorten the "
+                "prompt, or ask for fewer tokens"
+            )
+        return super().embed(tokens, step) + self.model.wpe(mx.maximum(step.positions, 0))  # padding is below 0
+
+
+def build(c: Config) -> CausalLM:
+    """A model with the right shapes and no weights."""
+    return GPT2(c)
+
+
+# A name under ``model.`` is one that MLX's own tools wrote: its matrices are (out, in) already
+WEIGHTS = (
+    Ignore(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$", "causal mask"),
+    Rename(r"^transformer\.", ""),
+    Transpose(r"^h\.\d+\.(attn|mlp)\.c_\w+\.weight$"),
+    Rename(r"^(?=h\.|wte\.|wpe\.|ln_f\.)", "model."),
+)
