@@ -267,7 +267,8 @@ def convert(
     Args:
         source: a checkpoint folder, or a Source.
         output: the folder to make; by default the source's name and the bits, in the current folder.
-        bits: 2, 3, 4, 5, 6 or 8; None packs nothing and keeps packed what is.
+        bits: 2, 3, 4, 5, 6 or 8; None packs nothing and keeps packed what is. What comes in one of the small float
+            formats (mxfp4, mxfp8, nvfp4) stays so unless fewer bits are asked for.
         group_size: elements of a row that share a scale: 32, 64 or 128; None is the mode's own, 64 for affine. Rows
             that it does not divide take a smaller group or stay as they are, and the notes say so.
         mode: affine, or mxfp4, mxfp8, nvfp4, whose bits and group size are given.

@@ -148,7 +148,7 @@ def make_plan(
 
 def _entry(path: str, tensor: Tensor, wanted: Quantization | None, dtype: mx.Dtype | None) -> Entry:
     make = partial(Entry, path, elements=prod(tensor.shape), source_bytes=_nbytes(tensor))
-    if isinstance(tensor, Packed) and wanted in (None, tensor.settings):
+    if isinstance(tensor, Packed) and _stays(tensor.settings, wanted):
         items = {
             part: Item(_sibling(path, part), NAMES[_cast(stored, dtype)], stored.shape)
             for part, stored in tensor.parts.items()
@@ -161,6 +161,14 @@ def _entry(path: str, tensor: Tensor, wanted: Quantization | None, dtype: mx.Dty
     parts = stored_as(fit, tensor.shape, NAMES[_cast(scales if scales.dtype in FLOATS else tensor, dtype)])
     items = {part: Item(_sibling(path, part), kind, shape) for part, (kind, shape) in parts.items()}
     return make(treatment="quantized", parts=items, quantization=fit)
+
+
+def _stays(packed: Quantization, wanted: Quantization | None) -> bool:
+    """Whether a matrix is taken as it is packed.
+
+    The small float formats are what a model was trained in: packed anew without fewer bits, it would only lose.
+    """
+    return wanted in (None, packed) or (packed.mode != "affine" and wanted is not None and wanted.bits >= packed.bits)
 
 
 def _cast(tensor: Tensor, dtype: mx.Dtype | None) -> mx.Dtype:
@@ -224,9 +232,12 @@ def _notes(
             f"{len(again)} matrices of the source were quantized already, and were unpacked and quantized again, which "
             "cannot bring back what the first time took; the original checkpoint gives a better result"
         )
-    kept = [e for e in entries if e.treatment == "kept packed"]
-    if kept:
-        yield f"already packed as {in_words(wanted)} in the source and taken as they are: {_some(kept)}"
+    kept: dict[Quantization, list[Entry]] = {}
+    for entry in entries:
+        if entry.treatment == "kept packed" and entry.quantization:
+            kept.setdefault(entry.quantization, []).append(entry)
+    for found, group in kept.items():
+        yield f"already packed as {in_words(found)} in the source and taken as they are: {_some(group)}"
     smaller: dict[Quantization, list[Entry]] = {}
     for entry in entries:
         if entry.treatment == "quantized" and entry.quantization and entry.quantization != wanted:

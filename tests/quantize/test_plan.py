@@ -27,11 +27,13 @@ class Shape(Tensor):
 
 def packed(rows: int, columns: int, settings: Quantization) -> Packed:
     per_group = settings.scales_shape((rows, columns))
+    affine = settings.mode == "affine"
     parts = {
         "weight": Shape(*settings.packed_shape((rows, columns)), dtype=mx.uint32),
-        "scales": Shape(*per_group, dtype=mx.float16),
-        "biases": Shape(*per_group, dtype=mx.float16),
+        "scales": Shape(*per_group, dtype=mx.float16 if affine else mx.uint8),
     }
+    if affine:
+        parts["biases"] = Shape(*per_group, dtype=mx.float16)
     return Packed("m.weight", parts, settings)
 
 
@@ -136,6 +138,17 @@ def test_what_is_packed_otherwise_is_quantized_again_and_the_notes_say_so() -> N
     assert {entry.treatment for entry in plan.entries.values()} == {"quantized"}
     assert plan.entries["m.weight"].parts["scales"].dtype == "F16"
     assert len(plan.notes) == 1 and plan.notes[0].startswith("1 matrices of the source were quantized already")
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [(FOUR, True), (Quantization(8, 64), True), (Quantization(3, 64), False)])
+def test_a_small_float_format_is_packed_anew_only_for_fewer_bits(wanted: Quantization, kept: bool) -> None:
+    small = Quantization(4, 32, "mxfp4")
+    plan = plan_of({"experts.weight": packed(4, 128, small), "q.weight": Shape(4, 128)}, wanted)
+    assert plan.entries["experts.weight"].quantization == (small if kept else wanted)
+    assert plan.entries["q.weight"].quantization == plan.common == wanted
+    section = plan.quantization()
+    assert section and section.get("experts") == ({"group_size": 32, "bits": 4, "mode": "mxfp4"} if kept else None)
+    assert plan.notes[0].startswith("already packed as 4 bits, groups of 32, mxfp4" if kept else "1 matrices")
 
 
 def test_without_a_wish_the_most_frequent_settings_are_the_common_ones() -> None:
