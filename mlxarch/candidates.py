@@ -92,12 +92,11 @@ class Conversion:
             return Plan(self.target.name, description, 0, size, self.target)
         self._repository = repository = _look_up(self.source)
         missing, output = hub.missing_bytes(repository), _converted_bytes(repository, self.bits)
-        largest = max(file.size for file in repository.weights.values())
         description = (
             f"download {repository.repo}, {gigabytes(missing)}, {_how(self.bits)} on the way: "
             f"{gigabytes(output)} on the disk"
         )
-        return Plan(self.target.name, description, missing, output + largest, self.target)
+        return Plan(self.target.name, description, missing, output + repository.most_at_once, self.target)
 
     def run(self, progress: Progress) -> Path:
         """See Candidate."""

@@ -7,13 +7,14 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxarch.catalog import COMMIT
-from mlxarch.checkpoint import INDEX, child, read_json
+from mlxarch.checkpoint import INDEX, SINGLE, child, read_json
 from mlxarch.errors import (
     CheckpointError,
     DiskSpaceError,
@@ -24,11 +25,13 @@ from mlxarch.errors import (
     OfflineError,
 )
 from mlxarch.progress import Progress, silent
+from mlxarch.tensor_parallel import group_of, sliced_files
 
 # What a model needs besides its weights. Nothing else is fetched: no *.py, *.bin, *.gguf, consolidated.*, no original/.
 SIDECARS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("tiktoken.model", "tekken.json", "tokenizer.tok.json"),
     *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", INDEX),
 )
 TIMEOUT = 10.0  # seconds for the first answer of the Hub
@@ -64,6 +67,14 @@ class Repository:
         """Size of the weights."""
         return sum(file.size for file in self.weights.values())
 
+    @property
+    def most_at_once(self) -> int:
+        """Bytes of weight files that are read together, at most: those of one file, or of all slices of a tensor."""
+        groups = Counter[str]()
+        for file in self.weights.values():
+            groups[group_of(file.name)] += file.size
+        return max(groups.values(), default=0)
+
 
 def look_up(repo: str, revision: str = "main") -> Repository:
     """What a model repository holds, and how large it is; only config.json and the shard index are fetched.
@@ -86,6 +97,8 @@ def look_up(repo: str, revision: str = "main") -> Repository:
         raise ModelNotFound(f"{repo}@{revision} has no config.json; name a repository that holds a language model")
     config_path = fetch(repo, revision, "config.json")  # by the name that was asked for: the cache notes its commit
     sidecars = {name: known[name] for name in SIDECARS if name in known}
+    if "tokenizer.json" in sidecars:  # Mistral publishes its tokenizer twice
+        sidecars.pop("tekken.json", None)
     index = fetch(repo, commit, INDEX) if INDEX in known else None
     names = _weight_names(known, index)
     if missing := [name for name in names if name not in known]:
@@ -98,11 +111,15 @@ def look_up(repo: str, revision: str = "main") -> Repository:
 
 
 def _weight_names(known: Mapping[str, RemoteFile], index: Path | None) -> list[str]:
-    """The index decides which shards count; without one it is model.safetensors, or the only file there is."""
+    """As in a folder: the index decides which shards count; without one it is model.safetensors, the only file, or a
+    set of slices.
+    """
     if index is not None:
         return shard_names(index)
-    if "model.safetensors" in known:
-        return ["model.safetensors"]
+    if SINGLE in known:
+        return [SINGLE]
+    if slices := sliced_files("the repository", known):
+        return list(slices)
     found = [n for n in known if n.endswith(".safetensors") and "/" not in n and not n.startswith("consolidated")]
     return found if len(found) == 1 else []
 
@@ -136,7 +153,10 @@ def is_complete(folder: Path) -> bool:
         index = folder / INDEX
         if index.is_file():
             return all((folder / name).is_file() for name in shard_names(index))
-        return any(path.is_file() for path in folder.glob("*.safetensors"))
+        names = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
+        if SINGLE not in names:
+            sliced_files(folder, names)  # raises where some are missing
+        return bool(names)
     except (OSError, MlxArchError):
         return False
 

@@ -1,4 +1,5 @@
-"""A repository as a source of tensors that is read while it downloads: one weight file is on the disk at a time.
+"""A repository as a source of tensors that is read while it downloads: one weight file is on the disk at a time (of
+slices for tensor parallelism, those of the same tensors).
 
 The headers of all weight files come first, by range requests, and are validated as those of local files are; so names,
 shapes and dtypes are known before a weight is fetched.
@@ -18,6 +19,7 @@ from mlxarch.errors import CheckpointError
 from mlxarch.hub import Repository, shifted
 from mlxarch.progress import Progress, silent
 from mlxarch.safetensors_header import read_header
+from mlxarch.tensor_parallel import check_slices, group_of, slice_name, sliced_files
 from mlxarch.tensors import DTYPES, Stored, Tensor
 from mlxarch.weights import Source, pack
 
@@ -102,20 +104,21 @@ class RemoteShard:
 
 
 class _Window:
-    """Holds at most one file open: the one that was read last."""
+    """Holds open the file that was read last, and those that are read together with it."""
 
-    current: RemoteShard | None = None
+    def __init__(self) -> None:
+        self.current: list[RemoteShard] = []
 
     def open(self, shard: RemoteShard) -> Shard:
-        if self.current is not shard:
+        if self.current and group_of(self.current[0].name) != group_of(shard.name):
             self.close()
-            self.current = shard
+        if shard not in self.current:
+            self.current.append(shard)
         return shard.opened()
 
     def close(self) -> None:
-        if self.current is not None:
-            self.current.close()
-            self.current = None
+        while self.current:
+            self.current.pop().close()
 
 
 class RemoteTensor(Tensor):
@@ -154,8 +157,11 @@ def open_remote(repository: Repository, progress: Progress = silent) -> Iterator
     fetcher, window = ShardFetcher(repository, folder, progress), _Window()
     shards = [RemoteShard(fetcher, name) for name in repository.weights]
     stored: dict[str, Tensor] = {}
+    ranks = {} if INDEX in where else sliced_files(repository.repo, repository.weights)
+    check_slices(repository.repo, {shard.name: shard.tensors for shard in shards}, ranks)
     for shard in shards:
-        for name, info in shard.tensors.items():
+        for tensor, info in shard.tensors.items():
+            name = slice_name(tensor, ranks.get(shard.name))
             if name in stored:
                 raise CheckpointError(
                     f"{shard.name}: tensor {name} is in an earlier file already; take another revision"
@@ -168,8 +174,9 @@ def open_remote(repository: Repository, progress: Progress = silent) -> Iterator
         yield Source(dict(repository.config), pack(stored, repository.config), sidecars, tuple(shards))  # type: ignore[arg-type]
         window.close()
     except BaseException:
-        if window.current is not None and window.current._open is not None:
-            window.current._open.close()  # the file stays
+        for shard in window.current:
+            if shard._open is not None:
+                shard._open.close()  # the file stays
         raise
     shutil.rmtree(folder, ignore_errors=True)
 
