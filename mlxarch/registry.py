@@ -22,9 +22,15 @@ MODELS = {
     "llama4": "llama4",
     "llama4_text": "llama4",
     "mistral": "llama3",
+    "ministral3": "mistral3",
+    "mistral3": "mistral3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "qwen2": "qwen3",
     "qwen2_moe": "qwen3_moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "smollm3": "smollm3",
 }
 # Kinds of which several architectures call themselves so: they are told by the class that config.json names
 BY_CLASS = {("git", "Grok1ForCausalLM"): "grok2"}

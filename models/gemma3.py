@@ -47,7 +47,7 @@ class Config(TwoBasesConfig):
     rms_norm_eps: Positive = 1e-6
     rope_theta: Positive | None = 1_000_000.0
     rope_local_base_freq: Positive = 10_000.0
-    sliding_window: Size = 4096
+    sliding_window: Size | None = 4096
     sliding_window_pattern: Size = 6
     tie_word_embeddings: bool = True
 

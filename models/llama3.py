@@ -49,10 +49,12 @@ class Config(DecoderConfig):
 class DecoderLayer(nn.Module):
     """Norm before attention and before the feed-forward."""
 
+    attention: type[Attention] = Attention  # a descendant may have its own
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        self.self_attn = Attention(
+        self.self_attn = self.attention(
             c,
             rope=RoPE(c.head_size, c.rotation),
             span=Sliding(c.sliding_window) if c.sliding_window else Full(),

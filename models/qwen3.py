@@ -1,10 +1,11 @@
-"""Qwen3 dense (Alibaba, 2025).
+"""Qwen3 dense (Alibaba, 2025), also Qwen2 and Qwen2.5.
 
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ SwiGLU ─ + ─
        └──────────────────────┘  └────────────────┘
 
-Stands out: QK-norm on every head before RoPE; heads wider than hidden_size / heads; no biases.
-Source: arXiv:2505.09388; Qwen/Qwen3-0.6B/config.json.
+Stands out: QK-norm on every head before RoPE; heads wider than hidden_size / heads; no biases. Qwen2 has biases on
+queries, keys and values instead of the QK-norm.
+Source: arXiv:2505.09388; arXiv:2407.10671; config.json of Qwen/Qwen3-0.6B and Qwen/Qwen2.5-7B-Instruct.
 """
 
 from dataclasses import dataclass
@@ -14,33 +15,43 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, CausalLM, DecoderConfig, GatedMLP, RMSNorm, RoPE, Step, swiglu
+from mlxarch.blocks import Attention, Cache, CausalLM, GatedMLP, LayerTypesConfig, RMSNorm, RoPE, Step, swiglu
+from mlxarch.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """``sliding_window`` stands in the published files and is off: use_sliding_window is false."""
+class Config(LayerTypesConfig):
+    """Layers from ``max_window_layers`` on have the window. Published files name one, and most switch it off."""
 
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
-    use_sliding_window: Literal[False] = False
-    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 28
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window if self.use_sliding_window else None
+
+    def usual_kind(self, index: int) -> Literal["sliding_attention", "full_attention"]:
+        return "sliding_attention" if self.window and index >= self.max_window_layers else "full_attention"
+
+    def check(self) -> None:
+        super().check()
+        if self.model_type == "qwen2" and self.attention_bias:
+            raise ConfigError("config.json: attention_bias = true is not Qwen2's, which has biases on q, k and v only")
 
 
 class DecoderLayer(nn.Module):
     """Norm before attention and before the feed-forward."""
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        self.self_attn = Attention(
-            c,
-            rope=RoPE(c.head_size, c.rotation),
-            norm=norm,
-            qk_norm="head",
-            bias=c.attention_bias,
-            output_bias=c.attention_bias,
-        )
+        attention = partial(Attention, c, rope=RoPE(c.head_size, c.rotation), span=c.span(index))
+        if c.model_type == "qwen2":
+            self.self_attn = attention(bias=True)
+        else:
+            self.self_attn = attention(norm=norm, bias=c.attention_bias, output_bias=c.attention_bias)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
         self.input_layernorm = norm(c.hidden_size)
         self.post_attention_layernorm = norm(c.hidden_size)
@@ -52,5 +63,5 @@ class DecoderLayer(nn.Module):
 
 def build(c: Config) -> CausalLM:
     """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
+    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
     return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))

@@ -10,7 +10,7 @@ from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.config import DecoderConfig, Positive, Size
 from mlxarch.blocks.decoder import CausalLM, Layer
 from mlxarch.blocks.feedforward import GatedMLP, geglu, gelu, swiglu
-from mlxarch.blocks.layer_types import AlternatingConfig, TwoBasesConfig
+from mlxarch.blocks.layer_types import AlternatingConfig, LayerTypesConfig, TwoBasesConfig
 from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, Quantization, fuse
 from mlxarch.blocks.moe import Experts, MoE
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
@@ -38,6 +38,7 @@ __all__ = [
     "GroupLimitedSoftmax",
     "Layer",
     "LayerNorm",
+    "LayerTypesConfig",
     "Linear",
     "Mask",
     "NoRoPE",

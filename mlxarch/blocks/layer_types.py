@@ -12,26 +12,40 @@ Kind = Literal["sliding_attention", "full_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlternatingConfig(DecoderConfig):
-    """``layer_types`` names the kind of every layer; without it every ``sliding_window_pattern``-th layer is full."""
+class LayerTypesConfig(DecoderConfig):
+    """``layer_types`` names the kind of every layer; a subclass says in ``usual_kind`` what holds without it."""
 
-    sliding_window: Size
-    sliding_window_pattern: Size
+    sliding_window: Size | None = None
     layer_types: tuple[Kind, ...] | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Of the sliding layers, in tokens; None where there is none, or where another key switches it off."""
+        return self.sliding_window
+
+    def usual_kind(self, index: int) -> Kind:
+        """Of the layer with this index, counted from 0, in a file without ``layer_types``."""
+        return "full_attention"
 
     def kind(self, index: int) -> Kind:
         """Of the layer with this index, counted from 0."""
-        if self.layer_types is not None:
-            return self.layer_types[index]
-        return "sliding_attention" if (index + 1) % self.sliding_window_pattern else "full_attention"
+        return self.layer_types[index] if self.layer_types is not None else self.usual_kind(index)
 
     def span(self, index: int) -> Span:
         """How far back the tokens of this layer look."""
-        return Full() if self.kind(index) == "full_attention" else Sliding(self.sliding_window)
+        return Sliding(self.window) if self.window and self.kind(index) == "sliding_attention" else Full()
 
     def check(self) -> None:
         super().check()
         self.check_length("layer_types", self.layer_types)
+        if self.window is None and any(map(self._slides, range(self.num_hidden_layers))):
+            raise ConfigError(
+                "config.json: there are layers of type 'sliding_attention', and sliding_window is missing, null or "
+                "switched off; take the original model's"
+            )
+
+    def _slides(self, index: int) -> bool:
+        return self.kind(index) == "sliding_attention"
 
     def check_length(self, key: str, values: object) -> None:
         """Refuse a list that has not one value for each layer; anything but a list passes.
@@ -44,6 +58,16 @@ class AlternatingConfig(DecoderConfig):
                 f"config.json: {key} has {len(values)} values, and num_hidden_layers is {self.num_hidden_layers}; "
                 "there must be one for each layer"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlternatingConfig(LayerTypesConfig):
+    """Without ``layer_types``, every ``sliding_window_pattern``-th layer is full and the others have the window."""
+
+    sliding_window_pattern: Size
+
+    def usual_kind(self, index: int) -> Kind:
+        return "sliding_attention" if (index + 1) % self.sliding_window_pattern else "full_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
