@@ -19,7 +19,7 @@ from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
 
 SHARD_BYTES = 5 * 10**9  # as large as the shards of mlx-lm and of most published models
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}  # bytes are U8, not what is also read as bytes
 Treatment = Literal["copied", "quantized", "kept packed"]
 
 
