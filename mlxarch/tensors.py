@@ -293,6 +293,19 @@ class Mapped(Tensor):
         return self.function(self.tensor.rows(start, stop))
 
 
+class Shaped(Tensor):
+    """The same rows under other leading axes: (H · out, in) as (H, out, in)."""
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        self.tensor, self.shape, self.dtype = tensor, shape, tensor.dtype
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        return self.tensor.rows(start, stop)
+
+    def load(self) -> mx.array:
+        return self.tensor.load().reshape(self.shape)
+
+
 class Words(Tensor):
     """Bytes as MLX's uint32 words: (…, blocks, bytes) become one row of (…, blocks · bytes / 4)."""
 
@@ -321,11 +334,11 @@ class Fp8Blocks(Tensor):
 
     def __init__(self, name: str, weight: Tensor, scale: Tensor, block: tuple[int, int] = (128, 128)) -> None:
         self.weight, self.scale, self.block, self.shape, self.dtype = weight, scale, block, weight.shape, mx.float32
-        wanted = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=True))
-        if scale.shape != wanted or scale.dtype not in FLOATS:
+        wanted = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=False))
+        if len(weight.shape) != 2 or weight.dtype != mx.uint8 or scale.shape != wanted or scale.dtype not in FLOATS:
             raise CheckpointError(
-                f"tensor {name}: a float8 weight {weight.shape} needs scales {wanted}; "
-                f"found {scale.dtype} {scale.shape}"
+                f"tensor {name}: a float8 matrix has a float scale for each block of {block}; found "
+                f"{weight.dtype} {weight.shape} with scales {scale.dtype} {scale.shape}"
             )
 
     @property

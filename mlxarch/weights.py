@@ -18,14 +18,16 @@ from mlxarch.blocks.renames import (
     Join,
     Rename,
     Rule,
+    SplitHeads,
     SplitRows,
     Stack,
     Transpose,
 )
 from mlxarch.checkpoint import Checkpoint, Shard
 from mlxarch.errors import CheckpointError, ConfigError
+from mlxarch.foreign import unpack_foreign
 from mlxarch.registry import Architecture, architecture
-from mlxarch.tensors import FLOATS, Fp8Blocks, Joined, Packed, Rows, Stacked, Stored, Tensor, Transposed, Words
+from mlxarch.tensors import FLOATS, Joined, Packed, Rows, Shaped, Stacked, Stored, Tensor, Transposed
 
 SIDECARS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -74,7 +76,7 @@ def open_source(folder: str | Path) -> Source:
 def pack(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Join each quantized weight with its scales and biases, by the settings in ``config``."""
     if not config.get("quantization"):
-        stored = _unpack_foreign(stored, config)
+        stored = unpack_foreign(stored, config)
     packed = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -120,55 +122,6 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
-
-
-def _unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Number formats of other makers: float8 in blocks, and MXFP4."""
-    foreign = config.get("quantization_config") or {}
-    method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
-    if method == "fp8":
-        block = foreign.get("weight_block_size") or [128, 128]
-        if block != [128, 128]:
-            raise ConfigError(f"config.json: float8 in blocks of {block} is not read; only [128, 128] is")
-        tensors = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale_inv")}
-        for name, scale in stored.items():
-            weight = name.removesuffix("_scale_inv")
-            if weight not in tensors:
-                raise CheckpointError(f"tensor {name} has no {weight} beside it; download the checkpoint again")
-            if weight != name:
-                tensors[weight] = Fp8Blocks(weight, tensors[weight], scale)
-        return tensors
-    if method == "mxfp4":
-        return _mxfp4(stored)
-    if method and method not in KEPT_AS_THEY_ARE:
-        raise ConfigError(
-            f"config.json: the weights are packed by {method!r}, which mlxarch does not read; take the original "
-            "checkpoint, or one that is quantized for MLX"
-        )
-    return dict(stored)
-
-
-def _mxfp4(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``X_blocks`` (…, out, in / 32, 16) with ``X_scales`` (…, out, in / 32) are ``X.weight`` in MLX's mode mxfp4.
-
-    Both have the lower four bits of a byte first and scales of 2^(s - 127), so nothing is computed.
-    Source: openai/gpt-oss's gpt_oss/torch/weights.py; OCP Microscaling Formats 1.0.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        base, _, part = name.rpartition("_")
-        other = {"blocks": "scales", "scales": "blocks"}.get(part)
-        if other is None:
-            tensors[name] = tensor
-        elif f"{base}_{other}" not in stored:
-            raise CheckpointError(f"tensor {name} has no {base}_{other} beside it; download the checkpoint again")
-        elif part == "blocks":
-            parts = {"weight": Words(name, tensor), "scales": stored[f"{base}_scales"]}
-            tensors[f"{base}.weight"] = Packed(f"{base}.weight", parts, Quantization(4, 32, "mxfp4"))
-    return tensors
-
-
-KEPT_AS_THEY_ARE: tuple[str, ...] = ()  # formats that the rules of a model take apart by the tensors' names
 
 
 @dataclass(frozen=True)
@@ -262,6 +215,8 @@ def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignore
             return _join(rule, tensors)
         case SplitRows():
             return _split(rule, tensors)
+        case SplitHeads():
+            return _split_heads(rule, tensors, config)
         case _:
             assert_never(rule)
     return {name: tensor for name, tensor in tensors.items() if name not in ignored}
@@ -338,6 +293,27 @@ def _split(rule: SplitRows, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 out[target] = tensor.each_part(target, lambda part, pick=pick: Rows(part, pick))
             else:
                 out[target] = Rows(tensor, pick, rule.vector)
+    return out
+
+
+def _split_heads(rule: SplitHeads, tensors: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """A packed matrix is unpacked: the groups of the transposed are others."""
+    heads, sizes = config.num_attention_heads, [getattr(config, key) for key in rule.sizes]
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not (found := re.search(rule.pattern, name)):
+            out[name] = tensor
+            continue
+        if len(tensor.shape) != 2 or tensor.shape[0] != heads * sum(sizes):
+            raise CheckpointError(
+                f"tensor {name} has shape {tensor.shape}, but config.json makes it {heads} heads of {sum(sizes)} rows; "
+                "the two files belong to different models"
+            )
+        rows = np.arange(tensor.shape[0]).reshape(heads, -1)
+        for to, pick, size in zip(rule.to, (rows[:, : sizes[0]], rows[:, sizes[0] :]), sizes, strict=True):
+            target = name[: found.start()] + found.expand(to) + name[found.end() :]
+            part = Shaped(Rows(tensor, pick.flatten()), (heads, size, tensor.shape[1]))
+            out[target] = Transposed(part) if to == rule.to[0] else part
     return out
 
 

@@ -10,6 +10,8 @@ from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.config import DecoderConfig, Positive, Size
 from mlxarch.blocks.decoder import CausalLM, Layer
 from mlxarch.blocks.feedforward import GatedMLP, geglu, gelu, swiglu
+from mlxarch.blocks.latent_attention import LatentAttention
+from mlxarch.blocks.latent_config import LatentConfig
 from mlxarch.blocks.layer_types import AlternatingConfig, LayerTypesConfig, TwoBasesConfig
 from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, Quantization, fuse
 from mlxarch.blocks.moe import Experts, MoE
@@ -36,6 +38,8 @@ __all__ = [
     "GatedMLP",
     "GroupLimitedSigmoid",
     "GroupLimitedSoftmax",
+    "LatentAttention",
+    "LatentConfig",
     "Layer",
     "LayerNorm",
     "LayerTypesConfig",

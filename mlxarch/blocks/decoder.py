@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.linear import Embedding, Linear
 from mlxarch.blocks.step import Step
@@ -15,12 +14,20 @@ from mlxarch.cache import Cache
 from mlxarch.errors import InvalidInput
 
 
+class SelfAttention(Protocol):
+    """What keeps keys and values."""
+
+    def make_cache(self, capacity: int | None) -> Cache | None:
+        """An empty cache for the layer."""
+        ...
+
+
 class Layer(Protocol):
     """What every architecture's DecoderLayer offers the frame."""
 
     @property
-    def self_attn(self) -> Attention:
-        """What keeps keys and values."""
+    def self_attn(self) -> SelfAttention:
+        """Its attention, of whatever kind."""
         ...
 
     def __call__(self, x: mx.array, /, step: Step, cache: Cache | None) -> mx.array:

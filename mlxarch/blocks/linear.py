@@ -29,13 +29,14 @@ class Quantization:
         """Shape of the scales, and of the biases where the mode has them."""
         return (*shape[:-1], shape[-1] // self.group_size)
 
-    def matmul(self, x: mx.array, packed: dict[str, Any]) -> mx.array:
-        """x @ weight.T for a ``packed`` weight with its scales and, in affine mode, biases."""
+    def matmul(self, x: mx.array, packed: dict[str, Any], transpose: bool = True) -> mx.array:
+        """x @ weight.T for a ``packed`` weight with its scales and, in affine mode, biases; x @ weight if told so."""
         return mx.quantized_matmul(
             x,
             packed["weight"],
             packed["scales"],
             packed.get("biases"),
+            transpose=transpose,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
@@ -73,10 +74,12 @@ class Matrix(nn.Module):
         self.weight = mx.zeros(shape)
         self.quantization: Quantization | None = None
 
-    def product(self, x: mx.array, arrays: dict[str, Any] | None = None) -> mx.array:
-        """x @ weight.T, without any bias; ``arrays`` stands in for the matrix's own where several are joined."""
+    def product(self, x: mx.array, arrays: dict[str, Any] | None = None, transpose: bool = True) -> mx.array:
+        """x @ weight.T without any bias, or x @ weight; ``arrays`` stands in for the matrix's own."""
         arrays = self if arrays is None else arrays
-        return x @ arrays["weight"].T if self.quantization is None else self.quantization.matmul(x, arrays)
+        if self.quantization is not None:
+            return self.quantization.matmul(x, arrays, transpose)
+        return x @ (arrays["weight"].swapaxes(-1, -2) if transpose else arrays["weight"])
 
 
 class Linear(Matrix):

@@ -81,7 +81,23 @@ class SplitRows:
     vector: bool = False
 
 
-Rule = Rename | Ignore | IgnoreExtraLayers | IgnoreFrom | Transpose | Stack | Join | SplitRows
+@dataclass(frozen=True)
+class SplitHeads:
+    """One matrix holds two for every head, a rows of the first and then b of the second: (H · (a + b), in).
+
+    The first is wanted transposed: (H, in, a) and (H, b, in).
+
+    Attributes:
+        to: names of the two; they may refer to the pattern's groups.
+        sizes: a and b, by their names in the config.
+    """
+
+    pattern: str
+    to: tuple[str, str]
+    sizes: tuple[str, str]
+
+
+Rule = Rename | Ignore | IgnoreExtraLayers | IgnoreFrom | Transpose | Stack | Join | SplitRows | SplitHeads
 
 
 def stacked_experts(*, interleaved: bool = False) -> tuple[Rule, ...]:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlxarch.cache import Cache, FullCache, SlidingCache
+from mlxarch.cache import Cache, FullCache, LatentCache, SlidingCache
 
 
 class Span(Protocol):
@@ -36,6 +36,14 @@ class Full:
 
     def make_cache(self, capacity: int | None) -> Cache:
         return FullCache(capacity)
+
+
+@dataclass(frozen=True)
+class Latent(Full):
+    """As Full, with keys and values that are made of one latent a token: only this is kept."""
+
+    def make_cache(self, capacity: int | None) -> Cache:
+        return LatentCache(capacity)
 
 
 @dataclass(frozen=True)

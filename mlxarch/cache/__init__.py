@@ -2,6 +2,7 @@
 
 from mlxarch.cache.base import Cache
 from mlxarch.cache.full import FullCache
+from mlxarch.cache.latent import LatentCache
 from mlxarch.cache.sliding import SlidingCache
 
-__all__ = ["Cache", "FullCache", "SlidingCache"]
+__all__ = ["Cache", "FullCache", "LatentCache", "SlidingCache"]

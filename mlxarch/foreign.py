@@ -1,0 +1,138 @@
+"""Number formats of other makers, as tensors that MLX can compute with: float8 in blocks, MXFP4, compressed-tensors."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from mlxarch.blocks import Quantization
+from mlxarch.errors import CheckpointError, ConfigError
+from mlxarch.tensors import Fp8Blocks, Mapped, Packed, Tensor, Words
+
+KEPT_AS_THEY_ARE: tuple[str, ...] = ()  # formats that the rules of a model take apart by the tensors' names
+
+# Of compressed-tensors: the formats, and the values of a group's keys, that are read
+FORMATS = ("pack-quantized",)
+PACK_QUANTIZED: dict[str, tuple[Any, ...]] = {
+    "type": ("int",),
+    "num_bits": (4, 8),
+    "symmetric": (True,),
+    "strategy": ("group",),
+    "group_size": (32, 64, 128),
+    "actorder": (None, False),
+    "dynamic": (None, False),
+}
+
+
+def unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors with those of another maker's number format joined into one each, by the config's own account.
+
+    Raises:
+        ConfigError: a format, or a variant of one, that is not read.
+        CheckpointError: tensors that belong together are not all there, or do not fit.
+    """
+    foreign = config.get("quantization_config") or {}
+    method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
+    if method == "fp8":
+        return _fp8(stored, foreign)
+    if method == "compressed-tensors":
+        return _compressed_tensors(stored, foreign)
+    if method == "mxfp4":
+        return _mxfp4(stored)
+    if method and method not in KEPT_AS_THEY_ARE:
+        raise ConfigError(
+            f"config.json: the weights are packed by {method!r}, which mlxarch does not read; take the original "
+            "checkpoint, or one that is quantized for MLX"
+        )
+    return dict(stored)
+
+
+def _fp8(stored: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``X_scale_inv`` holds the scales of ``X``."""
+    block = settings.get("weight_block_size") or [128, 128]
+    if block != [128, 128]:
+        raise ConfigError(f"config.json: float8 in blocks of {block} is not read; only [128, 128] is")
+    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale_inv")}
+    for name, scale in stored.items():
+        weight = name.removesuffix("_scale_inv")
+        if weight not in tensors:
+            raise CheckpointError(f"tensor {name} has no {weight} beside it; download the checkpoint again")
+        if weight != name:
+            tensors[weight] = Fp8Blocks(weight, tensors[weight], scale)
+    return tensors
+
+
+def _mxfp4(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``X_blocks`` (…, out, in / 32, 16) with ``X_scales`` (…, out, in / 32) are ``X.weight`` in MLX's mode mxfp4.
+
+    Both have the lower four bits of a byte first and scales of 2^(s - 127), so nothing is computed.
+    Source: openai/gpt-oss's gpt_oss/torch/weights.py; OCP Microscaling Formats 1.0.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        base, _, part = name.rpartition("_")
+        other = {"blocks": "scales", "scales": "blocks"}.get(part)
+        if other is None:
+            tensors[name] = tensor
+        elif f"{base}_{other}" not in stored:
+            raise CheckpointError(f"tensor {name} has no {base}_{other} beside it; download the checkpoint again")
+        elif part == "blocks":
+            parts = {"weight": Words(name, tensor), "scales": stored[f"{base}_scales"]}
+            tensors[f"{base}.weight"] = Packed(f"{base}.weight", parts, Quantization(4, 32, "mxfp4"))
+    return tensors
+
+
+def _compressed_tensors(stored: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``X_packed`` (out, in · bits / 32), ``X_scale`` (out, in / group) and ``X_shape`` are ``X`` in MLX's affine mode.
+
+    A code stands for (code - 2^(bits - 1)) * scale, and the first code has a word's lowest bits, as in MLX: codes and
+    scales are taken as they are, and the bias, a power of two times the scale, is exact.
+    Source: the format pack-quantized of github.com/vllm-project/compressed-tensors, as in moonshotai/Kimi-K2-Thinking.
+    """
+    quantization = _pack_quantized(settings)
+    lowest = -(2 ** (quantization.bits - 1))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        base = re.sub(r"(?<=\.weight)_(packed|scale|shape)$", "", name)
+        if base == name:
+            tensors[name] = tensor
+            continue
+        if missing := [f"{base}_{part}" for part in ("packed", "scale", "shape") if f"{base}_{part}" not in stored]:
+            raise CheckpointError(f"tensor {name} has no {missing[0]} beside it; download the checkpoint again")
+        if name != f"{base}_packed":
+            continue
+        scale = stored[f"{base}_scale"]
+        if tensor.dtype != mx.int32 or not tensor.shape or not scale.shape:
+            raise CheckpointError(f"tensor {name}: packed codes must be int32, found {tensor.dtype} {tensor.shape}")
+        parts = {
+            "weight": Mapped(tensor, tensor.shape[-1], mx.uint32, lambda rows: rows.view(mx.uint32)),
+            "scales": scale,
+            "biases": Mapped(scale, scale.shape[-1], scale.dtype, lambda rows: rows * lowest),
+        }
+        tensors[base] = Packed(base, parts, quantization)
+    return tensors
+
+
+def _pack_quantized(settings: Mapping[str, Any]) -> Quantization:
+    """The one kind of weights that a compressed-tensors section describes.
+
+    Raises:
+        ConfigError: it describes several, or one that affine quantization without offsets does not express.
+    """
+    groups = settings.get("config_groups")
+    groups = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    weights = [group.get("weights") for group in groups]
+    first = weights[0] if weights and isinstance(weights[0], dict) else {}
+    found = {"format": settings.get("format")} | {key: first.get(key) for key in PACK_QUANTIZED}
+    wrong = [f"{key} {value!r}" for key, value in found.items() if value not in PACK_QUANTIZED.get(key, FORMATS)]
+    wrong += ["several kinds of weights"] if any(other != first for other in weights) else []
+    activations = ("input_activations", "output_activations")
+    wrong += [key for key in activations if any(group.get(key) for group in groups)]
+    if wrong:
+        raise ConfigError(
+            f"config.json: the weights are packed by 'compressed-tensors' with {', '.join(wrong)}, which mlxarch does "
+            "not read; it reads pack-quantized integers of 4 or 8 bits, symmetric, in groups of 32, 64 or 128. Take "
+            "the original checkpoint, or one that is quantized for MLX"
+        )
+    return Quantization(first["num_bits"], first["group_size"])

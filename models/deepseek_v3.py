@@ -1,0 +1,64 @@
+"""DeepSeek V3 (DeepSeek, 2024), also R1 and V3.1.
+
+    x ─┬─ norm ─ latent attention ─ + ─┬─ norm ─┬─ router ─ 8 of 256 experts ─ + ─ + ─
+       │                            │  │        └─ shared expert ──────────────┘   │
+       └────────────────────────────┘  └───────────────────────────────────────────┘
+
+Stands out: multi-head latent attention, whose cache holds 576 numbers a token for all of 128 heads; many small experts
+beside one that sees every token, chosen within 4 of 8 groups by sigmoid scores, with a bias that balances their load;
+the first 3 layers are dense. Published in float8, and with a layer more, which predicts a second token.
+Source: arXiv:2412.19437; deepseek-ai/DeepSeek-V3/config.json and inference/model.py.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks import Cache, CausalLM, GatedMLP, RMSNorm, RoPE, Step, swiglu
+from mlxarch.blocks.grouped_experts import GroupedExpertsConfig, grouped_experts
+from mlxarch.blocks.latent_attention import LatentAttention
+from mlxarch.blocks.latent_config import LatentConfig
+from mlxarch.blocks.renames import IgnoreExtraLayers, SplitHeads, Stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(GroupedExpertsConfig, LatentConfig):
+    """Published files name the way experts are chosen, transformers' DeepseekV3Config implies it."""
+
+    hidden_act: Literal["silu"] = "silu"
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    topk_method: Literal["noaux_tc"] = "noaux_tc"
+    rope_interleave: Literal[True] = True
+    moe_layer_freq: Literal[1] = 1
+
+
+class DecoderLayer(nn.Module):
+    """Norm before attention and before the experts."""
+
+    def __init__(self, c: Config, index: int) -> None:
+        super().__init__()
+        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        self.self_attn = LatentAttention(c, RoPE(c.qk_rope_head_dim, c.rotation, interleaved=True))
+        dense = index < c.first_k_dense_replace
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu) if dense else grouped_experts(c)
+        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def build(c: Config) -> CausalLM:
+    """A model with the right shapes and no weights."""
+    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
+    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+
+
+WEIGHTS = (
+    IgnoreExtraLayers(),
+    Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."),
+    SplitHeads(r"\.kv_b_proj\.weight$", (".embed_q.weight", ".unembed_out.weight"), ("qk_nope_head_dim", "v_head_dim")),
+)
