@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
 from mlxarch.errors import ChatTemplateError, InvalidInput
 from mlxarch.template_sandbox import MAX_TEMPLATE_BYTES, Sandbox
@@ -121,6 +122,15 @@ def choose_template(templates: Mapping[str, str], tools: object) -> str | None:
     if "default" in templates or not templates:
         return templates.get("default")
     return next(iter(templates.values())) if len(templates) == 1 else None
+
+
+def template_variables(source: str) -> frozenset[str]:
+    """Names that a template reads and does not make itself; none of a template that is broken or refused."""
+    try:
+        return frozenset(meta.find_undeclared_variables(Sandbox().syntax_tree(source)))
+    except (ChatTemplateError, jinja2.TemplateError, RecursionError) as problem:
+        logger.debug("the chat template does not say its variables: %s", problem)
+        return frozenset()
 
 
 def _in_snapshot(folder: Path, name: str) -> Path:

@@ -17,6 +17,7 @@ from mlxarch.progress import Progress, on_terminal
 from mlxarch.sampling import Sampling
 from mlxarch.stops import StopStrings
 from mlxarch.tokenizer import Tokenizer
+from mlxarch.thinking import Segment, splitter
 
 _PROMPT = "a prompt is a text, a list of messages with role and content, or a list of token ids"
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -32,29 +33,34 @@ class Piece:
         finish_reason: None until the last piece: "stop" at an end token or a stop string, "length" at the limit.
         timings: so far.
     """
+        thinking: whether the text belongs to the model's thinking, and not to the answer.
 
     text: str
     token: int | None
     finish_reason: str | None
     timings: Timings
 
+    thinking: bool = False
 
 @dataclass
 class Result:
     """A whole answer.
 
     Attributes:
-        text: without the end token and without the stop string that ended it.
-        tokens: as sampled, the end token included.
+        text: without the thinking, the end token and the stop string that ended it; empty where the limit came before
+            the end of the thinking.
+        tokens: as sampled, all of them.
         finish_reason: "stop" or "length".
         timings: how long it took.
     """
+        thinking: what the model wrote for itself before the answer, without its marks.
 
     text: str
     tokens: list[int]
     finish_reason: str
     timings: Timings
 
+    thinking: str = ""
 
 def load(
     name_or_path: str | Path,
@@ -186,9 +192,9 @@ class LanguageModel:
         """
         if session is not None and not isinstance(session, Session):
             raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
-        chosen, stops = _sampling(sampling, settings), StopStrings(stop)
-        limit = self._limit(tokens := self.tokens_of(prompt, template), max_tokens)
-        return self._pieces(tokens, limit, chosen, stops, session or self.session())
+        chosen, tokens = _sampling(sampling, settings), self.tokens_of(prompt, template)
+        reader = _Reader(self.tokenizer, tokens, stop)
+        return self._pieces(tokens, self._limit(tokens, max_tokens), chosen, reader, session or self.session())
 
     def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
@@ -196,16 +202,19 @@ class LanguageModel:
         return room(len(tokens), max_tokens, self.context_length)
 
     def _pieces(
-        self, tokens: list[int], limit: int, sampling: Sampling, stops: StopStrings, session: Session
+        self, tokens: list[int], limit: int, sampling: Sampling, reader: "_Reader", session: Session
     ) -> Iterator[Piece]:
         text, timings = self.tokenizer.detokenizer(), Timings()
         for count, (token, timings) in enumerate(decode(self.model, session, tokens, sampling, limit), 1):
-            ended = token in self.tokenizer.eos_ids
-            new = stops.feed("" if ended else text.add(token))
-            if ended or stops.found or count == limit:
-                reason = "stop" if ended or stops.found else "length"
-                new += stops.flush(text.finish())
-                yield Piece(new, token, "stop" if stops.found else reason, timings)
+            segments, reason = reader.add(token), None
+            if reader.ended or count == limit:
+                segments += reader.finish()
+                reason = "stop" if reader.ended else "length"
+            *before, (text, thinking) = segments or [("", reader.thinking)]
+            for part, kind in before:
+                yield Piece(part, None, None, timings, kind)
+            yield Piece(text, token, reason, timings, thinking)
+            if reason:
                 return
             yield Piece(new, token, None, timings)
 
@@ -213,7 +222,7 @@ class LanguageModel:
         """Generate a whole answer. The arguments are those of ``stream``."""
         text, tokens, last = "", [], None
         for last in self.stream(prompt, **arguments):
-            text += last.text
+            texts[last.thinking] += last.text
             tokens += [] if last.token is None else [last.token]
         assert last is not None and last.finish_reason is not None  # stream() yields at least its last piece
         return Result(text, tokens, last.finish_reason, last.timings)
@@ -256,37 +265,68 @@ class LanguageModel:
     def _batch(
         self, ids: list[list[int]], max_tokens: int | None, stop: str | Sequence[str], sampling: Sampling
     ) -> list[Result]:
-        rows, timings = [_Row(self.tokenizer, stop) for _ in ids], Timings(sum(map(len, ids)))
+        rows, timings = [_Row(_Reader(self.tokenizer, prompt, stop)) for prompt in ids], Timings(sum(map(len, ids)))
         limit = min(self._limit(tokens, max_tokens) for tokens in ids)
         for step in decode_batch(self.model, ids, sampling, limit, timings):
             for row, token in zip(rows, step, strict=True):
                 row.add(token)
-            if all(row.reason for row in rows):
+            if all(row.reader.ended for row in rows):
                 break
+class _Reader:
+    """Tokens of an answer to its texts: thinking apart, up to an end token or a stop string of the answer proper."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: str | Sequence[str]) -> None:
+        self._ends, self._stops, self._splitter = tokenizer.eos_ids, StopStrings(stop), splitter(tokenizer, prompt)
+        self.ended = False
+
+    @property
+    def thinking(self) -> bool:
+        return self._splitter.thinking
+
+    def add(self, token: int) -> list[Segment]:
+        if token in self._ends:
+            self.ended = True
+            return []
+        return self._before_stop(self._splitter.add(token))
+
+    def finish(self) -> list[Segment]:
+        segments = [] if self._stops.found else self._before_stop(self._splitter.finish())
+        held = self._stops.flush()
+        return [*segments, (held, False)] if held else segments
+
+    def _before_stop(self, segments: list[Segment]) -> list[Segment]:
+        out = []
+        for text, thinking in segments:
+            passed = text if thinking else self._stops.feed(text)
+            out += [(passed, thinking)] if passed else []
+            if self._stops.found:
+                self.ended = True
+                break
+        return out
+
+
         return [row.result(timings) for row in rows]
 
 
 class _Row:
     """One answer of a batch, while it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]) -> None:
-        self.ends, self.detokenizer, self.stops = tokenizer.eos_ids, tokenizer.detokenizer(), StopStrings(stop)
-        self.text, self.tokens, self.reason = "", [], ""
+    def __init__(self, reader: _Reader) -> None:
+        self.reader, self.tokens, self.texts = reader, [], {False: "", True: ""}
 
     def add(self, token: int) -> None:
-        if self.reason:
-            return
-        self.tokens.append(token)
-        if token in self.ends:
-            self.reason = "stop"
-        else:
-            self.text += self.stops.feed(self.detokenizer.add(token))
-            self.reason = "stop" if self.stops.found else ""
+        if not self.reader.ended:
+            self.tokens.append(token)
+            self._take(self.reader.add(token))
 
     def result(self, timings: Timings) -> Result:
-        self.text += self.stops.flush(self.detokenizer.finish())
-        reason = "stop" if self.reason or self.stops.found else "length"
-        return Result(self.text, self.tokens, reason, timings)
+        self._take(self.reader.finish())
+        reason = "stop" if self.reader.ended else "length"
+        return Result(self.texts[False], self.tokens, reason, timings, self.texts[True])
+
+    def _take(self, segments: list[Segment]) -> None:
+        for text, thinking in segments:
+            self.texts[thinking] += text
 
 
 def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from types import BuiltinMethodType, MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jinja2
 from jinja2 import nodes
@@ -30,6 +30,8 @@ from mlxarch.template_limits import MAX_CHARACTERS, Limits, exceeded
 from mlxarch.template_syntax import GenerationTag, Guards, bounded
 
 MAX_TEMPLATE_BYTES = 256 << 10
+
+Made = TypeVar("Made")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -87,11 +89,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def compile_template(self, source: str) -> jinja2.Template:
         """The template, ready to render. Raises jinja2's errors, and ChatTemplateError for one that is refused."""
+        return self._limited(self.from_string, source)
+
+    def syntax_tree(self, source: str) -> nodes.Template:
+        """What the template consists of. Raises as ``compile_template`` does."""
+        return self._limited(self.parse, source)
+
+    def _limited(self, function: Callable[[str], Made], source: str) -> Made:
         if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
             raise exceeded(f"it is larger than {MAX_TEMPLATE_BYTES} bytes")
         with self._lock:
             self.limits = Limits()
-            return self.from_string(source)
+            return function(source)
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """The text that a template of this environment makes of the variables, which hold plain JSON values."""

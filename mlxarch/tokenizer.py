@@ -17,7 +17,7 @@ from typing import Any, Literal, SupportsIndex, overload
 from tokenizers import AddedToken
 
 from mlxarch import sentencepiece_import, tokenizer_json
-from mlxarch.chat_template import ChatTemplate, choose_template, find_templates
+from mlxarch.chat_template import ChatTemplate, choose_template, find_templates, template_variables
 from mlxarch.detokenizer import StreamingDetokenizer, TokenBytes
 from mlxarch.errors import ChatTemplateError, InvalidInput, TokenizerError
 from mlxarch.tokenizer_json import LoadedTokenizer, panics_are_errors
@@ -97,6 +97,16 @@ class Tokenizer:
         self.eos_token = self._special_tokens.get("eos_token")
         self.bos_id = self._id(self.bos_token)
         self.has_chat_template = bool(self._templates)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text for a conversation without tools; None where there is none."""
+        return choose_template(self._templates, None)
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads and does not make, such as ``messages`` or ``enable_thinking``."""
+        return template_variables(self.chat_template or "")
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
