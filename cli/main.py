@@ -27,6 +27,7 @@ COMMANDS = {
     "list": ("models", "List the models there are, and those that are here."),
     "show": ("models", "Show what is known of a model, without downloading it."),
     "rm": ("models", "Remove models that mlxarch made."),
+    "compare": ("compare", "Compare architectures, from their configs alone."),
     "quantize": ("quantize", "Write a checkpoint as a folder of MLX weights, quantized."),
     "paths": ("models", "Print where files are kept."),
 }

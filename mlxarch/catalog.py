@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -64,21 +64,33 @@ class Ready(HubSource, frozen=True, forbid_unknown_fields=True, tag="ready", tag
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One model: ``weight_bytes`` is the size of the published weights, ``context`` is in tokens.
 
-    ``architecture`` is the ``model_type`` of its config.json; ``gated`` says that the publisher asks for an agreement
-    before the download; ``sampling`` is what the publisher recommends; ``sources`` are tried in order.
+    ``architecture`` is the ``model_type`` of its config.json; ``parameters`` are those of the text model, ``active``
+    what one token reads of them, None where that is not less by experts; ``published`` counts the repository, of which
+    ``outside`` is no part of the text model; ``gated`` says that the publisher asks for an agreement before the
+    download; ``sampling`` is what the publisher recommends; ``sources`` are tried in order.
     """
 
     name: str
     title: str
     architecture: str
+    layers: int
     parameters: int
     weight_bytes: int
     context: int
     licence: str
     sources: list[HubSource | WheelSource]
+    active: int | None = None
+    published: int | None = None
+    outside: str = ""
+    published_active: int | None = None
     gated: bool = False
-    sampling: dict[str, int | float] = {}
+    sampling: dict[str, Any] = {}
     ready: list[Ready] = []
+
+    @property
+    def config(self) -> Path:
+        """The keys of its published config.json that say what it is made of."""
+        return Path(__file__).with_name("configs") / f"{self.name}.json"
 
     def quantized_bytes(self, bits: int, group_size: int = 64) -> int:
         """About how many bytes the weights take at ``bits`` bits: a 16-bit scale and bias for each group included."""

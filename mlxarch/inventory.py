@@ -1,6 +1,7 @@
 """Which models are on this machine: what mlxarch made, folders that the user named, and what the Hub's cache holds."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlxarch import catalog, hub, paths
-from mlxarch.catalog import Bits, HubSource, Reference, WheelSource
+from mlxarch.catalog import Bits, Entry, HubSource, Reference, WheelSource
 from mlxarch.checkpoint import read_json
 from mlxarch.errors import InvalidInput, MlxArchError, ModelNotFound, OutputError
+
+_CACHED = re.compile("models--(.+?)--(.+)")  # what huggingface_hub calls the folder of a repository
+# model types that run here and that no model of the catalog has
+OTHER_ARCHITECTURES = ("deepseek_v2", "gemma3n_text", "llama4_text", "ministral3", "olmo3", "qwen2", "qwen2_moe")
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,8 @@ def describe(name: str | os.PathLike[str]) -> dict[str, Any]:
         prefix = entry.name + "-"
         return {
             **{"name": entry.name, "title": entry.title, "architecture": entry.architecture},
-            **{"parameters": entry.parameters, "context": entry.context, "licence": entry.licence},
+            **{"parameters": entry.parameters, "active": entry.active or entry.parameters, "layers": entry.layers},
+            **{"context": entry.context, "licence": entry.licence},
             **{"gated": entry.gated, "sampling": dict(entry.sampling), "source_bytes": entry.weight_bytes},
             "bytes": {bits: entry.quantized_bytes(bits) for bits in (8, 6, 5, 4, 3, 2)},
             "sources": [_in_words(source) for source in entry.sources],
@@ -127,6 +133,20 @@ def describe(name: str | os.PathLike[str]) -> dict[str, Any]:
         **{"context": config.get("max_position_embeddings"), "source_bytes": size, "sources": [source]},
         "installed": [copy for copy in copies if copy["name"] == reference.name or copy["path"] == str(folder)],
     }
+
+
+def entry_of(folder: Path) -> Entry | None:
+    """The model of the catalog that lies in a folder which mlxarch made, or in the Hub's cache; None for others."""
+    folder = folder.resolve()
+    if folder.parent == paths.models().resolve():
+        return catalog.entries().get(catalog.normalize(folder.name)[0])
+    found = _CACHED.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
+    repo = f"{found[1]}/{found[2]}" if found else None
+    for entry in catalog.entries().values():
+        sources = (*entry.sources, *entry.ready)
+        if any(isinstance(source, HubSource) and source.repo == repo for source in sources):
+            return entry
+    return None
 
 
 def _in_words(source: HubSource | WheelSource) -> str:
@@ -203,7 +223,7 @@ def _model(name: str, folder: Path, origin: Literal["mlxarch", "hub", "folder"])
     except (OSError, MlxArchError):
         return None
     kind = config.get("model_type")
-    if kind not in {entry.architecture for entry in catalog.entries().values()}:
+    if kind not in {*OTHER_ARCHITECTURES, *(entry.architecture for entry in catalog.entries().values())}:
         return None
     return Installed(name, stored_bits(config), size, kind, origin, folder)
 

@@ -12,12 +12,13 @@ from mlxarch.blocks import Cache, CausalLM
 from mlxarch.checkpoint import read_json
 from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
 from mlxarch.generation import Session, Timings, check_tokens, decode, decode_batch, room
+from mlxarch.inventory import entry_of
 from mlxarch.loading import load_model
 from mlxarch.progress import Progress, on_terminal
 from mlxarch.sampling import Sampling
 from mlxarch.stops import StopStrings
-from mlxarch.tokenizer import Tokenizer
 from mlxarch.thinking import Segment, splitter
+from mlxarch.tokenizer import Tokenizer
 
 _PROMPT = "a prompt is a text, a list of messages with role and content, or a list of token ids"
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -32,15 +33,15 @@ class Piece:
         token: that completed it; None where the rest of the text is flushed.
         finish_reason: None until the last piece: "stop" at an end token or a stop string, "length" at the limit.
         timings: so far.
-    """
         thinking: whether the text belongs to the model's thinking, and not to the answer.
+    """
 
     text: str
     token: int | None
     finish_reason: str | None
     timings: Timings
-
     thinking: bool = False
+
 
 @dataclass
 class Result:
@@ -52,15 +53,15 @@ class Result:
         tokens: as sampled, all of them.
         finish_reason: "stop" or "length".
         timings: how long it took.
-    """
         thinking: what the model wrote for itself before the answer, without its marks.
+    """
 
     text: str
     tokens: list[int]
     finish_reason: str
     timings: Timings
-
     thinking: str = ""
+
 
 def load(
     name_or_path: str | Path,
@@ -124,17 +125,15 @@ class LanguageModel:
 
     @property
     def recommended_sampling(self) -> Sampling:
-        """What the model's makers advise in generation_config.json; greedy where they advise nothing."""
+        """What the model's makers advise, by generation_config.json or else the catalog; greedy without advice."""
         path = self.path / "generation_config.json"
-        if not path.is_file():
-            return Sampling()
         try:
-            advice = read_json(path)
-            if not advice.get("do_sample"):
-                return Sampling()
+            advice = read_json(path) if path.is_file() else {}
             names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
             known = {name: advice[name] for name in names if advice.get(name) is not None}
-            return Sampling(**{"temperature": 1.0, **known})
+            if not known and advice.get("do_sample") is None and (entry := entry_of(self.path)):
+                return Sampling(**entry.sampling)  # some makers write theirs into the model card alone
+            return Sampling(**{"temperature": 1.0, **known}) if advice.get("do_sample") else Sampling()
         except InvalidInput as error:
             raise ConfigError(f"{path}: {error}; correct the file or remove it") from None
 
@@ -204,7 +203,6 @@ class LanguageModel:
     def _pieces(
         self, tokens: list[int], limit: int, sampling: Sampling, reader: "_Reader", session: Session
     ) -> Iterator[Piece]:
-        text, timings = self.tokenizer.detokenizer(), Timings()
         for count, (token, timings) in enumerate(decode(self.model, session, tokens, sampling, limit), 1):
             segments, reason = reader.add(token), None
             if reader.ended or count == limit:
@@ -216,16 +214,15 @@ class LanguageModel:
             yield Piece(text, token, reason, timings, thinking)
             if reason:
                 return
-            yield Piece(new, token, None, timings)
 
     def generate(self, prompt: Prompt, **arguments: Any) -> Result:
         """Generate a whole answer. The arguments are those of ``stream``."""
-        text, tokens, last = "", [], None
+        texts, tokens, last = {False: "", True: ""}, [], None
         for last in self.stream(prompt, **arguments):
             texts[last.thinking] += last.text
             tokens += [] if last.token is None else [last.token]
         assert last is not None and last.finish_reason is not None  # stream() yields at least its last piece
-        return Result(text, tokens, last.finish_reason, last.timings)
+        return Result(texts[False], tokens, last.finish_reason, last.timings, texts[True])
 
     def generate_batch(
         self,
@@ -272,6 +269,9 @@ class LanguageModel:
                 row.add(token)
             if all(row.reader.ended for row in rows):
                 break
+        return [row.result(timings) for row in rows]
+
+
 class _Reader:
     """Tokens of an answer to its texts: thinking apart, up to an end token or a stop string of the answer proper."""
 
@@ -303,9 +303,6 @@ class _Reader:
                 self.ended = True
                 break
         return out
-
-
-        return [row.result(timings) for row in rows]
 
 
 class _Row:

@@ -69,7 +69,7 @@ class RoPE(nn.Module):
                 f"config.json: rope_type {rotation.kind!r} is unknown; known: {', '.join(sorted(_SCALINGS))}. "
                 "Ignoring it would give wrong answers, so the model is not run"
             )
-        self.dims, self.interleaved = dims, interleaved
+        self.dims, self.interleaved, self.rotation = dims, interleaved, rotation
         # float64 here: the frequencies of late positions are sensitive to the base's rounding
         plain = rotation.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
         frequencies, self.factor = _SCALINGS[rotation.kind](plain, rotation, dims)
