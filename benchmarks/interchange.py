@@ -65,8 +65,8 @@ def compare(checkpoint: Path, place: Path, python: str, dtype: str | None) -> fl
         summary = convert(checkpoint, folders["mlxarch"], bits=bits, dtype=dtype)
         theirs("convert", checkpoint, folders["mlx-lm"], bits)
         for maker, folder in folders.items():
-            model, config = load_model(folder, dtype="float32")
-            np.save(tokens, np.random.default_rng(0).integers(0, config["vocab_size"], (1, 64)))
+            model, _ = load_model(folder, dtype="float32")
+            np.save(tokens, np.random.default_rng(0).integers(0, model.vocab_size, (1, 64)))
             ours = np.array(model(mx.array(np.load(tokens))))
             theirs("logits", folder, place / "logits.npy", tokens)
             difference = float(np.abs(ours - np.load(place / "logits.npy")).max())
