@@ -15,19 +15,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import (
-    AlternatingConfig,
-    Attention,
-    Cache,
-    CausalLM,
-    GatedMLP,
-    Positive,
-    RoPE,
-    Size,
-    Step,
-    ZeroCenteredRMSNorm,
-    geglu,
-)
+from mlxarch.blocks import Attention, Cache, CausalLM, GatedMLP, Positive, RoPE, Size, Step, ZeroCenteredRMSNorm, geglu
+from mlxarch.blocks.layer_types import AlternatingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,11 +119,17 @@ def test_every_option_of_gemma3n_shows_in_the_logits(name: str, dialect: str, op
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
 
+def name_as_in_the_wrapper(found: dict[str, Any], weights: parity.Weights) -> None:
+    for name in list(weights):
+        weights[name.replace("model.", "model.language_model.", 1)] = weights.pop(name)
+
+
 WITHOUT_EFFECT = {
     "streams begin as large as the first": weight("*.altup_projections.0.weight", lambda w: 3 * w),
     "streams end as large as the first": weight("*.altup_unembed_projections.0.weight", lambda w: 3 * w),
     "scores are not scaled": config(query_pre_attn_scalar=16),
     "keys and values of layers that share": add_keys_and_values,
+    "the wrapper's names beside the text model's config": name_as_in_the_wrapper,
 }
 
 
@@ -141,8 +147,7 @@ def test_values_that_are_not_normalised_would_show(monkeypatch: pytest.MonkeyPat
 def wrapped(found: dict[str, Any], weights: parity.Weights) -> None:
     """As google/gemma-3n-E4B-it is published: names of the whole, keys and values for all, towers."""
     add_keys_and_values(found, weights)
-    for name in list(weights):
-        weights[name.replace("model.", "model.language_model.", 1)] = weights.pop(name)
+    name_as_in_the_wrapper(found, weights)
     for tower in ("vision_tower.timm_model.conv", "audio_tower.norm", "embed_vision.norm", "embed_audio.norm"):
         weights[f"model.{tower}.weight"] = np.ones(3, np.float32)
     text = dict(found)
