@@ -46,9 +46,11 @@ class Config(DecoderConfig):
         missing = sorted(NAMES.keys() - config.keys() - {"n_inner", "layer_norm_epsilon"})
         if missing:
             raise ConfigError(f"config.json of a 'gpt2' model lacks {', '.join(missing)}")
-        inner = config.get("n_inner")
-        found = dict(config) | {"n_inner": config["n_embd"] * 4 if inner is None else inner}
-        return super().from_dict({NAMES.get(key, key): value for key, value in found.items()})
+        found = {NAMES.get(key, key): value for key, value in config.items()}
+        if found.get("intermediate_size") is None:
+            width = found["hidden_size"]
+            found["intermediate_size"] = 4 * width if isinstance(width, int) else width
+        return super().from_dict(found)
 
 
 class Attention(nn.Module):

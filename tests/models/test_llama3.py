@@ -100,6 +100,17 @@ CASES = {
         }
     ),
     "mistral": Case(COMMON | HEAD_SIZE | TIED | {"rope_theta": config(rope_theta=10_000.0)}),
+    "mistral_window": Case(
+        COMMON
+        | HEAD_SIZE
+        | TIED
+        | {
+            "rope_theta": config(rope_theta=1_000_000.0),
+            "window ignored": config(sliding_window=None),
+            "window one token wider": config(sliding_window=9),
+            "window one token narrower": config(sliding_window=7),
+        }
+    ),
 }
 
 
@@ -179,7 +190,7 @@ def test_all_missing_keys_are_named_at_once() -> None:
 
 @pytest.mark.parametrize("kind", ["llama5", None, ["llama"], "../llama3", "llama3.py"])
 def test_an_unknown_model_type_is_refused_and_the_known_ones_are_named(kind: Any) -> None:
-    with pytest.raises(UnsupportedArchitecture, match="llama, mistral"):
+    with pytest.raises(UnsupportedArchitecture, match=r"known: .*\bllama, .*\bmistral\b"):
         architecture(published("llama3", model_type=kind))
 
 

@@ -1,4 +1,4 @@
-"""Qwen3 dense against transformers' Qwen3ForCausalLM."""
+"""Qwen3 dense and Qwen2 against transformers' Qwen3ForCausalLM and Qwen2ForCausalLM."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,8 @@ from mlxarch.loading import load_model
 from mlxarch.registry import architecture
 from parity import Case, config, weight, without
 
-ONES = np.ones_like
+ONES, ZEROS = np.ones_like, np.zeros_like
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def own_head(found: dict[str, Any], weights: parity.Weights) -> None:
@@ -21,17 +22,37 @@ def own_head(found: dict[str, Any], weights: parity.Weights) -> None:
     weights["lm_head.weight"] = np.roll(weights["model.embed_tokens.weight"], 1, axis=0)
 
 
-COMMON = {
+NORMS = {
     "rms_norm_eps": config(rms_norm_eps=1e-5),
     "input norm": weight("*.input_layernorm.weight", ONES),
     "post-attention norm": weight("*.post_attention_layernorm.weight", ONES),
     "last norm": weight("model.norm.weight", ONES),
+}
+COMMON = NORMS | {
     "weight of the query norm": weight("*.q_norm.weight", ONES),
     "weight of the key norm": weight("*.k_norm.weight", ONES),
     "QK-norm ignored": without("*.[qk]_norm.weight", model_type="llama"),
 }
+# Qwen2's: the biases, and a head size that is hidden / heads
+BIASED = NORMS | {f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS) for name in ("q", "k", "v")}
+BIASED |= {
+    "biases ignored": without("*_proj.bias", model_type="llama"),
+    "rope_theta": config(rope_theta=1_000_000.0),
+    "heads": config(num_attention_heads=2, num_key_value_heads=1),
+}
 
 CASES = {
+    "qwen2": Case(BIASED | {"head of its own": own_head}),
+    "qwen2_window": Case(
+        {option: change for option, change in BIASED.items() if option != "biases ignored"}
+        | {
+            "window one token wider": config(sliding_window=9),
+            "window one token narrower": config(sliding_window=7),
+            "window ignored": config(layer_types=[FULL, FULL]),
+            "window on every layer": config(layer_types=[SLIDING, SLIDING]),
+            "tie_word_embeddings": without("lm_head.weight", tie_word_embeddings=True),
+        }
+    ),
     "qwen3": Case(COMMON | {"rope_theta": config(rope_theta=10_000.0), "head of its own": own_head}),
     "qwen3_yarn": Case(
         COMMON
@@ -70,8 +91,12 @@ def test_every_option_of_qwen3_shows_in_the_logits(name: str, dialect: str, opti
     [
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
+        ({"use_sliding_window": True, "layer_types": [FULL, SLIDING]}, "sliding_window is missing"),
+        ({"use_sliding_window": False, "sliding_window": 8, "layer_types": [FULL, SLIDING]}, "switched off"),
+        ({"layer_types": [FULL]}, "layer_types has 1 values"),
+        ({"layer_types": [FULL, "linear_attention"]}, "linear_attention"),
+        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias"),
         ({"rope_theta": None}, "rope_theta"),
         ({"num_experts": 8}, "num_experts"),
     ],
@@ -86,6 +111,19 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: di
 def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
     # Qwen2.5 and some of its successors state one beside use_sliding_window = false
     assert parity.effect("qwen3", "config.json", config(sliding_window=4), tmp_path) <= parity.TOLERANCE
+
+
+def test_the_first_layer_with_a_window_shows(tmp_path: Path) -> None:
+    # in the older dialect; transformers 5 writes layer_types out
+    change = config(max_window_layers=0)
+    assert parity.effect("qwen2_window", "config.json", change, tmp_path) >= 3 * parity.TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["q", "v"])
+def test_a_missing_bias_of_qwen2_is_named(name: str, tmp_path: Path) -> None:
+    folder = parity.copy("qwen2", "config.json", tmp_path, without(f"*.layers.1.self_attn.{name}_proj.bias"))
+    with pytest.raises(CheckpointError, match=f"model.layers.1.self_attn.{name}_proj.bias"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("pattern", ["*.layers.1.*.q_norm.weight", "*.layers.0.*.k_norm.weight"])
