@@ -92,7 +92,9 @@ def _facts(name: str, copies: "list[Installed]") -> dict[str, Any]:
     from mlxarch import catalog
 
     entry = catalog.entries()[name]
-    facts = {field: getattr(entry, field) for field in ("name", "title", "architecture", "parameters", "context")}
+    facts = {
+        field: getattr(entry, field) for field in ("name", "title", "architecture", "layers", "parameters", "context")
+    }
     sizes = {str(bits): entry.quantized_bytes(bits) for bits in (8, 4)}
     return {
         **facts,
@@ -126,7 +128,7 @@ def show_command(model: str | None, named: str | None, as_json: bool) -> None:
 
 def _shown(key: str, value: Any) -> str:
     match key, value:
-        case "parameters", int():
+        case "parameters" | "active", int():
             return f"{value:,}"
         case "source_bytes", int():
             return size(value)

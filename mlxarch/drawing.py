@@ -201,9 +201,4 @@ def in_words(layers: Sequence[int]) -> str:
     step = (last - first) // (len(layers) - 1)
     if list(layers) != list(range(layers[0], layers[-1] + 1, step)):
         return f"{len(layers)} other layers"
-    return f"layers {first} to {last}" if step == 1 else f"every {ordinal(step)} layer from {first}"
-
-
-def ordinal(number: int) -> str:
-    """second, third, 4th …"""
-    return {2: "second", 3: "third"}.get(number, f"{number}th")
+    return f"layers {first} to {last}" if step == 1 else f"layers {first}, {first + step} … {last}"

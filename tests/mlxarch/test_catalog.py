@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,14 +8,46 @@ import pytest
 from mlxarch import catalog
 from mlxarch.catalog import HubSource, Ready, WheelSource
 from mlxarch.errors import ConfigError, ModelNotFound
+from mlxarch.sampling import Sampling
 
-# ready repositories whose commit could not be verified from public records
+# repositories whose commit could not be verified from public records
 UNPINNED = {
     "mlx-community/Meta-Llama-3.1-8B-Instruct-8bit",
     "mlx-community/Llama-3.3-70B-Instruct-8bit",
     "mlx-community/Mistral-7B-Instruct-v0.3-8bit",
     "mlx-community/Qwen3-1.7B-8bit",
     "mlx-community/Qwen3-32B-8bit",
+    "openai-community/gpt2",
+    "openai-community/gpt2-xl",
+    "meta-llama/Meta-Llama-3-8B-Instruct",
+    "mlx-community/Meta-Llama-3-8B-Instruct-4bit",
+    "allenai/OLMo-2-1124-7B-Instruct",
+    "mlx-community/OLMo-2-1124-7B-Instruct-4bit",
+    "google/gemma-2-2b-it",
+    "google/gemma-3-1b-it",
+    "mlx-community/gemma-3-1b-it-4bit",
+    "google/gemma-3-4b-it",
+    "google/gemma-3-12b-it",
+    "google/gemma-3-27b-it",
+    "google/gemma-3n-E2B-it",
+    "google/gemma-3n-E4B-it",
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
+    "Qwen/Qwen3-30B-A3B",
+    "mlx-community/Qwen3-30B-A3B-4bit",
+    "Qwen/Qwen3-235B-A22B",
+    "mlx-community/Qwen3-235B-A22B-4bit",
+    "mlx-community/SmolLM3-3B-4bit",
+    "deepseek-ai/DeepSeek-V3",
+    "deepseek-ai/DeepSeek-R1",
+    "moonshotai/Kimi-K2-Instruct",
+    "openai/gpt-oss-20b",
+    "openai/gpt-oss-120b",
+    "xai-org/grok-2",
+    "zai-org/GLM-4.5",
+    "zai-org/GLM-4.5-Air",
+    "mlx-community/GLM-4.5-Air-4bit",
 }
 
 
@@ -56,17 +89,30 @@ def test_names_that_differ_stay_apart() -> None:
 
 
 def test_every_entry_is_found_by_its_own_name_and_holds_plausible_facts() -> None:
-    assert len(catalog.entries()) == 14
+    assert len(catalog.entries()) == 39
     for name, entry in catalog.entries().items():
         assert catalog.normalize(name) == (name, None)
         assert catalog.parse(name.upper()).entry is entry
-        assert 2 * entry.parameters <= entry.weight_bytes <= 3 * entry.parameters
-        assert entry.context in (8192, 32768, 40960, 131072)
-        assert entry.sources and entry.licence and entry.title
-        assert entry.gated == entry.licence.startswith("llama")
+        assert 0.5 <= entry.weight_bytes / entry.parameters <= 5, "between MXFP4 and 32 bits"
+        assert 1024 <= entry.context <= 10_485_760
+        assert entry.sources and entry.licence and entry.title and entry.layers
+        assert entry.gated == entry.licence.startswith(("llama", "gemma"))
         assert len({ready.bits for ready in entry.ready}) == len(entry.ready)
-        size = float(name.rpartition("-")[2][:-1]) * (1e9 if name.endswith("b") else 1e6)
-        assert 0.9 < entry.parameters / size < 1.25
+        assert set(entry.sampling) <= {"temperature", "top_p", "top_k"} and Sampling(**entry.sampling)
+        assert entry.active is None or entry.active < entry.parameters
+        if size := re.search(r"-([\d.]+)([bm])(-|$)", name):
+            assert 0.9 < entry.parameters / (float(size[1]) * (1e9 if size[2] == "b" else 1e6)) < 1.35
+
+
+def test_the_catalog_holds_every_model_of_the_article() -> None:
+    names = (
+        *("deepseek-v3", "DeepSeek-R1", "olmo-2-7b", "gemma-3-27b", "gemma-3n-e4b", "mistral-small-3.1-24b"),
+        *("llama-4-maverick", "llama4-scout", "qwen3-0.6b", "qwen3-32b", "qwen3-235b-a22b", "qwen3-30b-a3b"),
+        *("smollm3-3b", "kimi-k2", "gpt-oss-20b", "gpt-oss-120b", "grok-2.5", "glm-4.5", "glm-4.5-air"),
+        *("gpt2-xl", "gpt2-124m", "llama-3-8b", "llama-3.2-1b"),
+    )
+    found = [catalog.parse(name).entry for name in names]
+    assert all(found) and len({entry.name for entry in found if entry}) == len(names)
 
 
 def test_whatever_is_not_pinned_to_a_commit_is_known() -> None:

@@ -19,7 +19,7 @@ CATALOG = """
 from mlxarch import catalog, store
 from mlxarch.catalog import Entry, HubSource, Ready, WheelSource
 wheel = WheelSource("tiny-model==1.0", "t.whl", "0" * 64, 10, "m.gguf", "1" * 64, 10)
-entry = Entry("tiny-1b", "Tiny", "llama", 10**9, 2 * 10**9, 128, "mit", [HubSource("org/tiny", "main"), wheel],
+entry = Entry("tiny-1b", "Tiny", "llama", 2, 10**9, 2 * 10**9, 128, "mit", [HubSource("org/tiny", "main"), wheel],
               ready=[Ready("mlx/tiny-8bit", "main", 8)])
 catalog.entries = lambda: {"tiny-1b": entry}
 store._memory = lambda: memory
