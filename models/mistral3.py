@@ -5,8 +5,8 @@
 
 Stands out: Llama 3's decoder inside a vision model, with a head of its own; heads narrower than hidden_size / heads.
 Ministral 3 has YaRN, and queries that grow each time the position passes a multiple of the original context.
-Source: config.json of mistralai/Mistral-Small-3.1-24B-Instruct-2503 and mistralai/Ministral-3-8B-Instruct-2512;
-arXiv:2501.19399 (growing queries); transformers' Ministral3Attention.
+Source: mistralai/Mistral-Small-3.1-24B-Instruct-2503/config.json; mistralai/Ministral-3-8B-Instruct-2512/config.json;
+transformers' Ministral3Attention; arXiv:2501.19399 (growing queries).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from mlxarch.blocks import Attention, CausalLM, RMSNorm, Step
+from mlxarch.blocks import Attention, CausalLM, Step, causal_lm
 from mlxarch.models import llama3
 
 
@@ -48,5 +48,4 @@ class DecoderLayer(llama3.DecoderLayer):
 
 def build(c: Config) -> CausalLM:
     """A model with the right shapes and no weights."""
-    layer = DecoderLayer if c.model_type == "ministral3" else llama3.DecoderLayer
-    return CausalLM(c, [layer(c) for _ in range(c.num_hidden_layers)], norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+    return causal_lm(DecoderLayer if c.model_type == "ministral3" else llama3.DecoderLayer)(c)
