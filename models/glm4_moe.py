@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from msgspec import Meta
 
-from mlxarch.blocks import Attention, Cache, CausalLM, GatedMLP, RMSNorm, RoPE, Step, swiglu
+from mlxarch.blocks import Attention, Cache, GatedMLP, RMSNorm, RoPE, Step, causal_lm, swiglu
 from mlxarch.blocks.grouped_experts import GroupedExpertsConfig, grouped_experts
 from mlxarch.blocks.renames import IgnoreExtraLayers, Stack
 
@@ -58,10 +58,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)
 
 
 WEIGHTS = (IgnoreExtraLayers(), Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."))

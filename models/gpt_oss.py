@@ -16,7 +16,7 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import AlternatingConfig, Attention, Cache, CausalLM, Positive, RMSNorm, RoPE, Size, Step
+from mlxarch.blocks import AlternatingConfig, Attention, Cache, Positive, RMSNorm, RoPE, Size, Step, causal_lm
 from mlxarch.blocks.feedforward import Gate, one_kernel
 from mlxarch.blocks.moe import Experts, TopK
 from mlxarch.blocks.renames import stacked_experts
@@ -78,10 +78,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)
 
 
 WEIGHTS = stacked_experts(interleaved=True)

@@ -20,7 +20,6 @@ import mlx.nn as nn
 from mlxarch.blocks import (
     Attention,
     Cache,
-    CausalLM,
     DecoderConfig,
     Full,
     GatedMLP,
@@ -29,6 +28,7 @@ from mlxarch.blocks import (
     RoPE,
     Sliding,
     Step,
+    causal_lm,
     swiglu,
 )
 
@@ -51,7 +51,7 @@ class DecoderLayer(nn.Module):
 
     attention: type[Attention] = Attention  # a descendant may have its own
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
         self.self_attn = self.attention(
@@ -62,15 +62,11 @@ class DecoderLayer(nn.Module):
             output_bias=c.attention_bias,
         )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu, c.mlp_bias)
-        self.input_layernorm = norm(c.hidden_size)
-        self.post_attention_layernorm = norm(c.hidden_size)
+        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), step, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)

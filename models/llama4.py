@@ -17,7 +17,7 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, CausalLM, Chunked, DecoderConfig, RMSNorm, Size, Step
+from mlxarch.blocks import Attention, Cache, Chunked, DecoderConfig, RMSNorm, Size, Step, causal_lm
 from mlxarch.blocks.feedforward import GatedMLP, swiglu
 from mlxarch.blocks.moe import Experts, TopK
 from mlxarch.blocks.renames import stacked_experts
@@ -122,10 +122,7 @@ class DecoderLayer(nn.Module):
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)
 
 
 WEIGHTS = stacked_experts()

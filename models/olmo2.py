@@ -15,7 +15,18 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, CausalLM, GatedMLP, LayerTypesConfig, RMSNorm, RoPE, Rotation, Step, swiglu
+from mlxarch.blocks import (
+    Attention,
+    Cache,
+    GatedMLP,
+    LayerTypesConfig,
+    RMSNorm,
+    RoPE,
+    Rotation,
+    Step,
+    causal_lm,
+    swiglu,
+)
 from mlxarch.errors import ConfigError
 
 
@@ -47,15 +58,11 @@ class DecoderLayer(nn.Module):
         rope = RoPE(c.head_size, c.rotation_of(c.kind(index)))
         self.self_attn = Attention(c, rope=rope, span=c.span(index), norm=norm, qk_norm="projection")
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
-        self.post_attention_layernorm = norm(c.hidden_size)
-        self.post_feedforward_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm, self.post_feedforward_layernorm = norm(c.hidden_size), norm(c.hidden_size)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
         x = x + self.post_attention_layernorm(self.self_attn(x, step, cache))
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)

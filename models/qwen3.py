@@ -15,7 +15,7 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, CausalLM, GatedMLP, LayerTypesConfig, RMSNorm, RoPE, Step, swiglu
+from mlxarch.blocks import Attention, Cache, GatedMLP, LayerTypesConfig, RMSNorm, RoPE, Step, causal_lm, swiglu
 from mlxarch.errors import ConfigError
 
 
@@ -53,15 +53,11 @@ class DecoderLayer(nn.Module):
         else:
             self.self_attn = attention(norm=norm, bias=c.attention_bias, output_bias=c.attention_bias)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
-        self.input_layernorm = norm(c.hidden_size)
-        self.post_attention_layernorm = norm(c.hidden_size)
+        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), step, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)

@@ -18,7 +18,6 @@ import mlx.nn as nn
 from mlxarch.blocks import (
     Attention,
     Cache,
-    CausalLM,
     DecoderConfig,
     Experts,
     GatedMLP,
@@ -28,6 +27,7 @@ from mlxarch.blocks import (
     RoPE,
     SoftmaxTopK,
     Step,
+    causal_lm,
     swiglu,
 )
 from mlxarch.blocks.renames import Stack
@@ -92,10 +92,7 @@ def moe(c: Config) -> MoE:
     return kind(gate, Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)
 
 
 WEIGHTS = (Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."),)

@@ -17,7 +17,6 @@ import mlx.nn as nn
 from mlxarch.blocks import (
     Attention,
     Cache,
-    CausalLM,
     GatedMLP,
     LayerTypesConfig,
     NoRoPE,
@@ -26,6 +25,7 @@ from mlxarch.blocks import (
     RoPE,
     Size,
     Step,
+    causal_lm,
     swiglu,
 )
 
@@ -76,7 +76,4 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)

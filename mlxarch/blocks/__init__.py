@@ -8,14 +8,16 @@ Shapes are written with these letters throughout:
 
 from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.config import DecoderConfig, Positive, Size
-from mlxarch.blocks.decoder import CausalLM, Layer
+from mlxarch.blocks.decoder import CausalLM, causal_lm
 from mlxarch.blocks.feedforward import GatedMLP, geglu, gelu, swiglu
 from mlxarch.blocks.latent_attention import LatentAttention
 from mlxarch.blocks.latent_config import LatentConfig
+from mlxarch.blocks.layer import Layer
 from mlxarch.blocks.layer_types import AlternatingConfig, LayerTypesConfig, TwoBasesConfig
-from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, Quantization, fuse
+from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, fuse
 from mlxarch.blocks.moe import Experts, MoE
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
+from mlxarch.blocks.quantization import Quantization
 from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
 from mlxarch.blocks.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.span import Chunked, Full, Sliding, Span
@@ -23,6 +25,7 @@ from mlxarch.blocks.step import Mask, Step
 from mlxarch.cache import Cache
 
 __all__ = [
+    "causal_lm",
     "SoftmaxTopK",
     "Router",
     "MoE",

@@ -1,38 +1,19 @@
 """The frame that nearly every architecture shares: embed, run the layers, normalise, unembed."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlxarch.blocks.config import DecoderConfig
+from mlxarch.blocks.layer import Layer
 from mlxarch.blocks.linear import Embedding, Linear
+from mlxarch.blocks.norms import RMSNorm
 from mlxarch.blocks.step import Step
 from mlxarch.cache import Cache
 from mlxarch.errors import InvalidInput
-
-
-class SelfAttention(Protocol):
-    """What keeps keys and values."""
-
-    def make_cache(self, capacity: int | None) -> Cache | None:
-        """An empty cache for the layer."""
-        ...
-
-
-class Layer(Protocol):
-    """What every architecture's DecoderLayer offers the frame."""
-
-    @property
-    def self_attn(self) -> SelfAttention:
-        """Its attention, of whatever kind."""
-        ...
-
-    def __call__(self, x: mx.array, /, step: Step, cache: Cache | None) -> mx.array:
-        """The residual stream (B, L, hidden_size), one layer further."""
-        ...
 
 
 class Decoder(nn.Module):
@@ -122,3 +103,13 @@ class CausalLM(nn.Module):
                 if cache is not None:
                     cache.padding = mx.array(list(padding))
         return caches
+
+
+def causal_lm(layer: Callable[[Any, int], Layer]) -> Callable[[Any], CausalLM]:
+    """The ``build`` of an architecture without a frame of its own: ``layer(c, index)`` makes each of its layers."""
+
+    def build(c: DecoderConfig) -> CausalLM:
+        layers = [layer(c, index) for index in range(c.num_hidden_layers)]
+        return CausalLM(c, layers, RMSNorm(c.hidden_size, c.rms_norm_eps))
+
+    return build

@@ -98,7 +98,7 @@ class GroupLimitedSigmoid(Router):
         scale: multiplies them.
     """
 
-    float32 = ("e_score_correction_bias",)
+    float32 = ("e_score_correction_bias",)  # parameters of this type whatever the model computes in
 
     def __init__(
         self, dim: int, experts: int, k: int, *, groups: int, kept: int, renormalise: bool, scale: float = 1.0

@@ -1,0 +1,29 @@
+"""What the frame expects of an architecture's layers, and how most architectures put them into it."""
+
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlxarch.blocks.step import Step
+from mlxarch.cache import Cache
+
+
+class SelfAttention(Protocol):
+    """What keeps keys and values."""
+
+    def make_cache(self, capacity: int | None) -> Cache | None:
+        """An empty cache for the layer."""
+        ...
+
+
+class Layer(Protocol):
+    """What every architecture's DecoderLayer offers the frame."""
+
+    @property
+    def self_attn(self) -> SelfAttention:
+        """Its attention, of whatever kind."""
+        ...
+
+    def __call__(self, x: mx.array, /, step: Step, cache: Cache | None) -> mx.array:
+        """The residual stream (B, L, hidden_size), one layer further."""
+        ...
