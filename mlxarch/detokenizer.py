@@ -15,14 +15,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlxarch import byte_level
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Character → byte of the ByteLevel alphabet: printable Latin-1 stands for itself, the rest follows from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class TokenBytes:
@@ -59,7 +54,7 @@ class TokenBytes:
         for index, step in enumerate(chain):
             kind = step.get("type")
             if kind == "ByteLevel" and len(chain) == 1:
-                self._alphabet = _byte_level_alphabet()
+                self._alphabet = byte_level.BYTES
             elif kind == "Metaspace" and len(chain) == 1:
                 mark = step.get("replacement", "▁")
                 self._metaspace = None if step.get("prepend_scheme") == "never" else mark

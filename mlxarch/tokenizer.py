@@ -1,8 +1,9 @@
 """Text ↔ token ids, for a model's folder.
 
-A tokenizer is read from tokenizer.json, or, where there is none, from a SentencePiece tokenizer.model; special tokens
-from tokenizer_config.json and special_tokens_map.json; end tokens from all files that name some, and from the chat
-template. Nothing in the folder is executed, and every file is checked before a library reads it.
+A tokenizer is read from tokenizer.json, or, where there is none, from a SentencePiece tokenizer.model or one of the
+files of ``tokenizer_import``; special tokens from tokenizer_config.json and special_tokens_map.json; end tokens from
+all files that name some, and from the chat template. Nothing in the folder is executed, and every file is checked
+before a library reads it.
 
 What decodes is exactly what was encoded: ``clean_up_tokenization_spaces`` is not done, which would change it.
 """
@@ -16,7 +17,7 @@ from typing import Any, Literal, SupportsIndex, overload
 
 from tokenizers import AddedToken
 
-from mlxarch import sentencepiece_import, tokenizer_json
+from mlxarch import sentencepiece_import, tokenizer_import, tokenizer_json
 from mlxarch.chat_template import ChatTemplate, choose_template, find_templates, template_variables
 from mlxarch.detokenizer import StreamingDetokenizer, TokenBytes
 from mlxarch.errors import ChatTemplateError, InvalidInput, TokenizerError
@@ -32,7 +33,6 @@ MAX_NORMALIZED_BYTES = 256 << 20
 
 _SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _MAX_ADDED_TOKENS = 1 << 17
-_UNREADABLE = ("tiktoken.model", "tekken.json", "tokenizer.tok.json", "vocab.json")
 # What ends a turn where the template does not show it. "<|end|>" is not here: gpt-oss ends its thoughts with it.
 _END_OF_TURN = (
     "<|im_end|>",
@@ -127,10 +127,11 @@ class Tokenizer:
             _read(folder, "generation_config.json"),
         ]
         rows = [value for part in configs if isinstance(value := part.get("vocab_size"), int)]
-        loaded, special_tokens = _load(folder)
+        loaded, defaults = _load(folder, settings, config.get("model_type"))
+        settings = {**defaults, **settings}
         return cls(
             loaded,
-            settings={**special_tokens, **settings},
+            settings=settings,
             templates=find_templates(folder, settings),
             end_ids=[index for part in configs for index in _ids(part.get("eos_token_id"))],
             id_limit=min(max(rows, default=0), tokenizer_json.MAX_TOKEN_ID),
@@ -322,21 +323,35 @@ class Tokenizer:
         return ends + [_TOOL_CALL_ENDS[token] for token in ends if token in _TOOL_CALL_ENDS]
 
 
-def _load(folder: Path) -> tuple[LoadedTokenizer, dict[str, str]]:
-    """The tokenizer, and the special tokens that its file names."""
-    if os.path.lexists(folder / "tokenizer.json"):
+def _load(folder: Path, settings: Mapping[str, Any], kind: object) -> tuple[LoadedTokenizer, dict[str, Any]]:
+    """The tokenizer, and what its file says that tokenizer_config.json may leave out."""
+
+    def found(name: str) -> bool:
+        return os.path.lexists(folder / name)
+
+    if found("tokenizer.json"):
         data = _bytes(folder, "tokenizer.json", tokenizer_json.MAX_FILE_BYTES)
         return tokenizer_json.load(data, "tokenizer.json"), {}
-    if os.path.lexists(folder / "tokenizer.model"):
+    if found("tokenizer.model"):
         data = _bytes(folder, "tokenizer.model", sentencepiece_import.MAX_FILE_BYTES)
         converted, special_tokens = sentencepiece_import.tokenizer_json(data, "tokenizer.model")
-        return tokenizer_json.load(converted, "tokenizer.model"), special_tokens
-    others = [name for name in _UNREADABLE if os.path.lexists(folder / name)]
-    raise TokenizerError(
-        f"{folder}: there is neither tokenizer.json nor tokenizer.model"
-        + (f"; {', '.join(others)} cannot be read" if others else "")
-        + ". Download the model again, or take a version of it with a tokenizer.json."
-    )
+        return tokenizer_json.load(converted, "tokenizer.model"), dict(special_tokens)
+    limit = tokenizer_import.MAX_FILE_BYTES
+    if found(name := "tekken.json"):
+        imported = tokenizer_import.tekken(_bytes(folder, name, limit))
+    elif found(name := "tiktoken.model"):
+        imported = tokenizer_import.tiktoken(_bytes(folder, name, limit), settings)
+    elif found(name := "tokenizer.tok.json"):
+        imported = tokenizer_import.tok_json(_bytes(folder, name, limit))
+    elif found(name := "vocab.json") and found("merges.txt"):
+        merges = _bytes(folder, "merges.txt", limit)
+        imported = tokenizer_import.vocabulary_and_merges(_bytes(folder, name, limit), merges, settings, kind)
+    else:
+        raise TokenizerError(
+            f"{folder}: there is no tokenizer; known are tokenizer.json, tokenizer.model, tekken.json, tiktoken.model, "
+            "tokenizer.tok.json, and vocab.json with merges.txt. Download the model again."
+        )
+    return tokenizer_json.load(imported.data, name), imported.settings
 
 
 def _bytes(folder: Path, name: str, limit: int) -> bytes:

@@ -10,8 +10,9 @@ Truncation and padding sections are dropped: whoever runs a model decides what i
 """
 
 import base64
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,11 @@ from typing import Any
 import msgspec
 import tokenizers
 
+from mlxarch import byte_level
 from mlxarch.errors import TokenizerError
 from mlxarch.untrusted import REMEDY, shown
+
+logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 128 << 20
 """The largest published ones have 33 MB."""
@@ -82,10 +86,14 @@ def load(data: bytes, name: str) -> LoadedTokenizer:
             key: msgspec.json.decode(document.get(key, b"null"), type=dict[str, Any] | None)
             for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
         }
-        largest = _largest_id(model, name)
+        largest, vocabulary = _vocabulary(model, name)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as problem:
         raise TokenizerError(f"{name}: this is not a tokenizer.json ({problem}). {REMEDY}") from problem
     largest = max([largest, *(token.id for token in added)])
+    if _is_miscut_tekken(vocabulary, sections["pre_tokenizer"]):
+        logger.info("%s: its words are cut as those of another model; Mistral's own regular expression is used", name)
+        sections["pre_tokenizer"] = byte_level.split_by(byte_level.TEKKEN)
+        document["pre_tokenizer"] = msgspec.Raw(msgspec.json.encode(sections["pre_tokenizer"]))
     expansions = {key: _expansion(section, f"{name}: {key}") for key, section in sections.items()}
     document |= {"truncation": msgspec.Raw(b"null"), "padding": msgspec.Raw(b"null")}
     with panics_are_errors(f"{name}: building the tokenizer"):
@@ -96,14 +104,27 @@ def load(data: bytes, name: str) -> LoadedTokenizer:
     return LoadedTokenizer(tokenizer, sections["decoder"], expansion, largest + 1)
 
 
-def _largest_id(model: dict[str, msgspec.Raw], name: str) -> int:
+def _is_miscut_tekken(vocabulary: Mapping[str, int], pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether this is Mistral's Tekken with GPT-4's regular expression, or none, instead of its own.
+
+    Conversions of tekken.json were published so, Mistral Small 3.1's among them; numbers and capitals then become
+    tokens that the model never saw. What tells the vocabulary: 1000 special tokens, then the 256 bytes in their order.
+    Source: transformers' ``fix_mistral_regex``; tekken.json of mistral-common.
+    """
+    bytes_in_order = all(vocabulary.get(byte_level.as_text(bytes([byte]))) == 1000 + byte for byte in range(256))
+    patterns = [node["Regex"] for node in _nodes(pre_tokenizer) if isinstance(node, dict) and "Regex" in node]
+    return bytes_in_order and "[INST]" in vocabulary and patterns in ([], [byte_level.GPT4])
+
+
+def _vocabulary(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[str, int]]:
+    """The largest id, and the ids of all tokens (none for Unigram)."""
     kind = msgspec.json.decode(model.get("type", b'"BPE"'), type=str)  # the oldest files, all BPE, leave it out
     if kind not in _MAX_TOKEN_LENGTH:
         raise TokenizerError(f"{name}: the model type is {shown(kind)}; known are {', '.join(_MAX_TOKEN_LENGTH)}.")
     vocabulary = model.get("vocab", b"null")
     if kind == "Unigram":
         tokens = [token for token, _ in msgspec.json.decode(vocabulary, type=list[tuple[str, float]])]
-        largest = len(tokens) - 1
+        largest, ids = len(tokens) - 1, {}
     else:
         ids = msgspec.json.decode(vocabulary, type=dict[str, int])
         tokens, largest = list(ids), max(ids.values(), default=-1)
@@ -123,7 +144,7 @@ def _largest_id(model: dict[str, msgspec.Raw], name: str) -> int:
     if kind == "BPE" and msgspec.json.decode(model.get("continuing_subword_prefix", b"null"), type=str | None):
         # The library cuts its length off each merge unseen, even in the midst of a character, which can abort Python.
         raise TokenizerError(f"{name}: the BPE model has a continuing_subword_prefix, which is not supported.")
-    return largest
+    return largest, ids
 
 
 def _expansion(section: dict[str, Any] | None, where: str) -> int:

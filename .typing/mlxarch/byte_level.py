@@ -1,0 +1,1 @@
+../../mlxarch/byte_level.py

@@ -1,0 +1,1 @@
+../../mlxarch/tokenizer_import.py
