@@ -16,7 +16,7 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Cache, CausalLM, GatedMLP, RMSNorm, RoPE, Step, swiglu
+from mlxarch.blocks import Cache, GatedMLP, RMSNorm, RoPE, Step, causal_lm, swiglu
 from mlxarch.blocks.grouped_experts import GroupedExpertsConfig, grouped_experts
 from mlxarch.blocks.latent_attention import LatentAttention
 from mlxarch.blocks.latent_config import LatentConfig
@@ -90,10 +90,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, norm=RMSNorm(c.hidden_size, c.rms_norm_eps))
+build = causal_lm(DecoderLayer)
 
 
 WEIGHTS = (Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."),)
