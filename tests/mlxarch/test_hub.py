@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, Refused, Repo, Worker, environment
 
+from mlxarch import hub
+
 CONFIG = b'{"model_type": "llama"}'
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -208,3 +210,35 @@ def test_without_a_network_what_is_cached_is_found_and_the_rest_is_an_offline_er
             offline.close()
         assert (caught.value.kind, caught.value.code) == ("OfflineError", 5)
         assert word in caught.value.message
+
+
+def sliced(*missing: str) -> dict[str, bytes]:
+    names = ["pytorch_model-00000-TP-common.safetensors"]
+    names += [f"pytorch_model-00001-TP-{rank:03}.safetensors" for rank in range(3)]
+    kept = {name: b"x" * 3000 for name in names if name not in missing}
+    others = ("config.json", "tokenizer.tok.json", "tekken.json", "stray.safetensors")
+    return {name: CONFIG for name in others} | kept
+
+
+def test_slices_for_tensor_parallelism_count_as_weights(server: FakeHub, worker: Worker) -> None:
+    server.repos["org/sliced"] = Repo(sliced())
+    code = "from mlxarch import hub; r = hub.look_up('org/sliced'); return list(r.sidecars), list(r.weights), "
+    sidecars, weights, at_once = worker(code + "r.most_at_once")
+    assert sidecars == ["config.json", "tekken.json", "tokenizer.tok.json"]
+    assert weights == [name for name in sliced() if name.startswith("pytorch_model")] and at_once == 9000
+    assert len(list(Path(worker(DOWNLOAD, repo="org/sliced")).iterdir())) == 7
+
+
+def test_a_repository_without_one_of_its_slices_is_refused(server: FakeHub, worker: Worker) -> None:
+    gone = "pytorch_model-00001-TP-001.safetensors"
+    server.repos["org/gap"] = Repo(sliced(gone))
+    with pytest.raises(Refused, match=gone):
+        worker("from mlxarch import hub; hub.look_up('org/gap')")
+
+
+def test_a_folder_without_one_of_its_slices_is_not_complete(tmp_path: Path) -> None:
+    for name, content in sliced().items():
+        (tmp_path / name).write_bytes(content)
+    assert hub.is_complete(tmp_path)
+    (tmp_path / "pytorch_model-00001-TP-001.safetensors").unlink()
+    assert not hub.is_complete(tmp_path)

@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import sliced_grok2
 from safetensors.numpy import load_file, save_file
+from sliced_grok2 import name_of
 
 import parity
 from mlxarch.blocks import geglu, swiglu
@@ -20,7 +22,6 @@ from mlxarch.registry import architecture
 from parity import Case, config, weight
 
 ONES, ZEROS = np.ones_like, np.zeros_like
-RANKS = 4
 
 CASE = Case(
     {
@@ -110,27 +111,9 @@ def test_another_architecture_of_the_same_kind_is_not_taken_for_grok2(classes: A
 # The published layout
 
 
-def name_of(number: int, rank: int | None) -> str:
-    return f"pytorch_model-{number:05}-TP-{'common' if rank is None else f'{rank:03}'}.safetensors"
-
-
 @pytest.fixture
 def sliced(tmp_path: Path) -> Path:
-    """The golden weights as they are published: one file for each kind of tensor, the experts' cut for four ranks."""
-    folder = parity.copy("grok2", "config.json", tmp_path)
-    (folder / "model.safetensors").unlink()
-    weights = load_file(parity.GOLDEN / "grok2" / "model.safetensors")
-    kinds = ["embed_tokens", "lm_head", "model.norm", ".mlp.", ".w1.", ".w2.", ".w3.", "self_attn", "_norm", "moe.gate"]
-    for number, kind in enumerate(kinds):
-        found = {name: value for name, value in weights.items() if kind in name}
-        if kind not in (".w1.", ".w2.", ".w3."):
-            save_file(found, folder / name_of(number, None))
-            continue
-        for rank in range(RANKS):
-            axis = 1 if kind == ".w2." else 0
-            slices = {name: np.split(value, RANKS, axis)[rank].copy() for name, value in found.items()}
-            save_file(slices, folder / name_of(number, rank))
-    return folder
+    return sliced_grok2.make(tmp_path / "sliced")
 
 
 def logits(folder: Path) -> np.ndarray:
