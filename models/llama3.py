@@ -17,20 +17,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import (
-    Attention,
-    Cache,
-    DecoderConfig,
-    Full,
-    GatedMLP,
-    Positive,
-    RMSNorm,
-    RoPE,
-    Sliding,
-    Step,
-    causal_lm,
-    swiglu,
-)
+from mlxarch.blocks import Attention, Cache, DecoderConfig, GatedMLP, Positive, RMSNorm, RoPE, Step, causal_lm, swiglu
+from mlxarch.blocks.span import Full, Sliding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,18 +15,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import (
-    Attention,
-    Cache,
-    GatedMLP,
-    LayerTypesConfig,
-    RMSNorm,
-    RoPE,
-    Rotation,
-    Step,
-    causal_lm,
-    swiglu,
-)
+from mlxarch.blocks import Attention, Cache, GatedMLP, LayerTypesConfig, RMSNorm, Step, causal_lm, swiglu
+from mlxarch.blocks.rope import RoPE, Rotation
 from mlxarch.errors import ConfigError
 
 

@@ -14,20 +14,9 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import (
-    Attention,
-    Cache,
-    GatedMLP,
-    LayerTypesConfig,
-    NoRoPE,
-    Positive,
-    RMSNorm,
-    RoPE,
-    Size,
-    Step,
-    causal_lm,
-    swiglu,
-)
+from mlxarch.blocks import Attention, Cache, GatedMLP, LayerTypesConfig, RMSNorm, Step, causal_lm, swiglu
+from mlxarch.blocks.config import Positive, Size
+from mlxarch.blocks.rope import NoRoPE, RoPE
 
 
 @dataclass(frozen=True, kw_only=True)
