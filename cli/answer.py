@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxarch.cli.output import is_terminal
-from mlxarch.cli.render import Writer
+from mlxarch.cli.render import Silence, Writer
 
 if TYPE_CHECKING:
     from mlxarch.generation import Timings
@@ -24,29 +24,36 @@ class Answer:
     text: str
     finish_reason: str
     timings: "Timings"
+    thinking: str = ""
 
 
-def receive(pieces: "Iterator[Piece]", writer: Writer) -> Answer:
-    """Pass an answer on as it comes.
+def receive(pieces: "Iterator[Piece]", writer: Writer, thoughts: Writer | None = None) -> Answer:
+    """Pass an answer on as it comes, and the thinking before it to a writer of its own, where there is one.
 
     Ctrl-C ends it between two tokens, where the conversation's caches are sound. Before the first token, or pressed
     twice, it raises KeyboardInterrupt at once, and the caches can be used no more.
     """
-    text, last = "", None
+    texts, last, writers = {False: "", True: ""}, None, {False: writer, True: thoughts or Silence()}
+    now = False  # whether it thinks
     with _brake() as brake, _no_echo():
         try:
             for last in pieces:
                 brake.gentle = True
-                text += last.text
-                writer.add(last.text)
+                if last.text:
+                    if last.thinking != now:
+                        writers[now].finish()
+                    now = last.thinking
+                    texts[now] += last.text
+                    writers[now].add(last.text)
                 if brake.pulled:
                     break
         finally:
             getattr(pieces, "close", lambda: None)()
-            writer.finish()
+            for each in writers.values():
+                each.finish()
     if last is None:
         raise KeyboardInterrupt
-    return Answer(text, last.finish_reason or STOPPED, last.timings)
+    return Answer(texts[False], last.finish_reason or STOPPED, last.timings, texts[True])
 
 
 def stats_line(timings: "Timings", *, long: bool = False) -> str:

@@ -13,7 +13,7 @@ from mlxarch.cli.answer import STOPPED, Answer, stats_line
 from mlxarch.cli.conversation import Conversation
 from mlxarch.cli.editor import Editor, Interrupted, Lines, editor
 from mlxarch.cli.output import is_terminal, say
-from mlxarch.cli.render import Writer, writer
+from mlxarch.cli.render import Writer, thoughts, writer
 from mlxarch.cli.slash import ALIASES, COMMANDS, obey
 from mlxarch.errors import MlxArchError
 
@@ -22,6 +22,7 @@ from mlxarch.errors import MlxArchError
 @click.argument("model", required=False)
 @options.model_option
 @options.answer_options
+@options.thinking_options
 @options.sampling_options
 @options.loading_options
 def chat_command(model: str | None, named: str | None, **given: Any) -> None:
@@ -38,12 +39,15 @@ def chat_command(model: str | None, named: str | None, **given: Any) -> None:
     loaded = options.open_model(name, **given)
     chosen = replace(loaded.recommended_sampling, **sampling)
     talk = Conversation(loaded, name, chosen, given["system"], given["max_tokens"])
-    talk.stop = list(given["stop"])
+    talk.stop, talk.think, talk.effort = list(given["stop"]), given["think"], given["effort"]
     source = editor(paths.state() / "history", [*COMMANDS, *ALIASES])
-    chat = Chat(talk, source, stats=given["stats"] or is_terminal(sys.stderr), plain=given["plain"])
+    stats = given["stats"] or is_terminal(sys.stderr)
+    chat = Chat(talk, source, stats=stats, plain=given["plain"], hide_thinking=given["hide_thinking"])
     if not isinstance(source, Lines):
         kind = "" if loaded.tokenizer.has_chat_template else ", which has no chat template and continues your text"
         say(f"{name}{kind} · {loaded.context_length} tokens of context · /help lists the commands", dim=True)
+    for warning in talk.switches().warnings:
+        say(f"mlxarch: {name} {warning}")
     chat.run()
 
 
@@ -55,9 +59,11 @@ class Chat:
         done: whether to end.
     """
 
-    def __init__(self, conversation: Conversation, source: Editor, *, stats: bool, plain: bool) -> None:
+    def __init__(
+        self, conversation: Conversation, source: Editor, *, stats: bool, plain: bool, hide_thinking: bool
+    ) -> None:
         self.conversation, self.source = conversation, source
-        self.stats, self.plain, self.done = stats, plain, False
+        self.stats, self.plain, self.hide_thinking, self.done = stats, plain, hide_thinking, False
 
     def run(self) -> None:
         """Until the input ends, or a command ends it."""
@@ -85,7 +91,7 @@ class Chat:
                 obey(self, text)
             else:
                 question = text[1:] if text.startswith("//") else text
-                self.answer(lambda out: self.conversation.ask(question, out))
+                self.answer(lambda *writers: self.conversation.ask(question, *writers))
         except MlxArchError as error:
             if isinstance(self.source, Lines):
                 raise  # nobody is there to do something about it
@@ -95,15 +101,16 @@ class Chat:
                 raise
             say("stopped before the answer began; the question is not kept", dim=True)
 
-    def answer(self, ask: Callable[[Writer], Answer]) -> None:
-        """Let ``ask`` write an answer, and say what is to be said of it."""
-        answer = ask(writer(self.plain))
+    def answer(self, ask: Callable[[Writer, Writer], Answer]) -> None:
+        """Let ``ask`` write an answer and the thinking before it, and say what is to be said of it."""
+        answer = ask(writer(self.plain), thoughts(self.hide_thinking))
         notes = []
         if answer.finish_reason == STOPPED:
             notes.append("stopped; the answer is kept as far as it came")
         if answer.finish_reason == "length":
             full = self.conversation.max_tokens is None
-            notes.append("cut off: " + ("the context is full, /clear or /undo makes room" if full else "max_tokens"))
+            why = "the context is full, /clear or /undo makes room" if full else "max_tokens"
+            notes.append(f"cut off{' within the thinking' if answer.thinking and not answer.text else ''}: {why}")
         if self.stats:
             notes.append(stats_line(answer.timings))
         if notes:

@@ -15,7 +15,7 @@ import msgspec
 
 from mlxarch import paths
 from mlxarch.cli.answer import STOPPED, Answer, receive
-from mlxarch.cli.options import SAMPLING
+from mlxarch.cli.options import EFFORTS, SAMPLING
 from mlxarch.cli.render import Writer
 from mlxarch.errors import InvalidInput, OutputError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlxarch.generation import Timings
     from mlxarch.language_model import LanguageModel
     from mlxarch.sampling import Sampling
+    from mlxarch.thinking import Switches
 
 VERSION = 1
 MAX_FILE = 64 << 20  # bytes
@@ -57,11 +58,20 @@ def _number(text: str) -> float:
     return value
 
 
+def _on_off(text: str) -> bool:
+    return {"on": True, "off": False}[text.lower()]
+
+
+def _effort(text: str) -> str:
+    return {level: level for level in EFFORTS}[text.lower()]
+
+
 _READERS: dict[str, Callable[[str], Any]] = {
     **{"temperature": _number, "top_p": _number, "min_p": _number, "repetition_penalty": _number},
-    **{"top_k": int, "seed": int, "max_tokens": int, "stop": shlex.split},
+    **{"top_k": int, "seed": int, "max_tokens": int, "stop": shlex.split, "think": _on_off, "effort": _effort},
 }
-_OPTIONAL = {"seed": None, "max_tokens": None, "stop": []}
+_KINDS = {int: "a whole number", _number: "a number", _on_off: "on or off", _effort: "low, medium or high"}
+_OPTIONAL = {"seed": None, "max_tokens": None, "stop": [], "think": None, "effort": None}
 SETTINGS = (*_READERS,)
 
 
@@ -71,7 +81,7 @@ class Conversation:
     Attributes:
         system: the system prompt, or None.
         messages: of user and assistant, in turns.
-        sampling, max_tokens, stop: the settings.
+        sampling, max_tokens, stop, think, effort: the settings.
         file: where it was saved or loaded last, or None.
         timings: of every answer, also of those that were taken back.
     """
@@ -81,6 +91,8 @@ class Conversation:
     ) -> None:
         self.model, self.name, self.sampling, self.max_tokens = model, name, sampling, max_tokens
         self.stop: list[str] = []
+        self.think: bool | None = None
+        self.effort: str | None = None
         self.messages: list[Message] = []
         self.file: Path | None = None
         self.timings: list[Timings] = []
@@ -93,12 +105,18 @@ class Conversation:
             raise InvalidInput(f"{self.name} has no chat template, so there is no place for a system prompt")
         self.system = text
 
-    def ask(self, text: str, writer: Writer) -> Answer:
+    def switches(self) -> "Switches":
+        """How the model is asked to think, or not to."""
+        from mlxarch.thinking import switches
+
+        return switches(self.model.tokenizer, self.think, self.effort)
+
+    def ask(self, text: str, writer: Writer, thoughts: Writer | None = None) -> Answer:
         """Let the model answer. A question that gets no answer, for an error or an interrupt, is forgotten."""
         before = list(self.messages)
         self.messages.append(Message("user", text))
         try:
-            answer = self._answer(writer)
+            answer = self._answer(writer, thoughts)
         except BaseException:
             self.messages = before
             raise
@@ -106,7 +124,7 @@ class Conversation:
         self.timings.append(answer.timings)
         return answer
 
-    def retry(self, writer: Writer) -> Answer:
+    def retry(self, writer: Writer, thoughts: Writer | None = None) -> Answer:
         """Ask the last question again; its old answer stays if there comes no new one.
 
         Raises:
@@ -117,24 +135,26 @@ class Conversation:
         if question is None:
             raise InvalidInput("there is no question yet")
         try:
-            return self.ask(question, writer)
+            return self.ask(question, writer, thoughts)
         except BaseException:
             self.messages = before
             raise
 
-    def _answer(self, writer: Writer) -> Answer:
+    def _answer(self, writer: Writer, thoughts: Writer | None) -> Answer:
         settings: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": self.stop, "sampling": self.sampling}
+        settings["template"] = self.switches().variables
         pieces = self.model.stream(self.prompt(), session=self._session, **settings)
         try:
-            return receive(pieces, writer)
+            return receive(pieces, writer, thoughts)
         except BaseException:
             self._session = self.model.session()  # the old one may have been left in the midst of a step
             raise
 
     def prompt(self) -> str | list[dict[str, str]]:
-        """What the model is given: messages, or the text so far where it has no chat template."""
+        """What the model is given: messages without earlier thinking, or the text so far without a chat template."""
         if self.model.tokenizer.has_chat_template:
-            return [{"role": message.role, "content": message.content} for message in self._all()]
+            system = self.switches().system(self.system)
+            return [{"role": message.role, "content": message.content} for message in self._all(system)]
         return "".join(
             message.content if message.role == "user" else message.content + "\n" for message in self.messages
         )
@@ -155,10 +175,11 @@ class Conversation:
         """By name, in the order of /help."""
         sampling = {name: getattr(self.sampling, name) for name in SAMPLING}
         values = {**sampling, "max_tokens": self.max_tokens, "stop": list(self.stop)}
+        values |= {"think": self.think, "effort": self.effort}
         return {name: values[name] for name in SETTINGS}
 
     def set(self, name: str, text: str) -> None:
-        """Change a setting; "none" takes a limit, the seed or the stop strings away.
+        """Change a setting; "none" takes away a limit, the seed, the stop strings, or what was said of the thinking.
 
         Raises:
             InvalidInput: the text does not say a value that the setting can have.
@@ -168,9 +189,8 @@ class Conversation:
         else:
             try:
                 value = _READERS[name](text)
-            except ValueError:
-                what = "a whole number" if _READERS[name] is int else "a number"
-                what = "texts, quoted where they hold blanks" if name == "stop" else what
+            except (ValueError, KeyError):
+                what = _KINDS.get(_READERS[name], "texts, quoted where they hold blanks")
                 raise InvalidInput(f"{name} must be {what}, found {text!r}") from None
         self._apply({name: value})
 
@@ -181,10 +201,15 @@ class Conversation:
             raise InvalidInput(f"max_tokens must be a whole number from 1 on, or none; found {limit!r}")
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             raise InvalidInput(f"stop must be texts that are not empty; found {stop!r}")
-        self.sampling, self.max_tokens, self.stop = sampling, limit, stop
+        think, effort = values.get("think", self.think), values.get("effort", self.effort)
+        if not isinstance(think, bool | None):
+            raise InvalidInput(f"think must be on or off; found {think!r}")
+        if effort is not None and effort not in EFFORTS:
+            raise InvalidInput(f"effort must be low, medium or high; found {effort!r}")
+        self.sampling, self.max_tokens, self.stop, self.think, self.effort = sampling, limit, stop, think, effort
 
-    def _all(self) -> list[Message]:
-        return [*([] if self.system is None else [Message("system", self.system)]), *self.messages]
+    def _all(self, system: str | None) -> list[Message]:
+        return [*([] if system is None else [Message("system", system)]), *self.messages]
 
     def save(self, path: Path | None) -> Path:
         """Write it, all or nothing, for its owner alone; without a path where it was, or under a new name.
@@ -198,7 +223,7 @@ class Conversation:
             path = self.file or chats() / f"{now:%Y-%m-%d_%H%M%S}_{name}.json"
         if path.exists() and path != self.file:
             raise OutputError(f"{path} exists; choose another name, or remove it first")
-        saved = Saved(VERSION, self.name, now.isoformat(), self.settings(), self._all())
+        saved = Saved(VERSION, self.name, now.isoformat(), self.settings(), self._all(self.system))
         try:
             _write(path, msgspec.json.format(msgspec.json.encode(saved), indent=2) + b"\n")
         except OSError as error:

@@ -19,6 +19,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 BITS = ("8", "6", "5", "4", "3", "2", "original")
 DTYPES = ("float32", "float16", "bfloat16")
 ASK_ABOVE = 5 * 10**9  # bytes
+EFFORTS = ("low", "medium", "high")
 
 
 def _combined(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
@@ -47,6 +48,13 @@ answer_options = _combined(
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
         click.option("--stats", "--verbose", is_flag=True, help="Tell how fast it was, on standard error."),
         click.option("--plain", is_flag=True, help="Do not render Markdown."),
+    ]
+)
+thinking_options = _combined(
+    [
+        click.option("--think/--no-think", "think", default=None, help="Let it think before it answers, or not."),
+        click.option("--effort", type=click.Choice(EFFORTS), help="How hard to think."),
+        click.option("--hide-thinking", is_flag=True, help="Do not show the thinking on the terminal."),
     ]
 )
 bits_option = click.option(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from mlxarch.cli.output import colored, visible
+from mlxarch.cli.output import colored, is_terminal, visible
 
 if TYPE_CHECKING:
     from rich.markdown import Markdown as RichMarkdown
@@ -21,13 +21,45 @@ class Writer(Protocol):
         ...
 
     def finish(self) -> None:
-        """That was all: end the line."""
+        """That was all for now: end the line, if one has begun."""
         ...
 
 
 def writer(plain: bool = False) -> Writer:
     """The renderer where standard output is a terminal with colors, unless ``plain``; else the text itself."""
     return Text() if plain or not colored(sys.stdout) else Markdown()
+
+
+def thoughts(hidden: bool = False) -> Writer:
+    """Shows the thinking where standard error is a terminal, unless ``hidden``."""
+    return Thoughts() if is_terminal(sys.stderr) and not hidden else Silence()
+
+
+class Thoughts:
+    """What a model thinks, on standard error: dim, or between two lines that say so; an empty line follows."""
+
+    def __init__(self) -> None:
+        colors = colored(sys.stderr)
+        self._before, self._after = ("\x1b[2m", "\x1b[0m") if colors else ("", "")
+        self._head, self._foot = ("", "\n") if colors else ("(thinking)\n", "(answer)\n")
+        self._last = ""  # character that was written; "" outside of a thought
+
+    def add(self, text: str) -> None:
+        """Write it at once."""
+        if text := visible(text):
+            head = "" if self._last else self._head
+            self._last = text[-1]
+            self._write(f"{head}{self._before}{text}{self._after}")
+
+    def finish(self) -> None:
+        """End the line."""
+        if self._last:
+            self._write(("" if self._last == "\n" else "\n") + self._foot)
+            self._last = ""
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 class Silence:
@@ -67,8 +99,8 @@ class Markdown:
         from markdown_it import MarkdownIt
         from rich.console import Console
 
-        # HTML would be swallowed, and with it the thoughts of a model that wraps them in <think>; so would be the
-        # address of an image
+        # HTML would be swallowed, and with it what a model wraps in tags of its own; so would be the address of an
+        # image
         self._parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
         self._blocks = MarkdownIt("commonmark", {"html": False}).enable("table").disable("inline")
         self._console = Console(file=sys.stdout)

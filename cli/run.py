@@ -11,7 +11,7 @@ import click
 from mlxarch.cli import options
 from mlxarch.cli.answer import STOPPED, Answer, receive, stats, stats_line
 from mlxarch.cli.output import answer_json, is_terminal, say
-from mlxarch.cli.render import Silence, writer
+from mlxarch.cli.render import Silence, thoughts, writer
 from mlxarch.errors import InvalidInput, ModelNotFound
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt, if not an argument.")
 @click.option("-f", "--file", metavar="FILE", help="A text file that goes before the prompt; - is standard input.")
 @options.answer_options
+@options.thinking_options
 @options.sampling_options
 @options.loading_options
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the chat template.")
@@ -46,25 +47,35 @@ def run_command(
     text = _prompt(words, prompt, file)
     if given["system"] is not None and given["raw"]:
         raise click.UsageError("a system prompt needs the chat template, which --raw leaves out")
+    if (given["think"] is not None or given["effort"]) and given["raw"]:
+        raise click.UsageError("--think, --no-think and --effort need the chat template, which --raw leaves out")
     from mlxarch.backend import require_backend
 
     require_backend()
     sampling = options.chosen_sampling(given)
     model = options.open_model(name, **given)
+    from mlxarch.thinking import switches
+
+    switched = switches(model.tokenizer, given["think"], given["effort"])
+    for warning in switched.warnings:
+        say(f"mlxarch: {name} {warning}")
     pieces = model.stream(
-        _messages(model, text, given["system"], given["raw"]),
+        _messages(model, text, switched.system(given["system"]), given["raw"]),
+        template=switched.variables,
         max_tokens=given["max_tokens"],
         stop=given["stop"],
         sampling=replace(model.recommended_sampling, **sampling),
     )
-    answer = receive(pieces, Silence() if as_json else writer(given["plain"]))
+    out = Silence() if as_json else writer(given["plain"])
+    answer = receive(pieces, out, thoughts(as_json or given["hide_thinking"]))
     if as_json:
         answer_json({"model": name, **_outcome(answer)})
     if given["stats"]:
         say(stats_line(answer.timings, long=True), dim=True)
     if answer.finish_reason == "length":
         limit = "--max-tokens" if given["max_tokens"] else f"the context of {model.context_length} tokens"
-        say(f"mlxarch: the answer is cut off: {limit} is reached", dim=True)
+        what = "thinking" if answer.thinking and not answer.text else "answer"
+        say(f"mlxarch: the {what} is cut off: {limit} is reached", dim=True)
     if answer.finish_reason == STOPPED:
         raise KeyboardInterrupt
 
@@ -126,4 +137,5 @@ def _messages(model: "LanguageModel", text: str, system: str | None, raw: bool) 
 
 
 def _outcome(answer: Answer) -> dict[str, Any]:
-    return {"text": answer.text, "finish_reason": answer.finish_reason, "timings": stats(answer.timings)}
+    said = {"text": answer.text, "thinking": answer.thinking}
+    return {**said, "finish_reason": answer.finish_reason, "timings": stats(answer.timings)}

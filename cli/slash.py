@@ -18,7 +18,7 @@ class Chat(Protocol):
     stats: bool
     done: bool
 
-    def answer(self, ask: Callable[[Writer], Answer]) -> None:
+    def answer(self, ask: Callable[[Writer, Writer], Answer]) -> None:
         """Let ``ask`` write an answer."""
         ...
 
@@ -60,14 +60,14 @@ def _help(_chat: Chat, _: str) -> None:
     say("Ctrl-C stops an answer, which stays as far as it came; at the prompt it clears the line, twice it ends.")
 
 
-@_command("/set [NAME VALUE]", "show the settings, or change one; none takes seed, max_tokens, stop, system away")
+@_command("/set [NAME VALUE]", "show the settings, or change one; none takes it away where that makes sense")
 def _set(chat: Chat, argument: str) -> None:
     talk = chat.conversation
     name, _, value = argument.partition(" ")
     name = {"temp": "temperature"}.get(name := name.lower().replace("-", "_"), name)
     if not name:
         for key, held in talk.settings().items():
-            say(f"  {key:18}  {held if held not in (None, []) else 'none'}")
+            say(f"  {key:18}  {_shown(held)}")
         say(f"  {'system':18}  {talk.system or 'none'}")
     elif name == "system":
         _system(chat, value.strip())
@@ -76,10 +76,12 @@ def _set(chat: Chat, argument: str) -> None:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(conversation.SETTINGS)}, system"
         raise InvalidInput(f"no setting is called {name!r}; {hint}")
     elif not value.strip():
-        say(f"  {name}  {talk.settings()[name]}")
+        say(f"  {name}  {_shown(talk.settings()[name])}")
     else:
         talk.set(name, value.strip())
-        say(f"  {name}  {talk.settings()[name]}", dim=True)
+        say(f"  {name}  {_shown(talk.settings()[name])}", dim=True)
+        for warning in talk.switches().warnings if name in ("think", "effort") else ():
+            say(f"{talk.name} {warning}")
 
 
 @_command("/system [TEXT]", "show the system prompt, or change it; none takes it away")
@@ -153,6 +155,12 @@ def _stats(chat: Chat, argument: str) -> None:
 @_command("/exit", "leave; so do /quit, /bye and Ctrl-D")
 def _exit(chat: Chat, _: str) -> None:
     chat.done = True
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value in (None, []) else value
 
 
 def _short(text: str) -> str:

@@ -6,6 +6,7 @@ tools, the one named ``tool_use`` is taken where there is one. Templates come fr
 else: no variable of a request can replace one.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,7 @@ def choose_template(templates: Mapping[str, str], tools: object) -> str | None:
     return next(iter(templates.values())) if len(templates) == 1 else None
 
 
+@functools.lru_cache(maxsize=8)
 def template_variables(source: str) -> frozenset[str]:
     """Names that a template reads and does not make itself; none of a template that is broken or refused."""
     try:

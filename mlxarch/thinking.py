@@ -288,6 +288,10 @@ class Switches:
     flag: str = ""
     warnings: list[str] = field(default_factory=list)
 
+    def system(self, prompt: str | None) -> str | None:
+        """The system prompt with the flag; None where there is neither."""
+        return "\n".join(part for part in (prompt, self.flag) if part) if self.flag else prompt
+
 
 def switches(vocabulary: Vocabulary, think: bool | None = None, effort: str | None = None) -> Switches:
     """Find how a model's chat template switches its thinking, by the variables that it reads.

@@ -314,7 +314,8 @@ class Tokenizer:
                 tokenize=False,
             )
             after = text.rpartition(mark)[2].lstrip()
-            special = [self._text(index) or "" for index in self._special_ids]
+            special = {self._text(index) or "" for index in self._special_ids}
+            special -= {"<|end|>"} if "<|channel|>" in special else set()  # there it ends a message, not the answer
             ends = sorted((token for token in special if token and after.startswith(token)), key=len)[-1:]
         except TokenizerError as problem:
             logger.debug("the chat template does not show the end of a turn: %s", problem)

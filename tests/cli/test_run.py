@@ -62,7 +62,7 @@ def test_json_has_text_reason_and_timings(invoke, tiny):
     result = invoke("run", tiny, "Hi", "-n", "5", "--json")
     assert result.stdout.count("\n") == 1
     report = json.loads(result.stdout)
-    assert set(report) == {"model", "text", "finish_reason", "timings"}
+    assert set(report) == {"model", "text", "thinking", "finish_reason", "timings"}
     assert (report["model"], report["finish_reason"]) == (tiny, "length")
     timings = report["timings"]
     assert set(timings) == {
