@@ -14,9 +14,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, GatedMLP, LayerTypesConfig, RMSNorm, Step, causal_lm, swiglu
-from mlxarch.blocks.config import Positive, Size
-from mlxarch.blocks.rope import NoRoPE, RoPE
+from mlxarch.blocks import Attention, Cache, GatedMLP, NoRoPE, Positive, RMSNorm, RoPE, Size, Step, causal_lm, swiglu
+from mlxarch.blocks.layer_types import LayerTypesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
