@@ -10,9 +10,10 @@ Source: arXiv:2407.21783; meta-llama/Llama-3.1-8B/config.json; mistralai/Mistral
 biases as in transformers' LlamaForCausalLM.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +33,12 @@ class Config(DecoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """transformers' MistralConfig has a window of 4096 where a file does not speak of one."""
+        mistral = {"sliding_window": 4096} if config.get("model_type") == "mistral" else {}
+        return super().from_dict(mistral | dict(config))
 
 
 class DecoderLayer(nn.Module):

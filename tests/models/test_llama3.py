@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import parity
-from mlxarch.blocks import Cache, Step
+from mlxarch.blocks import Cache, Full, Sliding, Step
 from mlxarch.errors import CheckpointError, ConfigError, UnsupportedArchitecture
 from mlxarch.loading import load_model
 from mlxarch.registry import architecture
@@ -213,3 +213,12 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_name(
     with pytest.raises(CheckpointError) as error:
         load_model(parity.copy(name, "config.json", tmp_path, change))
     assert tensor in str(error.value)
+
+
+def test_a_mistral_config_without_a_window_key_has_the_window_of_transformers() -> None:
+    published = json.loads((parity.GOLDEN / "mistral" / "config.json").read_text())
+    silent = {key: value for key, value in published.items() if key != "sliding_window"}
+    for config, span in ((published, Full()), (silent, Sliding(4096))):
+        attention = architecture(config).build().layers[0].self_attn
+        assert isinstance(attention, Attention)
+        assert attention.span == span
