@@ -97,7 +97,7 @@ def _assign(module: nn.Module, leaf: str, tensor: Tensor, dtype: mx.Dtype) -> No
     if isinstance(module, Embedding):
         module.dtype = dtype
     if not isinstance(tensor, Packed):
-        module[leaf] = tensor.load().astype(dtype)
+        module[leaf] = tensor.load().astype(mx.float32 if leaf in getattr(module, "float32", ()) else dtype)
         return
     assert isinstance(module, Matrix)  # resolve() allows no other module a packed weight
     module.quantization = tensor.settings

@@ -146,6 +146,12 @@ class Resolved:
         return frozenset(f"{path}.weight" for path, m in modules if isinstance(m, Matrix) and m.quantizable)
 
     @property
+    def exact(self) -> frozenset[str]:
+        """Paths of the parameters that are never cast: a module names them in ``float32``."""
+        modules = self.model.named_modules()
+        return frozenset(f"{path}.{name}" for path, m in modules for name in getattr(m, "float32", ()))
+
+    @property
     def published(self) -> dict[str, Tensor]:
         """The parameters by the names that a checkpoint of this ``model_type`` gives them, in the source's order."""
         return {self.architecture.published(path): tensor for path, tensor in self.parameters.items()}
@@ -154,6 +160,11 @@ class Resolved:
     def published_matrices(self) -> frozenset[str]:
         """``matrices`` by these names."""
         return frozenset(map(self.architecture.published, self.matrices))
+
+    @property
+    def published_exact(self) -> frozenset[str]:
+        """``exact`` by these names."""
+        return frozenset(map(self.architecture.published, self.exact))
 
 
 # What no architecture reads: tables that RoPE computes itself

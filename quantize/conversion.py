@@ -243,7 +243,8 @@ def prepare(
             raise OutputError(f"{output} holds the source; name another output")
     resolved = resolve(opened)
     kind = DTYPE_NAMES[dtype] if dtype else None
-    plan = make_plan(resolved.published, resolved.published_matrices, wanted, kind, limits.shard)
+    matrices, exact = resolved.published_matrices, resolved.published_exact
+    plan = make_plan(resolved.published, matrices, wanted, kind, limits.shard, exact)
     return Conversion(opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk())
 
 

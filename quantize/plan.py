@@ -122,6 +122,7 @@ def make_plan(
     wanted: Quantization | None,
     dtype: mx.Dtype | None,
     shard_bytes: int = SHARD_BYTES,
+    exact: Collection[str] = (),
 ) -> Plan:
     """Decide for each parameter and lay out the files.
 
@@ -131,11 +132,13 @@ def make_plan(
         wanted: settings for them; None changes no number: what is packed stays packed.
         dtype: of what is not quantized, and of affine scales; None keeps the source's.
         shard_bytes: a file ends before the parameter that would make it larger.
+        exact: the paths that keep the source's type whatever ``dtype`` is.
     """
     entries = []
     for path in sorted(parameters, key=_natural):
         tensor = parameters[path]
-        entries.append(_entry(path, tensor, wanted if path in matrices else None, dtype))
+        kind = None if path in exact else dtype
+        entries.append(_entry(path, tensor, wanted if path in matrices else None, kind))
     found = Counter(entry.quantization for entry in entries if entry.quantization)
     common = wanted if wanted in found or wanted is None else None
     if found and common is None:

@@ -11,7 +11,7 @@ from mlxarch.blocks.span import Latent
 from mlxarch.blocks.step import Mask, Step
 from mlxarch.cache import Cache
 
-SCORES = 2**26  # of them may exist at a time, 256 MB in float32; those of one head at least
+SCORES = 2**25  # that one step computes, 128 MB in float32; those of one head at least
 EPS = 1e-6  # of the inner norms, whatever rms_norm_eps says: the default of transformers' DeepseekV3RMSNorm
 
 
@@ -99,7 +99,9 @@ class LatentAttention(nn.Module):
         some, outs = max(SCORES // (batch * length * context), 1), []
         for part in (slice(first, first + some) for first in range(0, heads, some)):
             outs.append(form(q[:, part], turned[:, part], held, mask, part))
-            held = mx.depends(held, outs[-1])  # one part after the other, or the scores of all would be there at once
+            if some < heads:  # two parts are under way at a time, or the scores of all would be there at once
+                mx.async_eval(outs[-1])
+                mx.eval(outs[-2:-1])
         return mx.concatenate(outs, axis=1)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
