@@ -218,7 +218,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_name(
 def test_a_mistral_config_without_a_window_key_has_the_window_of_transformers() -> None:
     published = json.loads((parity.GOLDEN / "mistral" / "config.json").read_text())
     silent = {key: value for key, value in published.items() if key != "sliding_window"}
-    for config, span in ((published, Full()), (silent, Sliding(4096))):
-        attention = architecture(config).build().layers[0].self_attn
+    for found, span in ((published, Full()), (silent, Sliding(4096))):
+        attention = architecture(found).build().layers[0].self_attn
         assert isinstance(attention, Attention)
         assert attention.span == span
