@@ -10,6 +10,7 @@ import pytest
 
 import parity
 from mlxarch.blocks import Cache, Full, Sliding, Step
+from mlxarch.blocks import Attention, Full, Sliding
 from mlxarch.errors import CheckpointError, ConfigError, UnsupportedArchitecture
 from mlxarch.loading import load_model
 from mlxarch.registry import architecture
