@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import parity
-from mlxarch.blocks import Cache, Full, Sliding, Step
-from mlxarch.blocks import Attention, Full, Sliding
+from mlxarch.blocks import Attention, Cache, Full, Sliding, Step
 from mlxarch.errors import CheckpointError, ConfigError, UnsupportedArchitecture
 from mlxarch.loading import load_model
 from mlxarch.registry import architecture
