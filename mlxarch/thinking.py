@@ -238,7 +238,7 @@ class Channels:
             self._parts.mark(self.thinking if self._header is None else not _is_answer(self._header))
             self._header = None
         elif mark == CHANNEL:
-            self._header = f"{'assistant' if self._header is None else self._header} {mark} "
+            self._header = f"{self._header or ''} {mark} "
         elif mark == _CONSTRAIN:
             self._header = None if self._header is None else f"{self._header} {mark} "
         else:

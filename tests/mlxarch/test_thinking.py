@@ -102,7 +102,8 @@ def test_a_model_without_tags_is_passed_through(make):
     text = "<think>\nhm\n</think>\n\n4\n"
     assert said(make(), "user: <think>\n", text) == ("", text)
     assert said(make(template="{{ messages[0].content }}"), "user:", text) == ("", text)
-    assert said(make("<|end|>", "<|start|>"), "user:", text) == ("", text), "half of harmony's marks is not harmony"
+    half = "<|start|>assistant" + text
+    assert said(make("<|end|>", "<|start|>"), "user:", half) == ("", half), "half of harmony's marks is not harmony"
     assert said(make("<think>"), "user:", text) == ("", text), "an opening tag alone neither"
 
 
@@ -163,11 +164,16 @@ MESSAGES = [
     ("<|channel|>final<|constrain|>json<|message|>{}", "", "{}"),
     ("<|channel|>analysis<|message|>hm<|channel|>final<|message|>4", "hm", "4"),
     ("<|channel|>analysis<|message|>hm<|start|>assistant<|channel|>final<|message|>4", "hm", "4"),
+    ("<|channel|>analysis<|constrain|>json<|message|>{}", "{}", ""),
+    ("<|channel|>analysis<|message|>a<|message|>b", "a\n\nb", ""),
+    ("<|channel|>analysis<|message|>hm<|end|>outside", "hm", "outside"),
     ("<|channel|>summary<|message|>unknown channel", "", "unknown channel"),
     ("<|channel|>final<|message|>4<|end|><|start|>user<|message|>and 3+3?", "and 3+3?", "4"),
     ("<|channel|>final<|message|>a<|constrain|>b", "", "ab"),
     (" plain text", "", " plain text"),
     ("to the point", "", "to the point"),
+    ("no header<|end|><|start|>assistant<|channel|>final<|message|>4", "", "no header\n\n4"),
+    (" to=functions.f", "", ""),
     ("t", "", "t"),
     ("<|end|>outside", "", "outside"),
 ]
@@ -300,6 +306,9 @@ def _unmarked(parts: Sequence[str], marks: Sequence[str]) -> str:
         ("{{ '/nothink' if enable_thinking is defined and not enable_thinking }}",
          False, None, {"enable_thinking": False}, "", ""),
         ("{{ messages[0].content.split('</think>')[-1] }}<think>\n", False, None, {}, "", "cannot be told"),
+        ("{{ enable_thinking }}{{ reasoning_effort }}", False, "low",
+         {"enable_thinking": False, "reasoning_effort": "low"}, "", ""),
+        ("{{ enable_thinking }}{{ reasoning_effort }}", False, None, {"enable_thinking": False}, "", ""),
         (None, True, "low", {}, "", "does not think no levels"),
     ],
 )  # fmt: skip
