@@ -9,6 +9,7 @@ from mlxarch.cli.answer import Answer, stats_line
 from mlxarch.cli.output import say
 from mlxarch.cli.render import Writer
 from mlxarch.errors import InvalidInput
+from mlxarch.thinking import switches
 
 
 class Chat(Protocol):
@@ -80,8 +81,9 @@ def _set(chat: Chat, argument: str) -> None:
     else:
         talk.set(name, value.strip())
         say(f"  {name}  {_shown(talk.settings()[name])}", dim=True)
-        for warning in talk.switches().warnings if name in ("think", "effort") else ():
-            say(f"{talk.name} {warning}")
+        if name in ("think", "effort"):
+            for warning in switches(talk.model.tokenizer, **{name: talk.settings()[name]}).warnings:
+                say(f"{talk.name} {warning}")
 
 
 @_command("/system [TEXT]", "show the system prompt, or change it; none takes it away")

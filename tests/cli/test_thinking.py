@@ -174,12 +174,12 @@ def test_thinking_is_not_kept_in_the_history(invoke, model, tmp_path, monkeypatc
 
 def test_a_chat_is_told_to_think_by_options_and_by_set(invoke, thinker, monkeypatch):
     prompts = script(monkeypatch, thinker, "4" + STOP)
-    lines = "a\n/set think on\nb\n/set think off\nc\n/set think none\nd\n/set effort high\n/set\n"
+    lines = "a\n/set think on\nb\n/set think off\nc\n/set think none\nd\n/set effort high\n/set think on\n/set\n"
     result = invoke("chat", thinker, "--no-think", input=lines)
     assert result.exit_code == 0, result.stderr
     assert [prompt.endswith("</think>\n\n") for prompt in prompts] == [True, False, True, False]
     assert result.stderr.count("no switch for that") == 1
-    assert "think               none" in result.stderr and "effort              high" in result.stderr
+    assert "think               on" in result.stderr and "effort              high" in result.stderr
 
 
 def test_a_chat_warns_before_it_begins(invoke, tiny):
