@@ -16,10 +16,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Cache, GatedMLP, RMSNorm, RoPE, Step, causal_lm, swiglu
+from mlxarch.blocks import Cache, GatedMLP, LatentAttention, LatentConfig, RMSNorm, RoPE, Step, causal_lm, swiglu
 from mlxarch.blocks.grouped_experts import GroupedExpertsConfig, grouped_experts
-from mlxarch.blocks.latent_attention import LatentAttention
-from mlxarch.blocks.latent_config import LatentConfig
 from mlxarch.blocks.linear import Matrix
 from mlxarch.blocks.renames import Stack
 from mlxarch.blocks.routers import GroupLimitedSoftmax
