@@ -114,11 +114,13 @@ class DecoderConfig:
                 f"config.json: layer_types holds {', '.join(map(repr, sorted(map(str, kinds))))}; mlxarch's {kind!r} "
                 "knows 'full_attention' only"
             )
-        for key, neutral in NEUTRAL.items():
-            if key not in known and config.get(key) not in neutral:
+        rope = config.get("rope_parameters")  # transformers 5 moved a key into it
+        places = [config, rope, *rope.values()] if isinstance(rope, dict) else [config]
+        for place, key in ((p, k) for p in places if isinstance(p, Mapping) for k in NEUTRAL.keys() - known):
+            if place.get(key) not in NEUTRAL[key]:
                 raise ConfigError(
-                    f"config.json: {key} = {config[key]!r} changes the mathematics, and mlxarch's {kind!r} does not "
-                    f"implement it; allowed here: {', '.join(repr(n) for n in neutral)}"
+                    f"config.json: {key} = {place[key]!r} changes the mathematics, and mlxarch's {kind!r} does not "
+                    f"implement it; allowed here: {', '.join(repr(n) for n in NEUTRAL[key])}"
                 )
         try:
             parsed = msgspec.convert({k: v for k, v in config.items() if k in known}, cls)

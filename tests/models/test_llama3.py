@@ -158,6 +158,10 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
     "unknown activation": ({"hidden_act": "gelu_new"}, "hidden_act"),
     "unknown kind of layer": ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
     "part of a head is rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "the same in the dialect of transformers 5": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor",
+    ),
     "heads that no group size fits": ({"num_key_value_heads": 3}, "num_key_value_heads"),
     "hidden size that no head count divides": ({"hidden_size": 33}, "hidden_size"),
     "odd head size": ({"head_dim": 7}, "7"),
