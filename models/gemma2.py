@@ -55,6 +55,6 @@ class DecoderLayer(nn.Module):
 
 def build(c: Config) -> CausalLM:
     """A model with the right shapes and no weights."""
-    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
     norm = ZeroCenteredRMSNorm(c.hidden_size, c.rms_norm_eps)
+    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
     return CausalLM(c, layers, norm, embed_scale=c.hidden_size**0.5, softcap=c.final_logit_softcapping)
