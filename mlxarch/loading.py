@@ -85,7 +85,9 @@ def _fill(resolved: Resolved, dtype: mx.Dtype, progress: Progress) -> None:
             mx.eval(modules[group].parameters())
         except RuntimeError as error:
             raise CheckpointError(f"the weights of {group} could not be read ({error}); download them again") from None
-        fuse(modules[group])
+        if mx.default_device() != mx.cpu:
+            # on a CPU a wider product is no faster, and what is split off it is not contiguous: slow to go on with
+            fuse(modules[group])
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress("loading", done, total)
 
