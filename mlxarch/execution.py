@@ -1,0 +1,24 @@
+"""How a model is to be run: what of it stays in memory, and what is read from the disk when it is needed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlxarch.blocks import Quantization
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """The planner decides it, loading and generation carry it out. The default holds everything in memory.
+
+    Attributes:
+        kv: how the caches are packed; None keeps keys and values in the type that is computed in.
+        slots: for each layer of the decoder, how many of its experts have a place in memory, the others being read
+            from the disk; 0 for a layer without experts. None keeps all experts where the loader puts them.
+        ple: where the table of per-layer embeddings is read from.
+        verify: when the checksums of records read from the disk are checked.
+    """
+
+    kv: Quantization | None = None
+    slots: tuple[int, ...] | None = None
+    ple: Literal["memory", "ssd"] = "memory"
+    verify: Literal["first", "always", "never"] = "first"
