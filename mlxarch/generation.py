@@ -165,8 +165,12 @@ def evaluate(caches: Sequence[Cache | None]) -> None:
 def prefill(model: CausalLM, session: Session, prompt: Sequence[int]) -> mx.array:
     """Feed what the session does not hold yet of ``prompt``, and return the logits (1, V) behind its last token."""
     rest, size = list(prompt[len(session.tokens) :]), prefill_chunk()
-    while len(rest) > size:
-        chunk, rest = rest[:size], rest[size:]
+    # a pass for the caches alone skips what its last layer makes of them: where a pass for one token costs little,
+    # all tokens but the last go that way
+    last = 1 if mx.default_device() == mx.cpu else size
+    while len(rest) > last:
+        count = min(size, len(rest) - 1)
+        chunk, rest = rest[:count], rest[count:]
         model.states(mx.array([chunk]), session.caches)
         evaluate(session.caches)
         session.tokens += chunk
