@@ -87,8 +87,9 @@ def load(
     """
     with on_terminal(progress) as report:
         path = store.obtain(name_or_path, bits=bits, progress=report)
+        tokenizer = Tokenizer.from_folder(path)  # before the weights: what is wrong with it shows at once
         model, config = load_model(path, dtype=dtype, progress=report)
-    return LanguageModel(path, model, config, Tokenizer.from_folder(path), context)
+    return LanguageModel(path, model, config, tokenizer, context)
 
 
 class LanguageModel:
@@ -146,6 +147,8 @@ class LanguageModel:
             InvalidInput: an id outside of the vocabulary, or no tokens at all.
             TokenizerError: the text cannot be tokenized, or there is no chat template.
         """
+        if template is not None and not isinstance(template, Mapping):
+            raise InvalidInput(f"template holds variables by name, such as enable_thinking; found {template!r}")
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         elif isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
@@ -330,6 +333,7 @@ def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
     if not isinstance(sampling, Sampling | None):
         raise InvalidInput(f"sampling must be a Sampling, found {type(sampling).__name__}")
     if unknown := sorted(settings.keys() - Sampling.__dataclass_fields__.keys()):
-        known = ", ".join(("max_tokens", "stop", "sampling", "session", *Sampling.__dataclass_fields__))
+        own = ("max_tokens", "stop", "sampling", "session", "template", "batch_size")
+        known = ", ".join((*own, *Sampling.__dataclass_fields__))
         raise InvalidInput(f"unknown argument {', '.join(unknown)}; known: {known}")
     return replace(sampling or Sampling(), **settings)

@@ -247,6 +247,7 @@ def test_max_tokens_is_a_whole_number_from_1_on(count: Any, model: LanguageModel
         ({"top_p": 0}, "top_p"),
         ({"sampling": "greedy"}, "sampling must be a Sampling, found str"),
         ({"sampling": {"temperature": 1}}, "sampling must be a Sampling, found dict"),
+        ({"template": 5}, "template holds variables by name"),
         ({"stop": ""}, "stop"),
         ({"stop": [5]}, "stop"),
         ({"stop": 5}, "stop"),

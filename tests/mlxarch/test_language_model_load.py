@@ -1,6 +1,7 @@
 """mlxarch.load: names, paths, dtype, context, and the makers' advice on sampling."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from talker import CONTEXT, VOCABULARY
 import mlxarch
 import parity
 from mlxarch import LanguageModel, Sampling
-from mlxarch.errors import ConfigError, InvalidInput, ModelNotFound
+from mlxarch.errors import ConfigError, InvalidInput, ModelNotFound, TokenizerError
 from mlxarch.loading import load_model
 
 
@@ -148,3 +149,18 @@ def test_malformed_advice_on_sampling_is_an_error_that_names_the_file(text: str,
     (talker_copy / "generation_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         _ = model.recommended_sampling
+
+
+def test_a_broken_tokenizer_fails_before_the_weights_are_read(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr("mlxarch.language_model.load_model", lambda *a, **k: read.append(a) or load_model(*a, **k))
+    mlxarch.load(talker)
+    assert len(read) == 1
+    broken = tmp_path / "broken"
+    shutil.copytree(talker, broken)
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError):
+        mlxarch.load(broken)
+    assert len(read) == 1
