@@ -5,6 +5,9 @@
 PYTHON is an interpreter of an environment with mlx-lm. Each checkpoint is quantized to 4 and 8 bits by both; each of
 the two loads both results, computes in float32, and the largest difference of a logit over 64 random tokens is printed.
 The difference between 4 and 8 bits is printed as well: it shows how far apart logits are that do not agree.
+
+Gemma 3n needs ``--limit 1e-3`` where a sparsity is set: what just passes the cutoff, or just does not, depends on the
+last bit, so that in float32 every implementation, transformers too, is up to 7e-4 from the same model in float64.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import sys
 import mlx.core as mx, numpy as np
 from mlx.utils import tree_map
 from mlx_lm.convert import convert
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from pathlib import Path
 what, folder, target, argument = sys.argv[1:]
@@ -35,7 +39,8 @@ else:
     model, _ = load_model(Path(folder))
     wide = lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p
     model.update(tree_map(wide, model.parameters()))
-    np.save(target, np.array(model(mx.array(np.load(argument)))))
+    # with caches: without, its Gemma 3n shares no keys and values
+    np.save(target, np.array(model(mx.array(np.load(argument)), make_prompt_cache(model))))
 """
 
 
@@ -44,13 +49,14 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--mlx-lm", required=True, help="a Python that has mlx-lm")
     parser.add_argument("--dtype", help="what mlxarch stores norms and scales in")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="difference of logits that is allowed")
     options = parser.parse_args()
     worst = 0.0
     for checkpoint in options.checkpoints:
         with tempfile.TemporaryDirectory() as folder:
             worst = max(worst, compare(checkpoint.resolve(), Path(folder), options.mlx_lm, options.dtype))
-    print(f"largest difference {worst:.2e}, allowed {LIMIT:.0e}")
-    sys.exit(not worst <= LIMIT)
+    print(f"largest difference {worst:.2e}, allowed {options.limit:.0e}")
+    sys.exit(not worst <= options.limit)
 
 
 def compare(checkpoint: Path, place: Path, python: str, dtype: str | None) -> float:

@@ -1,7 +1,7 @@
 """From the tensors of a checkpoint to the parameters of a model: names, quantized triples, and what must be there."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, assert_never
@@ -130,20 +130,28 @@ class Resolved:
 
     Attributes:
         architecture: with ``tie_word_embeddings`` as the tensors have it.
-        parameters: path of the weight -> Tensor; a Packed stands for its three arrays.
+        tensors: path of the weight -> Tensor, in the source's order; a Packed stands for its three arrays.
         ignored: names of tensors that the model has no use for, each with what it is.
+        carried: those of ``ignored`` that stand in ``tensors`` all the same: a converted checkpoint has them.
     """
 
     architecture: Architecture
     model: CausalLM
-    parameters: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     ignored: Mapping[str, str] = field(default_factory=dict)
+    carried: Collection[str] = frozenset()
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Path -> Tensor of what the model computes with."""
+        return {path: tensor for path, tensor in self.tensors.items() if path not in self.carried}
 
     @property
     def matrices(self) -> frozenset[str]:
-        """Paths of the parameters that a quantizer may pack: weights of linear layers, experts and embeddings."""
+        """Paths of what a quantizer may pack: weights of linear layers, experts and embeddings."""
         modules = self.model.named_modules()
-        return frozenset(f"{path}.weight" for path, m in modules if isinstance(m, Matrix) and m.quantizable)
+        own = {f"{path}.weight" for path, m in modules if isinstance(m, Matrix) and m.quantizable}
+        return frozenset(own | {path for path in self.carried if len(self.tensors[path].shape) == 2})
 
     @property
     def exact(self) -> frozenset[str]:
@@ -153,8 +161,8 @@ class Resolved:
 
     @property
     def published(self) -> dict[str, Tensor]:
-        """The parameters by the names that a checkpoint of this ``model_type`` gives them, in the source's order."""
-        return {self.architecture.published(path): tensor for path, tensor in self.parameters.items()}
+        """``tensors`` by the names that a checkpoint of this ``model_type`` gives them, in the source's order."""
+        return {self.architecture.published(path): tensor for path, tensor in self.tensors.items()}
 
     @property
     def published_matrices(self) -> frozenset[str]:
@@ -179,34 +187,38 @@ def resolve(source: Source) -> Resolved:
         ConfigError, UnsupportedArchitecture: see ``registry.architecture``.
     """
     found = architecture(source.config)
-    tensors, ignored = dict(source.tensors), {}
+    tensors, ignored, carried = dict(source.tensors), {}, set()
     for rule in (*COMMON, *found.rules):
-        tensors = _apply(rule, tensors, found.config, ignored)
+        tensors = _apply(rule, tensors, found.config, ignored, carried)
     if found.config.tie_word_embeddings and "lm_head.weight" in tensors:
         # the file brings a head of its own, which then counts, whatever the config says
         found = replace(found, config=replace(found.config, tie_word_embeddings=False))
     model = found.build()
     shapes = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
-    _check_names(shapes, tensors)
+    # in the order of the source: who reads them in this order reads each file once
+    resolved = Resolved(found, model, tensors, ignored, frozenset(carried))
+    _check_names(shapes, resolved.parameters)
     for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
+        if tensor.shape != shapes.get(name, tensor.shape):
             raise CheckpointError(
                 f"tensor {name} has shape {tensor.shape}, but config.json makes it {shapes[name]}; "
                 "the two files belong to different models"
             )
         if not isinstance(tensor, Packed) and tensor.dtype not in FLOATS:
             raise CheckpointError(f"tensor {name} is {tensor.dtype}; float32, float16 and bfloat16 are allowed")
-    # in the order of the source: who reads them in this order reads each file once
-    resolved = Resolved(found, model, tensors, ignored)
-    packed = {name for name, tensor in tensors.items() if isinstance(tensor, Packed)}
+    packed = {name for name, tensor in resolved.parameters.items() if isinstance(tensor, Packed)}
     matrices = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Matrix)}
     if not packed <= matrices:
         raise CheckpointError(f"tensor {min(packed - matrices)} is quantized, and no matrix")
     return resolved
 
 
-def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignored: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors with one rule applied; what it leaves out is added to ``ignored`` with the reason."""
+def _apply(
+    rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignored: dict[str, str], carried: set[str]
+) -> dict[str, Tensor]:
+    """The tensors with one rule applied; what it leaves out is added to ``ignored`` with the reason, and to ``carried``
+    where it stays among the tensors.
+    """
     match rule:
         case Rename(pattern, to):
             return {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
@@ -215,9 +227,10 @@ def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignore
         case IgnoreExtraLayers():
             extra = _from_layer(config.num_hidden_layers, tensors)
             ignored |= dict.fromkeys(extra, "layers that predict further tokens")
-        case IgnoreFrom(first, pattern, what):
-            named = _from_layer(getattr(config, first), tensors)
-            ignored |= {name: what for name in named if re.search(pattern, name)}
+        case IgnoreFrom(first, pattern, what, carry):
+            named = [name for name in _from_layer(getattr(config, first), tensors) if re.search(pattern, name)]
+            ignored |= dict.fromkeys(named, what)
+            carried |= set(named if carry else ())
         case Transpose(pattern):
             return {n: Transposed(t) if re.search(pattern, n) else t for n, t in tensors.items()}
         case Stack():
@@ -230,7 +243,7 @@ def _apply(rule: Rule, tensors: dict[str, Tensor], config: DecoderConfig, ignore
             return _split_heads(rule, tensors, config)
         case _:
             assert_never(rule)
-    return {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    return {name: tensor for name, tensor in tensors.items() if name not in ignored or name in carried}
 
 
 def _from_layer(first: int, names: Iterable[str]) -> list[str]:

@@ -244,4 +244,5 @@ def build(c: Config) -> CausalLM:
 
 PREFIX = "model.language_model."
 
-WEIGHTS = (IgnoreFrom("first_sharing_layer", r"\.self_attn\.[kv]_(proj|norm)\.", "keys and values of sharing layers"),)
+UNUSED = r"\.self_attn\.[kv]_(proj|norm)\."
+WEIGHTS = (IgnoreFrom("first_sharing_layer", UNUSED, "keys and values of sharing layers", carried=True),)

@@ -31,11 +31,15 @@ class IgnoreExtraLayers:
 
 @dataclass(frozen=True)
 class IgnoreFrom:
-    """Leave out what the pattern matches in layers from a number on; ``first`` names it among the config's values."""
+    """Leave out what the pattern matches in layers from a number on; ``first`` names it among the config's values.
+
+    ``carried``: a converted checkpoint has them all the same, for readers that want every published tensor.
+    """
 
     first: str
     pattern: str
     what: str
+    carried: bool = False
 
 
 @dataclass(frozen=True)

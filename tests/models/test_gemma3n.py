@@ -1,6 +1,7 @@
 """Gemma 3n against transformers' Gemma3nForCausalLM, and in the layout of the published wrapper."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,43 @@ def test_what_a_checkpoint_holds_for_sharing_layers_is_left_out_and_named(tmp_pa
     ignored = resolve(open_source(parity.copy(NAME, "config.json", tmp_path, wrapped))).ignored
     assert ignored["model.layers.3.self_attn.k_proj.weight"] == "keys and values of sharing layers"
     assert not [name for name in ignored if ".layers.2." in name]
+
+
+def test_a_converted_checkpoint_has_them_too_packed_as_those_that_count(tmp_path: Path) -> None:
+    folder = parity.copy(NAME, "config.json", tmp_path, wrapped)
+    for bits in (None, 8):
+        convert(folder, tmp_path / f"{bits}", bits=bits, group_size=32)
+        before, after = open_source(folder).tensors, open_source(tmp_path / f"{bits}").tensors
+        unused = {name for name in before if ".layers.3.self_attn.k_" in name or ".layers.3.self_attn.v_" in name}
+        assert len(unused) == 3 and unused <= after.keys()
+        for name in unused:
+            assert isinstance(after[name], Packed) == (bits is not None and "_proj" in name)
+            near = np.abs(np.array(after[name].load()) - np.array(before[name].load())).max()
+            assert near <= (0 if bits is None else 0.05)
+        model, _ = load_model(tmp_path / f"{bits}", dtype="float32")
+        assert "k_proj" not in model.model["layers"][3].self_attn
+
+
+def without_unused(found: dict[str, Any], weights: parity.Weights) -> None:
+    for name in [name for name in weights if re.search(r"\.[34]\.self_attn\.[kv]_", name)]:
+        del weights[name]
+
+
+def test_what_a_checkpoint_lacks_for_sharing_layers_is_not_missed(tmp_path: Path) -> None:
+    folder = parity.copy(NAME, "config.json", tmp_path, without_unused)
+    assert not resolve(open_source(folder)).ignored
+    convert(folder, tmp_path / "copy", bits=None)
+    assert open_source(tmp_path / "copy").tensors.keys() == open_source(folder).tensors.keys()
+
+
+def test_what_is_carried_along_must_be_numbers(tmp_path: Path) -> None:
+    def damage(found: dict[str, Any], weights: parity.Weights) -> None:
+        weights["model.layers.3.self_attn.k_proj.weight"] = np.ones((3, 3), np.int64)
+
+    with pytest.raises(
+        CheckpointError, match=r"tensor model\.layers\.3\.self_attn\.k_proj\.weight is mlx\.core\.int64"
+    ):
+        resolve(open_source(parity.copy(NAME, "config.json", tmp_path, damage)))
 
 
 def test_layers_that_share_have_no_cache(tmp_path: Path) -> None:
