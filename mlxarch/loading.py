@@ -11,6 +11,7 @@ from mlxarch.blocks import CausalLM, Embedding, fuse
 from mlxarch.blocks.linear import Matrix
 from mlxarch.errors import CheckpointError, InvalidInput
 from mlxarch.progress import Progress, silent
+from mlxarch.slicing import Slice, slice_source
 from mlxarch.tensors import FLOATS, Packed, Tensor
 from mlxarch.weights import Resolved, open_source, resolve
 
@@ -18,7 +19,11 @@ DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bflo
 
 
 def load_model(
-    folder: str | Path, *, dtype: str | mx.Dtype | None = None, progress: Progress = silent
+    folder: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    slice: str | Slice | None = None,
+    progress: Progress = silent,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Read a folder of safetensors, quantized for MLX or not.
 
@@ -26,6 +31,7 @@ def load_model(
         folder: with config.json; headers, index, names, shapes and dtypes are checked before any weight is read.
         dtype: to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end, which has no other
             type in hardware.
+        slice: of a Gemma 3n, the part of it to load; see ``slicing.slice_source``.
         progress: told the bytes of the weights read.
 
     Returns:
@@ -33,9 +39,11 @@ def load_model(
 
     Raises:
         CheckpointError, ConfigError: the folder is not a sound checkpoint.
-        InvalidInput: an unknown ``dtype``.
+        InvalidInput: an unknown ``dtype``, or a slice that there is not.
     """
     source = open_source(folder)
+    if slice is not None:
+        source = slice_source(source, slice)
     resolved = resolve(source)
     compute = compute_dtype(dtype, resolved)
     try:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlxarch.blocks import Quantization
 from mlxarch.checkpoint import Shard, TensorInfo
-from mlxarch.errors import CheckpointError
+from mlxarch.errors import CheckpointError, InvalidInput
 
 DTYPES = {
     "BOOL": mx.bool_,
@@ -170,6 +170,25 @@ class Packed(Tensor):
         """The same matrix with its rows moved: what moves the rows of every part moves its own."""
         return Packed(name, {part: change(tensor) for part, tensor in self.parts.items()}, self.settings)
 
+    def columns(self, name: str, runs: Sequence[tuple[int, int]]) -> "Packed":
+        """The same matrix with some runs of columns; no number changes, so that each must begin and end with a group.
+
+        Raises:
+            InvalidInput: one does not.
+        """
+        group, bits = self.settings.group_size, self.settings.bits
+        if cut := [place for run in runs for place in run if place % group]:
+            below = cut[0] // group * group
+            raise InvalidInput(
+                f"tensor {name} is quantized in groups of {group} columns, and can be cut between them only: at "
+                f"{below} or {below + group}, not at {cut[0]}"
+            )
+        parts = {}
+        for part, stored in self.parts.items():
+            times, by = (bits, 32) if part == "weight" else (1, group)  # 32 columns are ``bits`` words
+            parts[part] = Columns(stored, [(start * times // by, stop * times // by) for start, stop in runs])
+        return Packed(name, parts, self.settings)
+
 
 class Stacked(Tensor):
     """Tensors of one shape, one behind the other: E of (out, in) become (E, out, in)."""
@@ -219,6 +238,29 @@ class Rows(Tensor):
 
     def load(self) -> mx.array:
         return mx.take(self.tensor.load(), mx.array(self.pick), axis=-1 if self.vector else -2)
+
+
+class Columns(Tensor):
+    """Some runs (start, stop) of columns of every matrix of a tensor, side by side.
+
+    Shape:
+        (..., in) -> (..., sum of stop - start)
+    """
+
+    def __init__(self, tensor: Tensor, runs: Sequence[tuple[int, int]]) -> None:
+        self.tensor, self.runs, self.dtype = tensor, tuple(runs), tensor.dtype
+        self.shape = (*tensor.shape[:-1], sum(stop - start for start, stop in runs))
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        return self._cut(self.tensor.rows(start, stop))
+
+    def load(self) -> mx.array:
+        return self._cut(self.tensor.load())
+
+    def _cut(self, whole: mx.array) -> mx.array:
+        """A copy: a view would hold the whole."""
+        pieces = [whole[..., start:stop] for start, stop in self.runs]
+        return mx.contiguous(pieces[0]) if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
 
 
 class Joined(Tensor):

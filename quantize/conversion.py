@@ -315,7 +315,7 @@ def _fingerprint(source: Source) -> str:
     """Changes when the source does: by names, sizes and times of its files, or what it says of itself."""
     files = [(shard.path.name, shard.size, _modified(shard)) for shard in source.shards]
     tensors = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in source.tensors.items()]
-    facts = repr((sorted(files), tensors)) + json.dumps(source.config, sort_keys=True)
+    facts = repr((sorted(files), tensors, source.notes)) + json.dumps(source.config, sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
