@@ -36,7 +36,7 @@ class Config(DecoderConfig):
     floor_scale: Size = 8192
     intermediate_size_mlp: Size
     num_local_experts: Size
-    num_experts_per_tok: Literal[1] = 1
+    num_experts_per_tok: Size = 1
     interleave_moe_layer_step: Size = 1
     moe_layers: tuple[int, ...] | None = None
     use_qk_norm: bool = True
@@ -63,6 +63,8 @@ class Config(DecoderConfig):
                 f"config.json: no_rope_layers must have a 0 or 1 for each of {self.num_hidden_layers} layers, and "
                 "layer_types, where there are any, 'chunked_attention' for every 1 and 'full_attention' for every 0"
             )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ConfigError(f"config.json: num_experts_per_tok is more than {self.num_local_experts} experts")
 
 
 class ChunkedAttention(Attention):
@@ -94,17 +96,18 @@ class GlobalAttention(Attention):
 
 
 class MoE(nn.Module):
-    """One expert, whose input the router weighs, and a shared one."""
+    """One expert (or more), whose input the router weighs, and a shared one."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.router = TopK(c.hidden_size, c.num_local_experts, 1, weigh=mx.sigmoid)
+        self.router = TopK(c.hidden_size, c.num_local_experts, c.num_experts_per_tok, weigh=mx.sigmoid)
         self.experts = Experts(c.hidden_size, c.intermediate_size, c.num_local_experts, swiglu)
         self.shared_expert = GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
 
     def __call__(self, x: mx.array) -> mx.array:
-        chosen, weight = self.router(x)
-        return self.experts(x * weight.astype(x.dtype), chosen).squeeze(-2) + self.shared_expert(x)
+        chosen, weights = self.router(x)  # (B, L, k)
+        inputs = x[..., None, :] * weights[..., None].astype(x.dtype)  # (B, L, k, hidden_size)
+        return self.experts(inputs, chosen[..., None]).squeeze(-2).sum(-2) + self.shared_expert(x)
 
 
 class DecoderLayer(nn.Module):
@@ -123,6 +126,5 @@ class DecoderLayer(nn.Module):
 
 
 build = causal_lm(DecoderLayer)
-
 
 WEIGHTS = stacked_experts()

@@ -55,6 +55,7 @@ CASES = {
     "llama4_maverick": Case(
         COMMON | {"dense layers": weight("*.layers.[02].feed_forward.down_proj.weight", ZEROS)},
     ),
+    "llama4_two_experts": Case(COMMON | {"one expert": config(num_experts_per_tok=1)}),
 }
 
 
@@ -131,7 +132,7 @@ def test_padding_far_to_the_left_is_no_number_out_of_range(tmp_path: Path) -> No
     ("settings", "named"),
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"num_experts_per_tok": 2}, "num_experts_per_tok"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok"),
         ({"attention_chunk_size": None}, "attention_chunk_size"),
         ({"attention_bias": True}, "attention_bias"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
