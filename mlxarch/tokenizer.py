@@ -152,6 +152,11 @@ class Tokenizer:
         """The id of a token given as text, such as "<|im_end|>"; None where there is none."""
         return self._id(token)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token, as the vocabulary spells it -> id."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 
