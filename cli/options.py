@@ -72,6 +72,7 @@ loading_options = _combined(
             show_envvar=True,
             help="Tokens of prompt and answer to plan for; else as many as the model allows.",
         ),
+        click.option("--slice", metavar="NAME", help="Of Gemma 3n E4B only this slice, such as e2b."),
         yes_option,
     ]
 )
@@ -93,12 +94,12 @@ def the_model(named: str | None, argument: str | None) -> str:
 
 
 def open_model(
-    name: str, *, bits: str | None, dtype: str | None, context: int | None, yes: bool, **_: object
+    name: str, *, bits: str | None, dtype: str | None, context: int | None, slice: str | None, yes: bool, **_: object
 ) -> "LanguageModel":
     """Obtain and load a model, showing how far that is."""
     from mlxarch.language_model import load
 
-    return load(obtain(name, bits, yes), dtype=dtype, context=context)
+    return load(obtain(name, bits, yes), dtype=dtype, context=context, slice=slice)
 
 
 def obtain(name: str, bits: str | None, yes: bool, *, refresh: bool = False) -> Path:

@@ -7,8 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlxarch.blocks import Quantization
+from mlxarch.encodings import Fp8Blocks, Mapped, Words
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.tensors import Fp8Blocks, Mapped, Packed, Tensor, Words
+from mlxarch.tensors import Packed, Tensor
 
 KEPT_AS_THEY_ARE: tuple[str, ...] = ()  # formats that the rules of a model take apart by the tensors' names
 

@@ -16,6 +16,7 @@ from mlxarch.inventory import entry_of
 from mlxarch.loading import load_model
 from mlxarch.progress import Progress, on_terminal
 from mlxarch.sampling import Sampling
+from mlxarch.slicing import Slice
 from mlxarch.stops import StopStrings
 from mlxarch.thinking import Segment, splitter
 from mlxarch.tokenizer import Tokenizer
@@ -69,6 +70,7 @@ def load(
     bits: int | str | None = None,
     dtype: str | mx.Dtype | None = None,
     context: int | None = None,
+    slice: str | Slice | None = None,
     progress: Progress | None = None,
 ) -> "LanguageModel":
     """Load a model: a catalog name, a Hub repository ``org/name[@revision]`` or a folder.
@@ -78,6 +80,7 @@ def load(
         bits: of the weights, or "original"; None takes the largest of 8 and 4 that fits this machine.
         dtype: to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end.
         context: tokens to plan for: the caches are allocated at once. None grows them, up to what the model allows.
+        slice: of Gemma 3n E4B, the part of it to load: a published name such as "e2b", or widths and layers.
         progress: told of downloads, conversion and loading. None shows a bar on a terminal and else nothing.
 
     Raises:
@@ -88,7 +91,7 @@ def load(
     with on_terminal(progress) as report:
         path = store.obtain(name_or_path, bits=bits, progress=report)
         tokenizer = Tokenizer.from_folder(path)  # before the weights: what is wrong with it shows at once
-        model, config = load_model(path, dtype=dtype, progress=report)
+        model, config = load_model(path, dtype=dtype, slice=slice, progress=report)
     return LanguageModel(path, model, config, tokenizer, context)
 
 

@@ -133,6 +133,8 @@ class Packed(Tensor):
     def __init__(self, name: str, parts: Mapping[str, Tensor], settings: Quantization) -> None:
         self.parts, self.settings = dict(parts), settings
         weight, scales = parts["weight"], parts["scales"]
+        if settings.mode != "affine":
+            self.parts["scales"] = SmallScales(name, scales, settings.mode)
         elements = prod(weight.shape[-1:]) * 32
         self.shape = (*weight.shape[:-1], elements // settings.bits)
         self.dtype = mx.float32
@@ -188,6 +190,28 @@ class Packed(Tensor):
             times, by = (bits, 32) if part == "weight" else (1, group)  # 32 columns are ``bits`` words
             parts[part] = Columns(stored, [(start * times // by, stop * times // by) for start, stop in runs])
         return Packed(name, parts, self.settings)
+
+
+class SmallScales(Tensor):
+    """Scales of eight bits, none of which may be NaN: 255 as a power of two (E8M0), 127 with either sign as E4M3.
+
+    Source: OCP Microscaling Formats 1.0, section 5.4; OCP 8-bit Floating Point 1.0, table 1.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, mode: str) -> None:
+        self.name, self.tensor, self.shape, self.dtype = name, tensor, tensor.shape, tensor.dtype
+        self.mask, self.nan = (127, 127) if mode == "nvfp4" else (255, 255)
+
+    def _checked(self, scales: mx.array) -> mx.array:
+        if mx.any(scales & self.mask == self.nan).item():
+            raise CheckpointError(f"tensor {self.name} has a scale that is NaN; take an intact copy of the checkpoint")
+        return scales
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        return self._checked(self.tensor.rows(start, stop))
+
+    def load(self) -> mx.array:
+        return self._checked(self.tensor.load())
 
 
 class Stacked(Tensor):
@@ -320,21 +344,6 @@ class Transposed(Tensor):
         return mx.contiguous(self.tensor.load().swapaxes(-1, -2))
 
 
-class Mapped(Tensor):
-    """Another tensor with a function on every row; the function keeps the shape, but for the width of a row."""
-
-    def __init__(self, tensor: Tensor, width: int, dtype: mx.Dtype, function: Callable[[mx.array], mx.array]) -> None:
-        self.tensor, self.function, self.dtype = tensor, function, dtype
-        self.shape = (*tensor.shape[:-1], width)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
-
-    def rows(self, start: int, stop: int) -> mx.array:
-        return self.function(self.tensor.rows(start, stop))
-
-
 class Shaped(Tensor):
     """The same rows under other leading axes: (H · out, in) as (H, out, in)."""
 
@@ -346,50 +355,3 @@ class Shaped(Tensor):
 
     def load(self) -> mx.array:
         return self.tensor.load().reshape(self.shape)
-
-
-class Words(Tensor):
-    """Bytes as MLX's uint32 words: (…, blocks, bytes) become one row of (…, blocks · bytes / 4)."""
-
-    def __init__(self, name: str, tensor: Tensor) -> None:
-        self.tensor, self.dtype = tensor, mx.uint32
-        if tensor.dtype != mx.uint8 or len(tensor.shape) < 2 or tensor.shape[-1] % 4:
-            raise CheckpointError(
-                f"tensor {name}: packed codes must be bytes (…, blocks, bytes), these a multiple of 4; "
-                f"found {tensor.dtype} {tensor.shape}"
-            )
-        self.shape = (*tensor.shape[:-2], tensor.shape[-2] * tensor.shape[-1] // 4)
-
-    def rows(self, start: int, stop: int) -> mx.array:
-        blocks = self.tensor.shape[-2]
-        return self.tensor.rows(start * blocks, stop * blocks).view(self.dtype).reshape(stop - start, -1)
-
-    def load(self) -> mx.array:
-        return self.tensor.load().view(self.dtype).flatten(-2)
-
-
-class Fp8Blocks(Tensor):
-    """float8 e4m3 with a float32 scale for every block of 128 by 128, ragged at the edges (DeepSeek-V3's format).
-
-    Source: arXiv:2412.19437 section 3.3.2; the ``weight_scale_inv`` tensors of deepseek-ai/DeepSeek-V3.
-    """
-
-    def __init__(self, name: str, weight: Tensor, scale: Tensor, block: tuple[int, int] = (128, 128)) -> None:
-        self.weight, self.scale, self.block, self.shape, self.dtype = weight, scale, block, weight.shape, mx.float32
-        wanted = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=False))
-        if len(weight.shape) != 2 or weight.dtype != mx.uint8 or scale.shape != wanted or scale.dtype not in FLOATS:
-            raise CheckpointError(
-                f"tensor {name}: a float8 matrix has a float scale for each block of {block}; found "
-                f"{weight.dtype} {weight.shape} with scales {scale.dtype} {scale.shape}"
-            )
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + self.scale.nbytes
-
-    def rows(self, start: int, stop: int) -> mx.array:
-        high, wide = self.block
-        first = start // high
-        scales = self.scale.rows(first, -(-stop // high)).astype(mx.float32)
-        scales = mx.repeat(scales[mx.arange(start, stop) // high - first], wide, axis=1)[:, : self.shape[-1]]
-        return mx.from_fp8(self.weight.rows(start, stop), mx.float32) * scales

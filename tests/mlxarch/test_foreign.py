@@ -11,11 +11,12 @@ from safetensors.numpy import load_file
 
 import parity
 from mlxarch.blocks import Quantization
+from mlxarch.encodings import Fp8Blocks
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.foreign import unpack_foreign
 from mlxarch.loading import load_model
 from mlxarch.quantize import convert
-from mlxarch.tensors import Fp8Blocks, Packed, Tensor
+from mlxarch.tensors import Packed, Tensor
 from mlxarch.weights import open_source
 
 

@@ -1,0 +1,70 @@
+"""Number formats of other programs as virtual tensors: codes in bytes, eight-bit floats with scales for blocks."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlxarch.errors import CheckpointError
+from mlxarch.tensors import FLOATS, Tensor
+
+
+class Mapped(Tensor):
+    """Another tensor with a function on every row; the function keeps the shape, but for the width of a row."""
+
+    def __init__(self, tensor: Tensor, width: int, dtype: mx.Dtype, function: Callable[[mx.array], mx.array]) -> None:
+        self.tensor, self.function, self.dtype = tensor, function, dtype
+        self.shape = (*tensor.shape[:-1], width)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        return self.function(self.tensor.rows(start, stop))
+
+
+class Words(Tensor):
+    """Bytes as MLX's uint32 words: (…, blocks, bytes) become one row of (…, blocks · bytes / 4)."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.tensor, self.dtype = tensor, mx.uint32
+        if tensor.dtype != mx.uint8 or len(tensor.shape) < 2 or tensor.shape[-1] % 4:
+            raise CheckpointError(
+                f"tensor {name}: packed codes must be bytes (…, blocks, bytes), these a multiple of 4; "
+                f"found {tensor.dtype} {tensor.shape}"
+            )
+        self.shape = (*tensor.shape[:-2], tensor.shape[-2] * tensor.shape[-1] // 4)
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        blocks = self.tensor.shape[-2]
+        return self.tensor.rows(start * blocks, stop * blocks).view(self.dtype).reshape(stop - start, -1)
+
+    def load(self) -> mx.array:
+        return self.tensor.load().view(self.dtype).flatten(-2)
+
+
+class Fp8Blocks(Tensor):
+    """float8 e4m3 with a float32 scale for every block of 128 by 128, ragged at the edges (DeepSeek-V3's format).
+
+    Source: arXiv:2412.19437 section 3.3.2; the ``weight_scale_inv`` tensors of deepseek-ai/DeepSeek-V3.
+    """
+
+    def __init__(self, name: str, weight: Tensor, scale: Tensor, block: tuple[int, int] = (128, 128)) -> None:
+        self.weight, self.scale, self.block, self.shape, self.dtype = weight, scale, block, weight.shape, mx.float32
+        wanted = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=False))
+        if len(weight.shape) != 2 or weight.dtype != mx.uint8 or scale.shape != wanted or scale.dtype not in FLOATS:
+            raise CheckpointError(
+                f"tensor {name}: a float8 matrix has a float scale for each block of {block}; found "
+                f"{weight.dtype} {weight.shape} with scales {scale.dtype} {scale.shape}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scale.nbytes
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        high, wide = self.block
+        first = start // high
+        scales = self.scale.rows(first, -(-stop // high)).astype(mx.float32)
+        scales = mx.repeat(scales[mx.arange(start, stop) // high - first], wide, axis=1)[:, : self.shape[-1]]
+        return mx.from_fp8(self.weight.rows(start, stop), mx.float32) * scales
