@@ -44,8 +44,9 @@ class Words(Tensor):
 
 
 class Fp8Blocks(Tensor):
-    """float8 e4m3 with a float32 scale for every block of 128 by 128, ragged at the edges (DeepSeek-V3's format).
+    """float8 e4m3 with a scale for every ``block`` of a matrix, ragged at the edges.
 
+    Blocks of 128 by 128 are DeepSeek-V3's format; a block may as well be a row, or the whole matrix.
     Source: arXiv:2412.19437 section 3.3.2; the ``weight_scale_inv`` tensors of deepseek-ai/DeepSeek-V3.
     """
 

@@ -9,20 +9,29 @@ import mlx.core as mx
 from mlxarch.blocks import Quantization
 from mlxarch.encodings import Fp8Blocks, Mapped, Words
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.tensors import Packed, Tensor
+from mlxarch.tensors import Packed, Shaped, Tensor
 
 KEPT_AS_THEY_ARE: tuple[str, ...] = ()  # formats that the rules of a model take apart by the tensors' names
 
-# Of compressed-tensors: the formats, and the values of a group's keys, that are read
-FORMATS = ("pack-quantized",)
-PACK_QUANTIZED: dict[str, tuple[Any, ...]] = {
-    "type": ("int",),
-    "num_bits": (4, 8),
-    "symmetric": (True,),
-    "strategy": ("group",),
-    "group_size": (32, 64, 128),
-    "actorder": (None, False),
-    "dynamic": (None, False),
+# Of compressed-tensors: the formats, and the values of the keys of a group's weights, that are read
+FORMATS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "pack-quantized": {
+        "type": ("int",),
+        "num_bits": (4, 8),
+        "symmetric": (True,),
+        "strategy": ("group",),
+        "group_size": (32, 64, 128),
+        "actorder": (None, False),
+        "dynamic": (None, False),
+    },
+    "float-quantized": {
+        "type": ("float",),
+        "num_bits": (8,),
+        "symmetric": (True,),
+        "strategy": ("channel", "tensor", "block"),
+        "block_structure": (None, [128, 128]),
+        "dynamic": (None, False),
+    },
 }
 
 
@@ -38,7 +47,12 @@ def unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
     if method == "fp8":
         return _fp8(stored, foreign)
     if method == "compressed-tensors":
-        return _compressed_tensors(stored, foreign)
+        weights = _weights(foreign)
+        if foreign["format"] == "float-quantized":
+            return _float_quantized(stored, weights["strategy"])
+        return _pack_quantized(stored, Quantization(weights["num_bits"], weights["group_size"]))
+    if method == "fbgemm_fp8":
+        return _float_quantized(stored, "channel")
     if method == "mxfp4":
         return _mxfp4(stored)
     if method and method not in KEPT_AS_THEY_ARE:
@@ -84,14 +98,13 @@ def _mxfp4(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _compressed_tensors(stored: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def _pack_quantized(stored: Mapping[str, Tensor], quantization: Quantization) -> dict[str, Tensor]:
     """``X_packed`` (out, in · bits / 32), ``X_scale`` (out, in / group) and ``X_shape`` are ``X`` in MLX's affine mode.
 
     A code stands for (code - 2^(bits - 1)) * scale, and the first code has a word's lowest bits, as in MLX: codes and
     scales are taken as they are, and the bias, a power of two times the scale, is exact.
     Source: the format pack-quantized of github.com/vllm-project/compressed-tensors, as in moonshotai/Kimi-K2-Thinking.
     """
-    quantization = _pack_quantized(settings)
     lowest = -(2 ** (quantization.bits - 1))
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -115,25 +128,48 @@ def _compressed_tensors(stored: Mapping[str, Tensor], settings: Mapping[str, Any
     return tensors
 
 
-def _pack_quantized(settings: Mapping[str, Any]) -> Quantization:
+def _float_quantized(stored: Mapping[str, Tensor], strategy: str) -> dict[str, Tensor]:
+    """``X_scale`` holds the scales of the float8 matrix ``X``: one for each row (channel), for all of it or for blocks.
+
+    Scales of activations are left out: here activations are not rounded.
+    Source: the format float-quantized of github.com/vllm-project/compressed-tensors; transformers' FbgemmFp8Linear.
+    """
+    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((".weight_scale", ".input_scale"))}
+    for name, scale in stored.items():
+        if not name.endswith(".weight_scale"):
+            continue
+        if (matrix := tensors.get(weight := name.removesuffix("_scale"))) is None:
+            raise CheckpointError(f"tensor {name} has no {weight} beside it; download the checkpoint again")
+        high, wide = matrix.shape if len(matrix.shape) == 2 else (1, 1)
+        block = {"channel": (1, wide), "tensor": (high, wide), "block": (128, 128)}[strategy]
+        if strategy == "tensor" and scale.shape in ((), (1,)):
+            scale = Shaped(scale, (1, 1))
+        tensors[weight] = Fp8Blocks(weight, matrix, scale, block)
+    return tensors
+
+
+def _weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The one kind of weights that a compressed-tensors section describes.
 
     Raises:
-        ConfigError: it describes several, or one that affine quantization without offsets does not express.
+        ConfigError: it describes several, or one that is not read.
     """
     groups = settings.get("config_groups")
     groups = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     weights = [group.get("weights") for group in groups]
     first = weights[0] if weights and isinstance(weights[0], dict) else {}
-    found = {"format": settings.get("format")} | {key: first.get(key) for key in PACK_QUANTIZED}
-    wrong = [f"{key} {value!r}" for key, value in found.items() if value not in PACK_QUANTIZED.get(key, FORMATS)]
+    kind = settings.get("format")
+    known = FORMATS.get(kind) if isinstance(kind, str) else None
+    wrong = [] if known else [f"format {kind!r}"]
+    wrong += [f"{key} {first.get(key)!r}" for key, allowed in (known or {}).items() if first.get(key) not in allowed]
     wrong += ["several kinds of weights"] if any(other != first for other in weights) else []
-    activations = ("input_activations", "output_activations")
-    wrong += [key for key in activations if any(group.get(key) for group in groups)]
+    if kind != "float-quantized":  # where float8 activations are rounded, it is for speed alone
+        activations = ("input_activations", "output_activations")
+        wrong += [key for key in activations if any(group.get(key) for group in groups)]
     if wrong:
         raise ConfigError(
             f"config.json: the weights are packed by 'compressed-tensors' with {', '.join(wrong)}, which mlxarch does "
-            "not read; it reads pack-quantized integers of 4 or 8 bits, symmetric, in groups of 32, 64 or 128. Take "
-            "the original checkpoint, or one that is quantized for MLX"
+            "not read; it reads pack-quantized integers of 4 or 8 bits, symmetric, in groups of 32, 64 or 128, and "
+            "float-quantized matrices of 8 bits. Take the original checkpoint, or one that is quantized for MLX"
         )
-    return Quantization(first["num_bits"], first["group_size"])
+    return first

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlxarch.blocks import Attention, Cache, Chunked, DecoderConfig, RMSNorm, Size, Step, causal_lm
 from mlxarch.blocks.feedforward import GatedMLP, swiglu
 from mlxarch.blocks.moe import Experts, TopK
-from mlxarch.blocks.renames import stacked_experts
+from mlxarch.blocks.renames import Stack, stacked_experts
 from mlxarch.blocks.rope import NoRoPE, RoPE
 from mlxarch.errors import ConfigError
 
@@ -126,5 +126,5 @@ class DecoderLayer(nn.Module):
 
 
 build = causal_lm(DecoderLayer)
-
-WEIGHTS = stacked_experts()
+# The float8 files hold each expert for itself
+WEIGHTS = (Stack(r"\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".experts.\2."), *stacked_experts())

@@ -184,6 +184,22 @@ def test_damaged_mxfp4_tensors_do_not_reach_mlx(tensor: str, damage: Any, tmp_pa
         load_model(parity.copy(NAME, "config.json", tmp_path, damaged))
 
 
+def test_a_scale_that_is_nan_is_refused_by_name(tmp_path: Path) -> None:
+    def damaged(found: dict[str, Any], weights: parity.Weights) -> None:
+        packed(found, weights)
+        weights["model.layers.1.mlp.experts.down_proj_scales"][0, 3] = 255
+
+    folder = parity.copy(NAME, "config.json", tmp_path, damaged)
+    refusal = pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj\.weight has a scale that is NaN"
+    )
+    with refusal:
+        load_model(folder)
+    for bits in (None, 2):
+        with refusal:
+            convert(folder, tmp_path / f"{bits}", bits=bits, group_size=32)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
