@@ -56,6 +56,10 @@ class Embedding(Matrix):
         self.dtype = mx.float32  # what a packed table unpacks to; the loader sets it
 
     def __call__(self, tokens: mx.array) -> mx.array:
+        return self.lookup(tokens)
+
+    def lookup(self, tokens: mx.array) -> mx.array:
+        """The rows of the tokens, unpacked."""
         if self.quantization is None:
             return self["weight"][tokens]
         biases = self.get("biases")
@@ -84,12 +88,15 @@ class ExpertLinear(Matrix):
         self, x: mx.array, chosen: mx.array, sorted: bool = False, arrays: dict[str, Any] | None = None
     ) -> mx.array:
         arrays = self if arrays is None else arrays
+        y = self.products(x, chosen, sorted, arrays)
+        return y + arrays["bias"][chosen][..., None, :] if "bias" in arrays else y
+
+    def products(self, x: mx.array, chosen: mx.array, sorted: bool, arrays: dict[str, Any]) -> mx.array:
+        """``product`` by the chosen matrices."""
         if self.quantization is None:
             weight = arrays["weight"].swapaxes(-1, -2)
-            y = mx.gather_mm(x, weight, rhs_indices=chosen, sorted_indices=sorted)
-        else:
-            y = self.quantization.gather_matmul(x, arrays, chosen, sorted)
-        return y + arrays["bias"][chosen][..., None, :] if "bias" in arrays else y
+            return mx.gather_mm(x, weight, rhs_indices=chosen, sorted_indices=sorted)
+        return self.quantization.gather_matmul(x, arrays, chosen, sorted)
 
 
 class SharedInput:

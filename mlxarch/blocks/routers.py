@@ -26,8 +26,8 @@ class Router(Matrix):
 
 
 def top(scores: mx.array, k: int) -> mx.array:
-    """Indices of the k largest on the last axis, in no order."""
-    return mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
+    """Indices of the k largest on the last axis, in no order; a choice has no gradient."""
+    return mx.stop_gradient(mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k])
 
 
 class SoftmaxTopK(Router):
