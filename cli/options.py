@@ -14,11 +14,44 @@ if TYPE_CHECKING:
     from mlxarch.language_model import LanguageModel
     from mlxarch.store import Plan
 
+
+class Bytes(click.ParamType):
+    """A size of memory: 16GB, 900MB, 16GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See ``machines.parse_size``."""
+        from mlxarch.errors import InvalidInput
+        from mlxarch.machines import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except InvalidInput as error:
+            self.fail(str(error), param, ctx)
+
+
+class Tokens(click.ParamType):
+    """A number of tokens: 4096, 32k."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """A number from 1 on; k stands for 1024."""
+        text = str(value).strip().lower()
+        number = text.removesuffix("k")
+        if not number.isdecimal() or not int(number):
+            self.fail(f"{value!r} is no number of tokens; write 4096 or 32k", param, ctx)
+        return int(number) * (1024 if text.endswith("k") else 1)
+
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 BITS = ("8", "6", "5", "4", "3", "2", "original")
 DTYPES = ("float32", "float16", "bfloat16")
 ASK_ABOVE = 5 * 10**9  # bytes
+KV_BITS = ("16", "8", "4")
+PLE = ("auto", "ssd", "memory")
 EFFORTS = ("low", "medium", "high")
 
 
@@ -61,6 +94,20 @@ bits_option = click.option(
     "--bits", type=click.Choice(BITS), help="Of the weights; else the largest of 8, 4 that fits."
 )
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+memory_options = _combined(
+    [
+        click.option(
+            "--memory", type=Bytes(), metavar="SIZE", help="That it may use, such as 16GB; else the machine's."
+        ),
+        click.option("--kv-bits", type=click.Choice(KV_BITS), help="Of keys and values; 16: as they are computed."),
+        click.option(
+            "--ple",
+            type=click.Choice(PLE),
+            default="auto",
+            help="Where per-layer embeddings are; auto: ssd if need be.",
+        ),
+    ]
+)
 loading_options = _combined(
     [
         bits_option,

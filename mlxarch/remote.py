@@ -7,6 +7,7 @@ shapes and dtypes are known before a weight is fetched.
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,20 +156,7 @@ def open_remote(repository: Repository, progress: Progress = silent) -> Iterator
         for name, file in repository.sidecars.items()
     }
     fetcher, window = ShardFetcher(repository, folder, progress), _Window()
-    shards = [RemoteShard(fetcher, name) for name in repository.weights]
-    stored: dict[str, Tensor] = {}
-    ranks = {} if INDEX in where else sliced_files(repository.repo, repository.weights)
-    check_slices(repository.repo, {shard.name: shard.tensors for shard in shards}, ranks)
-    for shard in shards:
-        for tensor, info in shard.tensors.items():
-            name = slice_name(tensor, ranks.get(shard.name))
-            if name in stored:
-                raise CheckpointError(
-                    f"{shard.name}: tensor {name} is in an earlier file already; take another revision"
-                )
-            stored[name] = RemoteTensor(window, shard, info)
-    if INDEX in where:
-        stored = _as_indexed(stored, where[INDEX])
+    shards, stored = _tensors(repository, fetcher, window, where.get(INDEX))
     sidecars = {name: path for name, path in where.items() if name not in ("config.json", INDEX)}
     try:
         yield Source(dict(repository.config), pack(stored, repository.config), sidecars, tuple(shards))  # type: ignore[arg-type]
@@ -179,6 +167,39 @@ def open_remote(repository: Repository, progress: Progress = silent) -> Iterator
                 shard._open.close()  # the file stays
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def headers(repository: Repository) -> Source:
+    """A repository as a Source of which only shapes and types are known: the headers of its weight files are fetched.
+
+    Raises:
+        CheckpointError: a header, or the index, breaks a rule.
+        DownloadError, OfflineError, GatedModel: see ``hub``.
+    """
+    indexed = INDEX in repository.sidecars
+    index = hub.fetch(repository.repo, repository.revision, INDEX) if indexed else None
+    with tempfile.TemporaryDirectory() as folder:
+        _, stored = _tensors(repository, ShardFetcher(repository, Path(folder)), _Window(), index)
+    return Source(dict(repository.config), pack(stored, repository.config))
+
+
+def _tensors(
+    repository: Repository, fetcher: ShardFetcher, window: _Window, index: Path | None
+) -> tuple[list[RemoteShard], dict[str, Tensor]]:
+    """The weight files, whose headers are fetched, and the tensors in them by name."""
+    shards = [RemoteShard(fetcher, name) for name in repository.weights]
+    stored: dict[str, Tensor] = {}
+    ranks = {} if index is not None else sliced_files(repository.repo, repository.weights)
+    check_slices(repository.repo, {shard.name: shard.tensors for shard in shards}, ranks)
+    for shard in shards:
+        for tensor, info in shard.tensors.items():
+            name = slice_name(tensor, ranks.get(shard.name))
+            if name in stored:
+                raise CheckpointError(
+                    f"{shard.name}: tensor {name} is in an earlier file already; take another revision"
+                )
+            stored[name] = RemoteTensor(window, shard, info)
+    return shards, _as_indexed(stored, index) if index is not None else stored
 
 
 def _as_indexed(stored: dict[str, Tensor], index: Path) -> dict[str, Tensor]:

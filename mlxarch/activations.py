@@ -1,0 +1,196 @@
+"""How much memory one step takes beyond the weights, read off the operations of which it consists.
+
+A model without weights lists every operation of a step with the shapes that go in and come out
+(``mx.export_function``). Walking the list as MLX does, with what each array needs and when it is let go of, gives the
+peak; nothing is computed and nothing is held.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlxarch.blocks import CausalLM
+from mlxarch.cache import Cache
+
+# MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then: about
+# this many, at ten dispatches a task, two dispatches an operation and ten tasks under way
+AHEAD = 56
+# MLX gives these the memory of what they are made of
+VIEWS = {"AsStrided", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "StopGradient"}
+VIEWS |= {"Transpose", "Unflatten", "View"}
+# These cannot write over an input, even if nobody else needs it
+KEEPING = {"AddMM", "ArgPartition", "ArgSort", "Concatenate", "Gather", "GatherAxis", "GatherMM", "GatherQMM"}
+KEEPING |= {"Matmul", "QuantizedMatmul", "Reduce", "ScaledDotProductAttention"}
+Skip = Callable[[tuple[int, ...]], bool]
+
+
+@dataclass
+class _Memory:
+    """Buffers: which arrays share one, and who still needs it."""
+
+    size: dict[str, int] = field(default_factory=dict)
+    of: dict[str, str] = field(default_factory=dict)  # array -> buffer
+    arrays: Counter[str] = field(default_factory=Counter)  # buffer -> arrays that are not let go of
+    pending: Counter[str] = field(default_factory=Counter)  # buffer -> operations that have yet to read it
+    active: int = 0
+    peak: int = 0
+
+    def new(self, name: str, nbytes: int) -> None:
+        self.of[name], self.size[name] = name, nbytes
+        self.arrays[name] += 1
+        self.active += nbytes
+        self.peak = max(self.peak, self.active)
+
+    def share(self, name: str, other: str) -> None:
+        if buffer := self.of.get(other):
+            self.of[name] = buffer
+            self.arrays[buffer] += 1
+
+    def alone(self, name: str) -> bool:
+        """Whether nobody else needs the memory of an array."""
+        buffer = self.of.get(name)
+        return buffer is not None and self.arrays[buffer] == 1 and not self.pending[buffer]
+
+    def forget(self, name: str) -> None:
+        if buffer := self.of.pop(name, None):
+            self.arrays[buffer] -= 1
+            self.release(buffer)
+
+    def release(self, buffer: str) -> None:
+        if not self.arrays[buffer] and not self.pending[buffer]:
+            self.active -= self.size.pop(buffer, 0)
+
+
+def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip = lambda shape: False) -> int:
+    """The most that the arrays of a list from ``mx.export_function`` take at once, its first inputs included.
+
+    Args:
+        items: as the callback got them. Constants are weights, and count nothing.
+        ahead: operations that MLX prepares before the first of them has run.
+        skip: shapes of arrays that another back end would not make.
+    """
+    memory, outputs, steps = _Memory(), [], []
+    for item in items:
+        match item["type"]:
+            case "inputs":
+                for name, shape, dtype in item["inputs"]:
+                    memory.new(name, prod(shape) * dtype.size)
+            case "outputs":
+                outputs = [name for name, *_ in item["outputs"]]
+            case "primitive":
+                steps.append(item)
+    uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
+    under_way: deque[set[str]] = deque()
+    for step in steps:
+        read, made = [name for name, *_ in step["inputs"]], step["outputs"]
+        taken = _taken_over(step, uses, memory)
+        for name, shape, dtype in made:
+            if taken is not None:
+                memory.share(name, taken)
+            else:
+                memory.new(name, 0 if skip(tuple(shape)) else prod(shape) * dtype.size)
+        written = {memory.of.get(name) for name, *_ in made}
+        held = {buffer for name in read if (buffer := memory.of.get(name)) and buffer not in written}
+        memory.pending.update(held)
+        for name in read:
+            uses[name] -= 1
+            if not uses[name]:
+                memory.forget(name)
+        for name, *_ in made:
+            if not uses[name]:
+                memory.forget(name)
+        under_way.append(held)
+        while len(under_way) > ahead:
+            for buffer in under_way.popleft():
+                memory.pending[buffer] -= 1
+                memory.release(buffer)
+    return memory.peak
+
+
+def _taken_over(step: dict[str, Any], uses: Counter[str], memory: _Memory) -> str | None:
+    """The input in whose memory the output lies: that of a view, or one that nobody else needs."""
+    kind, inputs, outputs = step["name"], step["inputs"], step["outputs"]
+    if not inputs:
+        return None
+    if kind in VIEWS:
+        return inputs[0][0]
+    candidates: Iterable[Any] = inputs[:1] if "Update" in kind else [] if kind in KEEPING else inputs
+    for name, shape, dtype in candidates:
+        fits = len(outputs) == 1 and prod(shape) * dtype.size == prod(outputs[0][1]) * outputs[0][2].size
+        if fits and uses[name] == 1 and memory.alone(name):
+            return name
+    return None
+
+
+def step_bytes(
+    model: CausalLM,
+    caches: Sequence[Cache | None],
+    tokens: int,
+    *,
+    skip: Skip = lambda shape: False,
+) -> int:
+    """Bytes beyond the weights, and beyond what the ``caches`` hold, while ``tokens`` more pass through.
+
+    Args:
+        model: with ``stand_ins`` for its weights.
+        caches: as ``fill`` leaves them; they are of no other use.
+        skip: see ``peak_bytes``.
+    """
+    states = [_arrays(cache) for cache in caches]
+    held = [array for state in states for _, array in state]
+    items: list[dict[str, Any]] = []
+
+    def step(ids: mx.array, *arrays: mx.array) -> list[mx.array]:
+        new = iter(arrays)
+        for cache in caches:
+            _replace(cache, lambda _: next(new))
+        state = model.states(ids, caches)
+        return [state, *(array for cache in caches for _, array in _arrays(cache))]
+
+    mx.export_function(items.append, step, mx.zeros((1, tokens), mx.int32), *held)
+    return peak_bytes(items, skip=skip) - sum(array.nbytes for array in held)
+
+
+def fill(model: CausalLM, caches: Sequence[Cache | None], tokens: int) -> None:
+    """Let ``caches`` hold ``tokens`` tokens, without the memory for them.
+
+    Args:
+        model: whose caches they are, with ``stand_ins`` for its weights.
+    """
+    if tokens < 1:
+        return
+    model.states(mx.zeros((1, 1), mx.int32), caches)
+    for cache in caches:
+        if cache is not None:
+            _replace(cache, lambda array: stand_in(array.shape, array.dtype))
+            cache.length = tokens
+
+
+def stand_ins(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Arrays of the right shapes that take no memory, for all parameters."""
+    module.update(tree_map(lambda array: stand_in(array.shape, dtype), module.parameters()))
+
+
+def stand_in(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    """An evaluated array of which all elements are one in memory."""
+    array = mx.broadcast_to(mx.zeros((), dtype), tuple(shape))
+    mx.eval(array)
+    return array
+
+
+def _arrays(cache: Cache | None) -> list[tuple[str, mx.array]]:
+    """Keys and values, however a cache holds them."""
+    found = tree_flatten(dict(vars(cache))) if cache else []
+    return [(name, array) for name, array in found if isinstance(array, mx.array) and array.ndim == 4]
+
+
+def _replace(cache: Cache | None, new: Callable[[mx.array], mx.array]) -> None:
+    if cache is not None:
+        is_held = lambda value: isinstance(value, mx.array) and value.ndim == 4  # noqa: E731
+        vars(cache).update(tree_map(lambda value: new(value) if is_held(value) else value, dict(vars(cache))))

@@ -1,0 +1,50 @@
+"""From the name of a model to its blueprint: what is known of its tensors without its weights."""
+
+import os
+from pathlib import Path
+
+from mlxarch import catalog, hub
+from mlxarch.catalog import Bits
+from mlxarch.checkpoint import read_json
+from mlxarch.errors import InvalidInput
+from mlxarch.footprint import Blueprint, from_config, from_resolved
+from mlxarch.remote import headers
+from mlxarch.weights import open_source, resolve
+
+
+def blueprint_of(name: str | os.PathLike[str]) -> tuple[Blueprint, Bits | None]:
+    """The blueprint of a model, and the bits that its name asks for.
+
+    Args:
+        name: of the catalog, for which the published config comes with mlxarch; a config.json, or a folder of weights;
+            a repository of the Hub, of which config.json and the headers of its weight files are fetched.
+
+    Raises:
+        ModelNotFound, OfflineError, GatedModel: it cannot be had.
+        CheckpointError, ConfigError, UnsupportedArchitecture: it is none that runs here.
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        raise InvalidInput(f"{text} is a GGUF file: `mlxarch pull {text}` imports it, which its folder can be asked of")
+    if path.is_file():
+        return from_config(path.name, read_json(path)), None
+    reference = catalog.parse(text)
+    if entry := reference.entry:
+        return from_config(entry.name, read_json(entry.config)), reference.bits
+    if reference.path is not None:
+        return of_folder(reference.path), None
+    repo, revision = str(reference.repo), reference.revision or "main"
+    if (folder := hub.cached(repo, revision)) is not None:
+        return of_folder(folder, reference.name), None
+    return from_resolved(reference.name, resolve(headers(hub.look_up(repo, revision)))), None
+
+
+def of_folder(folder: Path, name: str | None = None) -> Blueprint:
+    """The blueprint of a checkpoint folder, exact."""
+    source = open_source(folder)
+    try:
+        return from_resolved(name or folder.name, resolve(source))
+    finally:
+        for shard in source.shards:
+            shard.close()

@@ -1,0 +1,299 @@
+"""What a model takes in memory, by kind, from its config and the shapes of its tensors: no weight is read."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxarch.activations import fill, stand_ins, step_bytes
+from mlxarch.blocks import CausalLM, Chunked, Embedding, ExpertLinear, Quantization, Router, Sliding
+from mlxarch.blocks.linear import Matrix
+from mlxarch.blocks.span import Latent
+from mlxarch.quantize.formats import fitting
+from mlxarch.quantize.plan import make_plan
+from mlxarch.registry import architecture
+from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
+from mlxarch.tracing import trace
+from mlxarch.weights import Resolved
+
+Kind = Literal["attention", "feed-forward", "experts", "embeddings", "head", "per-layer embeddings", "others"]
+KV_GROUP = 64  # elements of a packed key or value that share a scale
+FUSED_HEAD = 128  # features of a head up to which MLX's kernels for several queries go
+LOGITS = 16  # bytes for each entry of the vocabulary: logits, sorted, as chances, and one over
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter and its three parts where it is packed: (elements, bytes of one, whether they are floats)."""
+
+    path: str
+    kind: Kind
+    layer: int | None
+    parts: tuple[tuple[int, int, bool], ...]
+    exact: bool = False
+
+    @property
+    def stored(self) -> int:
+        """Bytes on the disk."""
+        return sum(count * width for count, width, _ in self.parts)
+
+    def held(self, float_bytes: int) -> int:
+        """Bytes in memory: floats, scales too, have the type that is computed in."""
+        wide = 4 if self.exact else float_bytes
+        return sum(count * (wide if is_float else width) for count, width, is_float in self.parts)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What the cache of a layer holds: ``vectors`` of each token as (heads, features); the newest ``window`` tokens."""
+
+    kind: Literal["full", "sliding", "chunked", "latent"]
+    vectors: tuple[tuple[int, int], ...]
+    window: int | None = None
+
+    def tokens(self, context: int) -> int:
+        """That it has room for where ``context`` are planned for."""
+        return context if self.window is None else self.window
+
+    def nbytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """Of the arrays."""
+        return self.tokens(context) * sum(heads * _row(size, float_bytes, kv_bits) for heads, size in self.vectors)
+
+
+def _row(features: int, float_bytes: int, bits: int | None) -> int:
+    fit = fitting(Quantization(bits, KV_GROUP), features) if bits else None
+    if fit is None:
+        return features * float_bytes
+    return features * fit.bits // 8 + 2 * (features // fit.group_size) * float_bytes
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of one layer: ``count`` of them, of which a token takes ``chosen``."""
+
+    count: int
+    chosen: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """All that the memory of a model depends on.
+
+    Attributes:
+        name: of the model.
+        bits: of most of its matrices; 16 where they are not packed.
+        weights: every parameter.
+        caches: one for each layer; None for a layer that takes keys and values from another.
+        experts: one for each layer; None for a dense one.
+        tied: whether the table of embeddings is the output head too.
+        longest: context that it was made for, in tokens.
+    """
+
+    name: str
+    bits: int
+    weights: tuple[Weight, ...]
+    caches: tuple[LayerCache | None, ...]
+    experts: tuple[Experts | None, ...]
+    tied: bool
+    longest: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the weights on the disk."""
+        return sum(weight.stored for weight in self.weights)
+
+    def held(self, float_bytes: int) -> dict[str, int]:
+        """Bytes of the weights in memory, by kind."""
+        total: Counter[str] = Counter()
+        for weight in self.weights:
+            total[weight.kind] += weight.held(float_bytes)
+        return dict(total)
+
+    def expert_bytes(self, float_bytes: int) -> list[int]:
+        """Of one expert in each layer, 0 in a dense one."""
+        total: Counter[int] = Counter()
+        for weight in self.weights:
+            if weight.kind == "experts" and weight.layer is not None:
+                total[weight.layer] += weight.held(float_bytes)
+        return [total[n] // e.count if e else 0 for n, e in enumerate(self.experts)]
+
+    def kv(self, context: int, float_bytes: int, kv_bits: int | None = None) -> dict[str, int]:
+        """Bytes of the caches by kind of layer."""
+        total: Counter[str] = Counter()
+        for cache in self.caches:
+            if cache:
+                total[cache.kind] += cache.nbytes(context, float_bytes, kv_bits)
+        return dict(total)
+
+
+# From a config, or from what is stored ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unread(Tensor):
+    """A tensor of which only shape and type are known."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype = mx.bfloat16
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """See Tensor."""
+        raise NotImplementedError("only its shape is known")
+
+
+class Blueprint:
+    """A model without weights, of which a footprint can be drawn at any width.
+
+    Args:
+        name: for messages.
+        build: makes the model without weights.
+        tensors: its parameters.
+    """
+
+    def __init__(self, name: str, build: Callable[[], CausalLM], tensors: Mapping[str, Tensor]) -> None:
+        self.name, self.build, self.tensors = name, build, tensors
+        model = build()
+        modules = dict(model.named_modules())
+        self.exact = frozenset(f"{p}.{leaf}" for p, m in modules.items() for leaf in getattr(m, "float32", ()))
+        self.matrices = frozenset(f"{p}.weight" for p, m in modules.items() if isinstance(m, Matrix) and m.quantizable)
+        self._widths: dict[tuple[int | None, int], Footprint] = {}
+        self._steps: dict[tuple[Any, ...], int] = {}
+        self._kinds = {path: _kind(path, modules) for path in tensors}
+        self._outline = _outline(name, model)
+        self.longest = self._outline.longest
+        self.packed = any(isinstance(t, Packed) and path in self.matrices for path, t in tensors.items())
+
+    def activations(self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None) -> int:
+        """Bytes beyond weights and caches while the last ``chunk`` of ``context`` tokens passes through.
+
+        Args:
+            fused: whether attention has a kernel that never holds the scores of all queries; a CPU has none.
+        """
+        key = (context, chunk, float_bytes, fused, kv)
+        if key not in self._steps:
+            self._steps[key] = self._activations(*key)
+        return self._steps[key]
+
+    def _activations(self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None) -> int:
+        model, tokens = self.build(), min(chunk, context)
+        stand_ins(model, mx.float32 if float_bytes == 4 else mx.bfloat16)
+        caches = model.make_caches(context)
+        fill(model, caches, context - tokens)
+        sizes = {getattr(layer.self_attn, "head_size", 0) for layer in model.layers}
+        scores = (
+            (lambda shape: False)
+            if not fused or max(sizes) > FUSED_HEAD
+            else (lambda shape: len(shape) > 3 and shape[-2] == tokens and shape[-1] >= tokens)
+        )
+        try:
+            found = step_bytes(model, caches, tokens, skip=scores)
+        except ValueError:  # it evaluates some of its arrays, so that the others need not wait for their memory
+            return self.activations(max(context // 2, 1), chunk, float_bytes, fused, kv)
+        return found + LOGITS * model.vocab_size
+
+    def at(self, bits: int | None = None, group_size: int = 64) -> Footprint:
+        """At ``bits`` as the quantizer would write it (16: without packing); None takes the tensors as they are.
+
+        What is packed in fewer bits already, in a small float format, stays as it is.
+        """
+        if (bits, group_size) not in self._widths:
+            self._widths[bits, group_size] = self._at(bits, group_size)
+        return self._widths[bits, group_size]
+
+    def _at(self, bits: int | None, group_size: int) -> Footprint:
+        wanted = Quantization(bits, group_size) if bits and bits < 16 else None
+        tensors = self.tensors
+        if bits == 16:
+            tensors = {path: _plain(tensor) for path, tensor in tensors.items()}
+        plan = make_plan(tensors, self.matrices, wanted, None, exact=self.exact)
+        weights = []
+        for path, entry in plan.entries.items():
+            kind, layer = self._kinds[path]
+            items = [(prod(item.shape), DTYPES[item.dtype]) for item in entry.parts.values()]
+            parts = tuple((count, dtype.size, dtype in FLOATS) for count, dtype in items)
+            weights.append(Weight(path, kind, layer, parts, path in self.exact))
+        common = plan.common
+        return replace(self._outline, weights=tuple(weights), bits=common.bits if common else 16)
+
+
+def from_config(name: str, config: Mapping[str, Any]) -> Blueprint:
+    """The model that a config.json describes, with weights in 16 bits, or packed as it says they are published.
+
+    Raises:
+        UnsupportedArchitecture, ConfigError: see ``registry.architecture``.
+    """
+    found = architecture(config)
+    model = found.build()
+    shapes = {
+        path: array.shape for path, array in cast(dict[str, mx.array], dict(tree_flatten(model.parameters()))).items()
+    }
+    tensors: dict[str, Tensor] = {path: Unread(shape) for path, shape in shapes.items()}
+    section = config.get("quantization_config")
+    if isinstance(section, dict) and section.get("quant_method") == "mxfp4":
+        stacks = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, ExpertLinear)}
+        tensors |= {path: _mxfp4(path, shapes[path]) for path in stacks}
+    return Blueprint(name, found.build, tensors)
+
+
+def from_resolved(name: str, resolved: Resolved) -> Blueprint:
+    """What a folder or a repository holds, exactly."""
+    return Blueprint(name, resolved.architecture.build, resolved.parameters)
+
+
+def _mxfp4(path: str, shape: tuple[int, ...]) -> Packed:
+    settings = Quantization(4, 32, "mxfp4")
+    parts: dict[str, Tensor] = {"weight": Unread(settings.packed_shape(shape), mx.uint32)}
+    return Packed(path, parts | {"scales": Unread(settings.scales_shape(shape), mx.uint8)}, settings)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return Unread(tensor.shape) if isinstance(tensor, Packed) else tensor
+
+
+def _kind(path: str, modules: Mapping[str, nn.Module]) -> tuple[Kind, int | None]:
+    owner = path.rpartition(".")[0]
+    module, parts = modules.get(owner), path.split(".")
+    layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
+    if isinstance(module, ExpertLinear):
+        return "experts", layer
+    if isinstance(module, Embedding):
+        return ("per-layer embeddings" if "per_layer" in owner else "embeddings"), layer
+    if owner == "lm_head":
+        return "head", layer
+    if not isinstance(module, Matrix) or not module.quantizable:
+        return "others", layer
+    return ("attention" if "self_attn" in parts else "feed-forward" if layer is not None else "others"), layer
+
+
+def _outline(name: str, model: CausalLM) -> Footprint:
+    layers = cast(list[Any], model.layers)
+    spans = [getattr(layer.self_attn, "span", None) for layer in layers]
+    experts, tied, longest = tuple(map(_experts, layers)), "lm_head" not in model, model.context_length
+    traced = trace(model, 1)
+    caches = tuple(_cache(span, cache) for span, cache in zip(spans, traced.caches, strict=True))
+    return Footprint(name, 16, (), caches, experts, tied, longest)
+
+
+def _experts(layer: nn.Module) -> Experts | None:
+    stack = next((m for m in layer.modules() if isinstance(m, ExpertLinear)), None)
+    router = next((m for m in layer.modules() if isinstance(m, Router)), None)
+    return Experts(stack.weight.shape[0], cast(Any, router).k) if stack is not None and router is not None else None
+
+
+def _cache(span: object, cache: Any) -> LayerCache | None:
+    if cache is None:
+        return None
+    vectors = tuple((array.shape[1], array.shape[-1]) for array in cache.arrays())
+    match span:
+        case Sliding(window):
+            return LayerCache("sliding", vectors, window)
+        case Chunked(size):
+            return LayerCache("chunked", vectors, size)
+        case Latent():
+            return LayerCache("latent", vectors)
+    return LayerCache("full", vectors)
