@@ -19,8 +19,9 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, CausalLM, Embedding, GatedMLP, Linear, RMSNorm, RoPE, Step, geglu
+from mlxarch.blocks import Attention, Cache, CausalLM, Embedding, GatedMLP, Linear, Quantization, RMSNorm, RoPE, Step
 from mlxarch.blocks.config import Positive, Size
+from mlxarch.blocks.feedforward import geglu
 from mlxarch.blocks.layer_types import TwoBasesConfig
 from mlxarch.blocks.renames import IgnoreFrom
 from mlxarch.errors import ConfigError
@@ -153,8 +154,8 @@ class SharingAttention(Attention):
         if self.borrows:
             del self.k_proj, self.v_proj, self.k_norm, self.qkv
 
-    def make_cache(self, capacity: int | None) -> Cache | None:
-        return None if self.borrows else super().make_cache(capacity)
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache | None:
+        return None if self.borrows else super().make_cache(capacity, kv)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
         projected = [self.q_proj(x)] if self.borrows else self.qkv(x)

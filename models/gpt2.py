@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxarch.blocks import Cache, CausalLM, DecoderConfig, Embedding, Full, LayerNorm, Linear, Positive, Step, gelu
+from mlxarch.blocks.attention import attend
 from mlxarch.blocks.renames import Ignore, Rename, Transpose
 from mlxarch.errors import ConfigError, ContextLengthError
 
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         mask = step.mask(self.span, cache)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_size**-0.5, mask=mask)
+        out = attend(q, k, v, mask, scale=self.head_size**-0.5)
         return self.c_proj(out.swapaxes(1, 2).flatten(-2))
 
 

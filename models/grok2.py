@@ -19,12 +19,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from msgspec import Meta
 
-from mlxarch.blocks import Cache, CausalLM, DecoderConfig, GatedMLP, Mask, Positive, RMSNorm, RoPE, Step
-from mlxarch.blocks.attention import Attention, attend_by_scores
+from mlxarch.blocks import Cache, CausalLM, DecoderConfig, GatedMLP, Held, Mask, Positive, RMSNorm, RoPE, Step
+from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.feedforward import one_kernel
 from mlxarch.blocks.moe import Experts, MoE
 from mlxarch.blocks.renames import Join, Rename, Stack
 from mlxarch.blocks.routers import SoftmaxTopK
+from mlxarch.blocks.scores import attend_by_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class TemperedAttention(Attention):
         super().__init__(c, rope=RoPE(c.head_size, c.rotation))
         self.limit, self.length = c.attn_logit_softcapping, c.attn_temperature_len
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, step: Step) -> mx.array:
+    def attend(self, q: mx.array, k: Held, v: Held, mask: Mask, step: Step) -> mx.array:
         grown = mx.log(mx.maximum(step.positions, self.length)) / math.log(self.length)  # (L,) or (B, L)
         grown = grown.reshape(-1, 1, 1, q.shape[-2], 1)
         return attend_by_scores(q, k, v, mask, lambda scores: cap(scores * self.scale, self.limit) * grown)

@@ -17,12 +17,13 @@ from mlxarch.blocks.layer_types import AlternatingConfig, LayerTypesConfig, TwoB
 from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, fuse
 from mlxarch.blocks.moe import Experts, MoE
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
-from mlxarch.blocks.quantization import Quantization
 from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
 from mlxarch.blocks.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
+from mlxarch.blocks.scores import Mask
 from mlxarch.blocks.span import Chunked, Full, Sliding, Span
-from mlxarch.blocks.step import Mask, Step
-from mlxarch.cache import Cache
+from mlxarch.blocks.step import Step
+from mlxarch.cache import Cache, Held
+from mlxarch.packing import Quantization
 
 __all__ = [
     "causal_lm",
@@ -38,6 +39,7 @@ __all__ = [
     "DecoderConfig",
     "Embedding",
     "Full",
+    "Held",
     "GatedMLP",
     "GroupLimitedSigmoid",
     "GroupLimitedSoftmax",

@@ -9,9 +9,11 @@ import mlx.nn as nn
 from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.linear import Linear, SharedInput
 from mlxarch.blocks.rope import NoRoPE, RoPE
+from mlxarch.blocks.scores import Mask, Vectors, attend_by_scores
 from mlxarch.blocks.span import Full, Span
-from mlxarch.blocks.step import Mask, Step
-from mlxarch.cache import Cache
+from mlxarch.blocks.step import Step
+from mlxarch.cache import Cache, Held
+from mlxarch.packing import Quantization
 
 
 class Attention(nn.Module):
@@ -60,21 +62,20 @@ class Attention(nn.Module):
         self.head_size, self.scale, self.span, self.rope = size, size**-0.5 if scale is None else scale, span, rope
         self.qk_norm, self.softcap = qk_norm if norm else None, softcap
 
-    def make_cache(self, capacity: int | None) -> Cache | None:
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache | None:
         """An empty cache for this layer."""
-        return self.span.make_cache(capacity)
+        return self.span.make_cache(capacity, kv)
 
     def turn(self, q: mx.array, k: mx.array, step: Step) -> tuple[mx.array, mx.array]:
         """Let the positions in: q (B, H, L, D), k (B, K, L, D) -> the same."""
         return self.rope(q, step.offset), self.rope(k, step.offset)
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, step: Step) -> mx.array:
+    def attend(self, q: mx.array, k: Held, v: Held, mask: Mask, step: Step) -> mx.array:
         """q (B, H, L, D) over k, v (B, K, S, D) -> (B, H, L, D)."""
-        if self.softcap is not None:
-            cap = self.softcap
-            return attend_by_scores(q, k, v, mask, lambda scores: cap * mx.tanh(scores * (self.scale / cap)))
-        sinks = self.get("sinks")
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=sinks)
+        cap, sinks = self.softcap, self.get("sinks")
+        if cap is None:
+            return attend(q, k, v, mask, scale=self.scale, sinks=sinks)
+        return attend_by_scores(q, k, v, mask, lambda scores: cap * mx.tanh(scores * (self.scale / cap)), sinks)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
         q, k, v = self.qkv(x)  # (B, L, heads * D)
@@ -92,24 +93,8 @@ class Attention(nn.Module):
         return self.o_proj(out.swapaxes(1, 2).flatten(-2))
 
 
-def attend_by_scores(
-    q: mx.array, k: mx.array, v: mx.array, mask: Mask, score: Callable[[mx.array], mx.array]
-) -> mx.array:
-    """Attention with the scores at hand, for what the fused kernel does not do.
-
-    Args:
-        score: q k^T -> what goes into the softmax, shaped (B, K, H/K, L, S).
-
-    Shape:
-        q (B, H, L, D), k, v (B, K, S, D) -> (B, H, L, D)
-    """
-    batch, heads, length, size = q.shape
-    kv_heads, held = k.shape[1:3]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, size)
-    scores = score((grouped @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32))  # (B, K, H/K, L, S)
-    if isinstance(mask, str):
-        mask = mx.arange(held - length, held)[:, None] >= mx.arange(held)
-    if mask is not None:
-        scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], scores, -mx.inf)
-    weights = mx.softmax(scores, axis=-1).astype(v.dtype)
-    return (weights @ v[:, :, None]).reshape(batch, heads, length, size)
+def attend(q: mx.array, k: Vectors, v: Vectors, mask: Mask, *, scale: float, sinks: mx.array | None = None) -> mx.array:
+    """q (B, H, L, D) over k, v (B, K, S, D) -> (B, H, L, D), by the fused kernel where nothing is packed."""
+    if isinstance(k, mx.array) and isinstance(v, mx.array):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    return attend_by_scores(q, k, v, mask, lambda scores: scores * scale, sinks)

@@ -14,6 +14,7 @@ from mlxarch.blocks.norms import RMSNorm
 from mlxarch.blocks.step import Step
 from mlxarch.cache import Cache
 from mlxarch.errors import InvalidInput
+from mlxarch.packing import Quantization
 
 
 class Decoder(nn.Module):
@@ -47,6 +48,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.embed_scale, self.softcap = embed_scale, softcap
         self.vocab_size, self.context_length = c.vocab_size, c.max_position_embeddings
+        self.streaming: Any = None  # the loader sets it where layers read their experts from the disk
         self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size)
@@ -90,14 +92,17 @@ class CausalLM(nn.Module):
             raise InvalidInput(f"token ids must lie in 0 … {self.vocab_size - 1}; found {outside[0]}")
         return self.head(self.states(tokens, caches))
 
-    def make_caches(self, capacity: int | None = None, padding: Sequence[int] | None = None) -> list[Cache | None]:
+    def make_caches(
+        self, capacity: int | None = None, padding: Sequence[int] | None = None, kv: Quantization | None = None
+    ) -> list[Cache | None]:
         """One empty cache for each layer; None for a layer that takes its keys and values from another.
 
         Args:
             capacity: tokens to allocate for at once; None grows by need.
             padding: of a batch, how many tokens of padding stand on the left of each row.
+            kv: how keys and values are packed; None keeps them as they come.
         """
-        caches = [layer.self_attn.make_cache(capacity) for layer in self.layers]
+        caches = [layer.self_attn.make_cache(capacity, kv) for layer in self.layers]
         if padding is not None and any(padding):
             for cache in caches:
                 if cache is not None:

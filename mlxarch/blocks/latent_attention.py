@@ -1,29 +1,24 @@
 """Multi-head latent attention: the cache holds one short vector a token, and every head reads it in its own way."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxarch.blocks.attention import attend
+from mlxarch.blocks.head_linear import HeadLinear
 from mlxarch.blocks.latent_config import LatentConfig
-from mlxarch.blocks.linear import Linear, Matrix, SharedInput
+from mlxarch.blocks.linear import Linear, SharedInput
 from mlxarch.blocks.norms import RMSNorm
 from mlxarch.blocks.rope import RoPE
+from mlxarch.blocks.scores import LEAST, Mask
 from mlxarch.blocks.span import Latent
-from mlxarch.blocks.step import Mask, Step
-from mlxarch.cache import Cache
+from mlxarch.blocks.step import Step
+from mlxarch.cache import Cache, Held, Made
+from mlxarch.packing import Quantization
 
 SCORES = 2**25  # that one step computes, 128 MB in float32; those of one head at least
 EPS = 1e-6  # of the inner norms, whatever rms_norm_eps says: the default of transformers' DeepseekV3RMSNorm
-
-
-class HeadLinear(Matrix):
-    """One matrix for each head, (H, out, in).
-
-    Shape:
-        x: (B, h or 1, L, in) -> (B, h, L, out) for the h ``heads``; from out to in where not ``transpose``
-    """
-
-    def __call__(self, x: mx.array, heads: slice, transpose: bool = True) -> mx.array:
-        return self.product(x, {name: array[heads] for name, array in self.items()}, transpose)
 
 
 class LatentAttention(nn.Module):
@@ -69,36 +64,43 @@ class LatentAttention(nn.Module):
         """Latents (B, 1 or h, S, rank) -> (B, h, S, v_head_dim)."""
         return self.unembed_out(latents, heads)
 
-    def make_cache(self, capacity: int | None) -> Cache:
-        return self.span.make_cache(capacity)
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
+        return self.span.make_cache(capacity, kv)
 
-    def absorbed(self, q: mx.array, turned: mx.array, held: mx.array, mask: Mask, heads: slice) -> mx.array:
-        """q (B, h, L, N), turned (B, h, L, R) over held (B, 1, S, rank + R) -> (B, h, L, v_head_dim)."""
+    def absorbed(self, q: mx.array, turned: mx.array, held: Held, latents: Held, mask: Mask, heads: slice) -> mx.array:
+        """q (B, h, L, N), turned (B, h, L, R) over held (B, 1, S, rank + R), latents the first of it, -> (B, h, L, V).
+
+        V is v_head_dim here.
+        """
         q = mx.concatenate([self.to_latent(q, heads), turned], axis=-1)
         # all heads see the same keys: of one token, they are the rows of one product
         flip = (lambda x: x.swapaxes(1, 2)) if q.shape[2] == 1 else (lambda x: x)
-        latents = held[..., : self.c.kv_lora_rank]
-        out = mx.fast.scaled_dot_product_attention(flip(q), held, latents, scale=self.scale, mask=mask)
-        return self.to_values(flip(out), heads)
+        return self.to_values(flip(attend(flip(q), held, latents, mask, scale=self.scale)), heads)
 
-    def expanded(self, q: mx.array, turned: mx.array, held: mx.array, mask: Mask, heads: slice) -> mx.array:
+    def expanded(self, q: mx.array, turned: mx.array, held: Held, latents: Held, mask: Mask, heads: slice) -> mx.array:
         """As ``absorbed``."""
-        latents, shared = mx.split(held, [self.c.kv_lora_rank], axis=-1)  # (B, 1, S, rank), (B, 1, S, R)
-        k, v = self.to_keys(latents, heads), self.to_values(latents, heads)
-        k = mx.concatenate([k, mx.broadcast_to(shared, (*k.shape[:-1], shared.shape[-1]))], axis=-1)
-        q = mx.concatenate([q, turned], axis=-1)
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+        q, sizes = mx.concatenate([q, turned], axis=-1), (q.shape[-1] + turned.shape[-1], self.c.v_head_dim)
 
-    def attend(self, q: mx.array, turned: mx.array, held: mx.array, mask: Mask) -> mx.array:
+        def keys(held: mx.array) -> mx.array:
+            latents, shared = mx.split(held, [self.c.kv_lora_rank], axis=-1)  # (B, 1, S, rank), (B, 1, S, R)
+            k = self.to_keys(latents, heads)
+            return mx.concatenate([k, mx.broadcast_to(shared, (*k.shape[:-1], shared.shape[-1]))], axis=-1)
+
+        makers = (held, sizes[0], keys), (latents, sizes[1], partial(self.to_values, heads=heads))
+        k, v = (make(x) if isinstance(x, mx.array) else Made(x, q.shape[1], size, make) for x, size, make in makers)
+        return attend(q, k, v, mask, scale=self.scale)
+
+    def attend(self, q: mx.array, turned: mx.array, held: Held, latents: Held, mask: Mask) -> mx.array:
         """As ``absorbed``, for all heads."""
         batch, heads, length, plain = q.shape
         context, rank, both = held.shape[2], self.c.kv_lora_rank, plain + self.c.v_head_dim
         # multiplications: scores and sums over wider vectors, against the making of the older tokens' keys and values
         wider, making = length * context * (2 * rank - both), (context - length) * rank * both
         form = self.absorbed if wider < making else self.expanded
-        some, outs = max(SCORES // (batch * length * context), 1), []
+        at_once = context if isinstance(held, mx.array) else min(context, LEAST)
+        some, outs = max(SCORES // (batch * length * at_once), 1), []
         for part in (slice(first, first + some) for first in range(0, heads, some)):
-            outs.append(form(q[:, part], turned[:, part], held, mask, part))
+            outs.append(form(q[:, part], turned[:, part], held, latents, mask, part))
             if some < heads:  # two parts are under way at a time, or the scores of all would be there at once
                 mx.async_eval(outs[-1])
                 mx.eval(outs[-2:-1])
@@ -111,9 +113,8 @@ class LatentAttention(nn.Module):
         q, turned = mx.split(q, [self.c.qk_nope_head_dim], axis=-1)
         latents, key = mx.split(kv[:, None], [self.c.kv_lora_rank], axis=-1)  # (B, 1, L, rank), (B, 1, L, R)
         latents, key = self.kv_a_layernorm(latents), self.rope(key, step.offset)
-        held = mx.concatenate([latents, key], axis=-1)
-        mask = step.mask(self.span, cache)  # before the cache takes the new keys
+        held, mask = mx.concatenate([latents, key], axis=-1), step.mask(self.span, cache)  # before the cache takes it
         if cache is not None:
-            held, _ = cache.append(held, latents)
-        out = self.attend(q, self.rope(turned, step.offset), held, mask)
+            held, latents = cache.append(held, latents)
+        out = self.attend(q, self.rope(turned, step.offset), held, latents, mask)
         return self.o_proj(out.swapaxes(1, 2).flatten(-2))

@@ -6,13 +6,14 @@ import mlx.core as mx
 
 from mlxarch.blocks.step import Step
 from mlxarch.cache import Cache
+from mlxarch.packing import Quantization
 
 
 class SelfAttention(Protocol):
     """What keeps keys and values."""
 
-    def make_cache(self, capacity: int | None) -> Cache | None:
-        """An empty cache for the layer."""
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache | None:
+        """An empty cache for the layer, packed as ``kv`` says."""
         ...
 
 

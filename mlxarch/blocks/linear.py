@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks.quantization import Quantization
+from mlxarch.packing import Quantization
 
 
 class Matrix(nn.Module):
@@ -134,6 +134,10 @@ class SharedInput:
             for projection, part in zip(self.projections, mx.split(joined, self._ends[:-1], axes[name]), strict=True):
                 projection[name] = part
         self._parts = [p["weight"] for p in self.projections]
+
+    def adopt(self, joined: dict[str, mx.array], ends: list[int]) -> None:
+        """Run as one product over arrays that were made joined; the projections' own are no longer looked at."""
+        self._joined, self._ends, self._parts = joined, ends, [p["weight"] for p in self.projections]
 
     def __call__(self, x: mx.array, *chosen: Any) -> list[mx.array]:
         if not self.fused:

@@ -6,6 +6,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlxarch.cache import Cache, FullCache, LatentCache, SlidingCache
+from mlxarch.packing import Quantization
 
 
 class Span(Protocol):
@@ -19,8 +20,11 @@ class Span(Protocol):
         """Whether each of the positions from ``first`` to ``last`` sees itself and all of them before it."""
         ...
 
-    def make_cache(self, capacity: int | None) -> Cache:
-        """An empty cache; ``capacity`` in tokens where the context is planned, None to grow by need."""
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
+        """An empty cache, packed as ``kv`` says.
+
+        ``capacity`` in tokens where the context is planned; None grows by need.
+        """
         ...
 
 
@@ -34,16 +38,16 @@ class Full:
     def sees_all(self, first: int, last: int) -> bool:
         return True
 
-    def make_cache(self, capacity: int | None) -> Cache:
-        return FullCache(capacity)
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
+        return FullCache(capacity, kv)
 
 
 @dataclass(frozen=True)
 class Latent(Full):
     """As Full, with keys and values that are made of one latent a token: only this is kept."""
 
-    def make_cache(self, capacity: int | None) -> Cache:
-        return LatentCache(capacity)
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
+        return LatentCache(capacity, kv)
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Sliding:
     def sees_all(self, first: int, last: int) -> bool:
         return last - first < self.window
 
-    def make_cache(self, capacity: int | None) -> Cache:
-        return SlidingCache(self.window)
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
+        return SlidingCache(self.window, capacity, kv)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,6 @@ class Chunked:
     def sees_all(self, first: int, last: int) -> bool:
         return first // self.size == last // self.size
 
-    def make_cache(self, capacity: int | None) -> Cache:
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
         # the newest ``size`` tokens hold all of the current chunk, whatever the padding of the row
-        return SlidingCache(self.size)
+        return SlidingCache(self.size, capacity, kv)

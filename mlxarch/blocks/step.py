@@ -1,14 +1,13 @@
 """What all layers share in one forward pass: where the queries stand, and who may see whom."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
+from mlxarch.blocks.scores import Mask
 from mlxarch.blocks.span import Span
 from mlxarch.cache import Cache
-
-Mask = mx.array | Literal["causal"] | None
 
 
 class Step:

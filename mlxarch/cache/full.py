@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from mlxarch.cache.base import Cache
+from mlxarch.packing import Quantization
 
 GROWTH = 256  # tokens; a multiple of it is allocated, so that most appends write in place
 
@@ -10,31 +11,30 @@ GROWTH = 256  # tokens; a multiple of it is allocated, so that most appends writ
 class FullCache(Cache):
     """Keeps every token, in buffers allocated for ``capacity`` tokens at once or grown by need."""
 
-    def __init__(self, capacity: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, capacity: int | None = None, kv: Quantization | None = None) -> None:
+        super().__init__(kv)
         self._capacity = capacity or 0
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        end = self.length + keys.shape[2]
-        self._keys, self._values = self._room(self._keys, keys, end), self._room(self._values, values, end)
-        self._keys[..., self.length : end, :] = keys
-        self._values[..., self.length : end, :] = values
-        self.length = end
-        return self._keys[..., :end, :], self._values[..., :end, :]
+    def _put(self, held: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
+        end = self.length + new.shape[2]
+        if held is None or held.shape[2] < end:
+            held = self._grown(held, new, self._wanted(end, held is not None))
+        held[..., self.length : end, :] = new
+        return held, held[..., :end, :]
 
-    def _room(self, held: mx.array | None, new: mx.array, end: int) -> mx.array:
-        if held is not None and held.shape[2] >= end:
-            return held
+    def _wanted(self, end: int, grows: bool) -> int:
+        """Tokens to allocate for, where ``end`` must have room."""
+        if end <= self._capacity:
+            return self._capacity
         # an eighth more than needed: copying all of it every 256 tokens would make long contexts quadratic
-        wanted = max(self._capacity, end + (end // 8 if held is not None else 0))
-        capacity = self._capacity if end <= self._capacity else -(-wanted // GROWTH) * GROWTH
-        batch, heads, _, size = new.shape
-        if held is None:
-            return mx.zeros((batch, heads, capacity, size), new.dtype)
-        more = mx.zeros((batch, heads, capacity - self.length, size), new.dtype)
-        return mx.concatenate([held[..., : self.length, :], more], axis=2)
+        return -(-(end + (end // 8 if grows else 0)) // GROWTH) * GROWTH
+
+    def _grown(self, held: mx.array | None, like: mx.array, capacity: int) -> mx.array:
+        """A buffer for ``capacity`` tokens, with those in it that are held."""
+        batch, heads, _, size = like.shape
+        kept = [] if held is None else [held[..., : self.length, :]]
+        more = mx.zeros((batch, heads, capacity - (self.length if kept else 0), size), like.dtype)
+        return mx.concatenate([*kept, more], axis=2) if kept else more
 
     def slots(self, length: int) -> mx.array:
         return mx.arange(self.length + length)
@@ -42,6 +42,3 @@ class FullCache(Cache):
     def truncate(self, length: int) -> bool:
         self.length = min(self.length, length)
         return True
-
-    def arrays(self) -> list[mx.array]:
-        return [a for a in (self._keys, self._values) if a is not None]

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from mlxarch.cache.base import Held
 from mlxarch.cache.full import FullCache
 
 
@@ -12,10 +13,7 @@ class LatentCache(FullCache):
     the value is the latent.
     """
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        end = self.length + keys.shape[2]
-        self._keys = self._room(self._keys, keys, end)
-        self._keys[..., self.length : end, :] = keys
-        self.length = end
-        held = self._keys[..., :end, :]
-        return held, held[..., : values.shape[-1]]
+    def append(self, keys: mx.array, values: mx.array) -> tuple[Held, Held]:
+        [held] = self._take(keys)
+        size = values.shape[-1]
+        return held, held[..., :size] if isinstance(held, mx.array) else held.first(size)

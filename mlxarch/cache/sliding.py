@@ -2,43 +2,43 @@
 
 import mlx.core as mx
 
-from mlxarch.cache.base import Cache
+from mlxarch.cache.full import FullCache
+from mlxarch.packing import Quantization
 
 
-class SlidingCache(Cache):
-    """A ring of the newest ``window`` tokens: the token of slot s lies at s modulo ``window``."""
+class SlidingCache(FullCache):
+    """The newest ``window`` tokens: as in a full cache up to there, then a ring.
 
-    def __init__(self, window: int) -> None:
-        super().__init__()
+    In the ring the token of slot s lies at s modulo ``window``.
+    """
+
+    def __init__(self, window: int, capacity: int | None = None, kv: Quantization | None = None) -> None:
+        super().__init__(min(capacity, window) if capacity else None, kv)
         self.window = window
         self._lost = 0  # tokens below this slot were written over at some time
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        length = keys.shape[2]
-        (self._keys, keys), (self._values, values) = self._put(self._keys, keys), self._put(self._values, values)
-        self.length += length
+    def _wanted(self, end: int, grows: bool) -> int:
+        return min(super()._wanted(end, grows), self.window)
+
+    def _advance(self, length: int) -> None:
+        super()._advance(length)
         self._lost = max(self._lost, self.length - self.window)
-        return keys, values
 
-    def _put(self, ring: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
-        """The ring with the new tokens in it, and all that their queries may see."""
-        batch, heads, length, size = new.shape
-        if ring is None:
-            ring = mx.zeros((batch, heads, self.window, size), new.dtype)
+    def _put(self, held: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
+        length, end = new.shape[2], self.length + new.shape[2]
+        if end <= self.window:
+            return super()._put(held, new)
+        if held is None or held.shape[2] < self.window:
+            held = self._grown(held, new, self.window)
+        at = self.length % self.window
         if length == 1:
-            at = self.length % self.window
-            ring[..., at : at + 1, :] = new
-            return ring, ring[..., : self.length + 1, :]
-        at, kept = self.length % self.window, min(self.length, self.window)
-        ordered = mx.concatenate([ring[..., at:, :], ring[..., :at, :]], axis=2)[..., self.window - kept :, :]
-        seen = mx.concatenate([ordered[..., kept - self._visible() :, :], new], axis=2)
-        newest, end = seen[..., -self.window :, :], self.length + length
-        if newest.shape[2] < self.window:  # short of the window: nothing was let go of, slots are places
-            rest = mx.zeros((batch, heads, self.window - newest.shape[2], size), new.dtype)
-            return mx.concatenate([newest, rest], axis=2), seen
-        turn = self.window - end % self.window
+            held[..., at : at + 1, :] = new
+            return held, held
+        ordered = held[..., :at, :]  # of a ring that has not come round yet, all there is
+        if self.length >= self.window:
+            ordered = mx.concatenate([held[..., at:, :], ordered], axis=2)
+        seen = mx.concatenate([ordered[..., ordered.shape[2] - self._visible() :, :], new], axis=2)
+        newest, turn = seen[..., -self.window :, :], self.window - end % self.window
         return mx.concatenate([newest[..., turn:, :], newest[..., :turn, :]], axis=2), seen
 
     def _visible(self) -> int:
@@ -62,6 +62,3 @@ class SlidingCache(Cache):
             return False
         self.length = length
         return True
-
-    def arrays(self) -> list[mx.array]:
-        return [a for a in (self._keys, self._values) if a is not None]

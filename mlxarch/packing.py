@@ -1,10 +1,14 @@
 """How a matrix is packed, and what can be computed with it as it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+
+from mlxarch.errors import QuantizationError
+
+KV_BITS, KV_GROUPS = (8, 4), (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,31 @@ class Quantization:
         return mx.dequantize(
             weight, scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode, dtype=dtype
         )
+
+
+# Keys and values ----------------------------------------------------------------------------------------------------
+
+
+def fitted(kv: Quantization, features: int) -> tuple[Quantization, int]:
+    """How vectors of ``features`` elements are packed: in the largest groups allowed that divide them.
+
+    Where none does, they are padded to the next multiple of the smallest: the second value is their length then.
+
+    Raises:
+        QuantizationError: keys and values are not packed in this way.
+    """
+    if kv.bits not in KV_BITS or kv.group_size not in KV_GROUPS or kv.mode != "affine":
+        raise QuantizationError(
+            f"keys and values are packed in {' or '.join(map(str, KV_BITS))} bits, affine, with groups of "
+            f"{', '.join(map(str, sorted(KV_GROUPS)))}; found {kv.bits} bits, {kv.mode}, groups of {kv.group_size}"
+        )
+    group = next((size for size in KV_GROUPS if size <= kv.group_size and features % size == 0), KV_GROUPS[-1])
+    return replace(kv, group_size=group), -(-features // group) * group
+
+
+def vector_bytes(features: int, kv: Quantization | None, float_bytes: int) -> int:
+    """Bytes of one token's key or value of one head, scales and biases included."""
+    if kv is None:
+        return features * float_bytes
+    form, padded = fitted(kv, features)
+    return padded * form.bits // 8 + 2 * (padded // form.group_size) * float_bytes

@@ -1,0 +1,78 @@
+"""Packed keys and values: their bytes, their products, and what is refused."""
+
+import mlx.core as mx
+import pytest
+
+from mlxarch.blocks import Chunked, Full, Quantization, Sliding, Span
+from mlxarch.blocks.span import Latent
+from mlxarch.cache import Packed, packed
+from mlxarch.cache.packed import pack
+from mlxarch.errors import QuantizationError
+from mlxarch.packing import fitted, vector_bytes
+
+SPANS = [Full(), Latent(), Sliding(10), Chunked(10)]
+
+
+def entries(length: int, size: int = 64, seed: int = 0) -> mx.array:
+    return mx.random.normal((2, 3, length, size), key=mx.random.key(seed))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [12, 32, 64, 80, 96, 128, 576])
+def test_a_vector_is_packed_in_groups_that_divide_it_or_padded(size: int, bits: int) -> None:
+    x = entries(7, size)
+    found = pack(x, Quantization(bits, 64))
+    assert found.shape == x.shape and found.unpacked().shape == x.shape
+    assert found.parts[1].nbytes + found.parts[2].nbytes + found.parts[0].nbytes == (
+        2 * 3 * 7 * vector_bytes(size, Quantization(bits, 64), 4)
+    )
+    step = float(x.max() - x.min()) / (2**bits - 1)
+    assert 0 < float(mx.abs(found.unpacked() - x).max()) <= step
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [(64, (64, 64)), (128, (64, 128)), (576, (64, 576)), (96, (32, 96)), (80, (32, 96)), (8, (32, 32))],
+)
+def test_the_largest_group_up_to_the_wanted_one_is_taken(size: int, wanted: tuple[int, int]) -> None:
+    form, padded = fitted(Quantization(8, 64), size)
+    assert (form.group_size, padded) == wanted
+    assert fitted(Quantization(4, 32), 128) == (Quantization(4, 32), 128)
+
+
+@pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("size", [12, 64, 80])
+def test_products_are_those_with_the_unpacked_vectors(size: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "FEW", few)
+    held = pack(entries(50, size), Quantization(8, 64))
+    q, weights = entries(5, size, 1), entries(5, 21, 2)
+    part = held.block(9, 30)
+    assert isinstance(part, Packed) and part.shape == (2, 3, 21, size)
+    values = held.unpacked()[:, :, 9:30]
+    assert mx.allclose(part.product(q, True), q @ values.swapaxes(-1, -2), atol=1e-4)
+    assert mx.allclose(part.product(weights, False), weights @ values, atol=1e-4)
+    assert mx.allclose(part.first(5).product(weights, False), weights @ values[..., :5], atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_every_span_returns_what_it_was_given_but_for_the_rounding(span: Span, bits: int) -> None:
+    kv, plain = span.make_cache(None, Quantization(bits, 32)), span.make_cache(None)
+    for step, length in enumerate([3, 1, 30, 1, 1, 6, 1]):
+        keys, values = entries(length, 64, step), entries(length, 64, step + 50)[..., :32]
+        assert kv.slots(length).tolist() == plain.slots(length).tolist()
+        for found, wanted in zip(kv.append(keys, values), plain.append(keys, values), strict=True):
+            assert isinstance(found, Packed) and isinstance(wanted, mx.array)
+            rounded = pack(wanted, Quantization(bits, 32)).unpacked()
+            assert mx.array_equal(found.unpacked(), rounded) and not mx.array_equal(rounded, wanted)
+    assert kv.nbytes < plain.nbytes * (bits + 4) / 32
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [Quantization(3, 64), Quantization(8, 16), Quantization(4, 32, "mxfp4")],
+    ids=lambda kv: f"{kv.bits}-{kv.mode}",
+)
+def test_other_ways_of_packing_are_refused_with_those_that_there_are(kv: Quantization) -> None:
+    with pytest.raises(QuantizationError, match=r"8 or 4 bits, affine, with groups of 32, 64, 128; found"):
+        Full().make_cache(None, kv).append(entries(1), entries(1))
