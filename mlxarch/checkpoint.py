@@ -66,6 +66,10 @@ class Shard:
             )
         read_exactly(self._fd, buffer, info.start + offset, f"{self.path}: tensor {shown(info.name)}")
 
+    def duplicate(self) -> int:
+        """A descriptor of the same open file, for whoever reads on when the shard is closed, and closes it himself."""
+        return os.dup(self._fd)
+
     def check_unchanged(self) -> None:
         """Raise CheckpointError unless the path still leads to the file that was validated, unmodified."""
         try:

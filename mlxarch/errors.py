@@ -19,6 +19,9 @@
     ├── BackendMissing          the array library or an optional package is not installed
     └── GenerationError         generation had to stop
         ├── ContextLengthError
+        ├── StreamError         what is read from the disk while a model runs could not be
+        │   ├── EmbeddingReadError
+        │   └── ExpertReadError
         └── NonFiniteLogits
 
 ``exit_code`` is what the command line returns for each.
@@ -109,6 +112,18 @@ class GenerationError(MlxArchError):
 
 class ContextLengthError(GenerationError):
     """Prompt and answer do not fit into the context; the message gives the numbers."""
+
+
+class StreamError(GenerationError):
+    """What a model reads from the disk while it runs could not be read, or is not what it was."""
+
+
+class EmbeddingReadError(StreamError):
+    """A row of a table of embeddings could not be read from its file; the message names table, row and file."""
+
+
+class ExpertReadError(StreamError):
+    """An expert could not be read from its file while the model ran; the message names layer, expert and file."""
 
 
 class NonFiniteLogits(GenerationError):

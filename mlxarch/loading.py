@@ -1,6 +1,7 @@
 """A checkpoint folder becomes a model with its weights in memory."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import mlx.nn as nn
 from mlxarch.blocks import CausalLM, Embedding, fuse
 from mlxarch.blocks.linear import Matrix
 from mlxarch.errors import CheckpointError, InvalidInput
+from mlxarch.execution import Execution
 from mlxarch.progress import Progress, silent
 from mlxarch.slicing import Slice, slice_source
+from mlxarch.streaming.attach import attach
+from mlxarch.streaming.embeddings import attach_tables
 from mlxarch.tensors import FLOATS, Packed, Tensor
 from mlxarch.weights import Resolved, open_source, resolve
 
 DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+RESIDENT = Execution()
 
 
 def load_model(
@@ -24,6 +29,7 @@ def load_model(
     dtype: str | mx.Dtype | None = None,
     slice: str | Slice | None = None,
     progress: Progress = silent,
+    execution: Execution = RESIDENT,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Read a folder of safetensors, quantized for MLX or not.
 
@@ -33,6 +39,7 @@ def load_model(
             type in hardware.
         slice: of a Gemma 3n, the part of it to load; see ``slicing.slice_source``.
         progress: told the bytes of the weights read.
+        execution: what stays in memory, and what is read from the folder while the model runs.
 
     Returns:
         The model, its weights evaluated, and config.json.
@@ -47,7 +54,11 @@ def load_model(
     resolved = resolve(source)
     compute = compute_dtype(dtype, resolved)
     try:
-        _fill(resolved, compute, progress)
+        streaming = attach(resolved, execution.slots, compute, execution.verify) if execution.slots else None
+        streamed = streaming.parameters if streaming else frozenset()
+        if execution.ple == "ssd":
+            streamed |= attach_tables(resolved.model, resolved.parameters, compute, execution.verify)
+        _fill(resolved, compute, progress, streamed)
     except CheckpointError:
         source.check_unchanged()  # says more
         raise
@@ -77,14 +88,17 @@ def compute_dtype(dtype: str | mx.Dtype | None, resolved: Resolved) -> mx.Dtype:
     return max(FLOATS, key=types.count)
 
 
-def _fill(resolved: Resolved, dtype: mx.Dtype, progress: Progress) -> None:
-    """Layer by layer, so that no more than one layer is held twice while its projections are joined."""
+def _fill(resolved: Resolved, dtype: mx.Dtype, progress: Progress, streamed: Collection[str]) -> None:
+    """Layer by layer, so that no more than one layer is held twice while its projections are joined; what is
+    ``streamed`` is left out.
+    """
     modules = dict(resolved.model.named_modules())
     groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in resolved.parameters.items():
+    parameters = {name: tensor for name, tensor in resolved.parameters.items() if name not in streamed}
+    for name, tensor in parameters.items():
         layer = LAYER.match(name)
         groups.setdefault(layer.group() if layer else name.rpartition(".")[0], {})[name] = tensor
-    total, done = sum(tensor.nbytes for tensor in resolved.parameters.values()), 0
+    total, done = sum(tensor.nbytes for tensor in parameters.values()), 0
     for group, tensors in groups.items():
         try:
             for name, tensor in tensors.items():

@@ -40,14 +40,22 @@ class Experts(nn.Module):
         self.up_proj = ExpertLinear(experts, dim, hidden, bias)
         self.down_proj = ExpertLinear(experts, hidden, dim, bias)
         self.gate, self.gate_up = gate, SharedInput(self.gate_proj, self.up_proj)
+        # set where the matrices hold some of the experts only: computes in place of __call__
+        self.streamed: Callable[[mx.array, mx.array], mx.array] | None = None
+
+    def rows(self, x: mx.array, places: mx.array, sorted: bool) -> mx.array:
+        """Each row of x through the expert at its place in the stacks: (N, 1, dim), (N,) -> (N, 1, dim)."""
+        return self.down_proj(self.gate(*self.gate_up(x, places, sorted)), places, sorted)
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        if self.streamed is not None:
+            return self.streamed(x, chosen)
         k, flat = chosen.shape[-1], chosen.flatten()  # (B * L * k)
         rows = x.reshape(-1, 1, x.shape[-1])  # (B * L, 1, dim)
         sort = flat.size >= SORT_FROM
         order = mx.argsort(flat) if sort else mx.arange(flat.size)
         flat, rows = flat[order] if sort else flat, rows[order // k]
-        y = self.down_proj(self.gate(*self.gate_up(rows, flat, sort)), flat, sort)
+        y = self.rows(rows, flat, sort)
         y = y[mx.argsort(order)] if sort else y
         return y.reshape(*chosen.shape, -1)
 

@@ -1,0 +1,272 @@
+"""The experts of a layer, of which some are in memory: the others are read into their places when tokens need them."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+from mlxarch.blocks import Experts
+from mlxarch.blocks.moe import SORT_FROM
+from mlxarch.checkpoint import Shard
+from mlxarch.streaming.banks import Bank
+from mlxarch.streaming.files import RecordFile
+from mlxarch.streaming.records import Records
+from mlxarch.streaming.stats import Stats
+
+THREADS = 4  # more gain nothing on any disk that was measured
+GEMM_ROWS = 16  # of one call, and
+GEMM_ROWS_EACH = 4  # for each expert in the stack: from here on MLX on Metal multiplies sorted rows in tiles
+
+
+class Streaming:
+    """What the streamed layers of a model share.
+
+    Attributes:
+        layers: by their number in the decoder.
+        files: that their experts are read from.
+        parameters: paths of the model's parameters that are not loaded.
+        stats: counters.
+        lock: held while a layer's bank is in use; two threads may generate, and take turns.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, StreamedExperts] = {}
+        self.files: dict[Shard, RecordFile] = {}
+        self.parameters: set[str] = set()
+        self.stats, self.lock = Stats(), threading.RLock()
+        self.readers = ThreadPoolExecutor(THREADS, "expert-reader")  # they never call MLX
+        self._pending: mx.array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all banks."""
+        return sum(layer.bank.nbytes for layer in self.layers.values())
+
+    def begin(self, result: mx.array) -> None:
+        """Start computing a result from a bank; it is finished before any bank is written to again."""
+        mx.async_eval(result)
+        self._pending = result
+
+    def finish(self) -> None:
+        """Wait for what ``begin`` began."""
+        if self._pending is not None:
+            mx.eval(self._pending)
+            self._pending = None
+
+    def close(self) -> None:
+        """Stop the threads and close the files. The model cannot run afterwards."""
+        self.readers.shutdown(cancel_futures=True)
+        for file in self.files.values():
+            file.close()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer's experts: x (B, L, dim), chosen (B, L, k)."""
+
+    x: mx.array
+    chosen: mx.array
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The chosen experts (B * L * k), read back from the device."""
+        return np.asarray(self.chosen).reshape(-1)
+
+    @property
+    def size(self) -> int:
+        """Rows that go through an expert."""
+        return self.chosen.size
+
+
+class StreamedExperts:
+    """Stands in for ``Experts.__call__`` where a bank holds fewer experts than there are.
+
+    A row's result does not depend on which other rows are computed with it nor on the slot that its expert is in, so
+    that it is the same, bit for bit, whatever the number of slots; where MLX chooses another kernel by these numbers,
+    the choice is made as if all experts were in memory (``tiled``).
+    """
+
+    def __init__(self, layer: int, experts: Experts, records: Records, bank: Bank, shared: Streaming) -> None:
+        self.layer, self.experts, self.records, self.bank, self.shared = layer, experts, records, bank, shared
+        self._slots: OrderedDict[int, int] = OrderedDict()  # expert -> slot, the least recently used first
+        self._free = list(range(bank.slots))
+        self._place = np.full(records.count, -1)  # slot of an expert
+        self._calls: list[Call] | None = None
+        self._results: Iterator[mx.array] | None = None
+
+    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """As ``Experts``.
+
+        Raises:
+            ExpertReadError: an expert cannot be read.
+        """
+        with self.shared.lock:
+            if self._results is not None:
+                return next(self._results)
+            if self._calls is not None:
+                self._calls.append(Call(x, chosen))
+                return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
+            return self.run([Call(x, chosen)])[0]
+
+    # Several calls as one ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Call]]:
+        """Within, calls are noted and not carried out: each returns zeros, which nobody may use."""
+        self._calls = calls = []
+        try:
+            yield calls
+        finally:
+            self._calls = None
+
+    @contextmanager
+    def replaying(self, results: Sequence[mx.array]) -> Iterator[None]:
+        """Within, the calls that were noted return their results, in the same order."""
+        self._results = iter(results)
+        try:
+            yield
+        finally:
+            self._results = None
+
+    def run(self, calls: Sequence[Call]) -> list[mx.array]:
+        """Carry out calls together: each expert that any of them needs is read at most once."""
+        stats, begin = self.shared.stats, time.perf_counter()
+        mx.eval([call.chosen for call in calls])
+        self.shared.finish()
+        ids = np.concatenate([call.ids for call in calls])
+        stats.sync_seconds += time.perf_counter() - begin
+        decoding = len(calls) == 1 and calls[0].chosen.shape[1] == 1
+        if decoding and self.layer == min(self.shared.layers):
+            stats.token(calls[0].chosen.shape[0])
+        counts = np.bincount(ids, minlength=self.records.count)
+        needed = np.flatnonzero(counts)
+        missing = int((self._place[needed] < 0).sum())
+        stats.call(len(needed), len(needed) - missing, missing * self.records.nbytes, decoding)
+        if len(needed) <= self.bank.slots and len(calls) == 1:
+            self._admit(needed.tolist(), set())
+            y = self._at_once(calls[0])
+            self.shared.begin(y)
+            return [y]
+        return self._split(calls, self._in_waves(calls, ids, counts))
+
+    def _at_once(self, call: Call) -> mx.array:
+        """All experts of the call have their places: as in ``Experts``."""
+        k, places = call.chosen.shape[-1], self._place[call.ids]
+        order = np.argsort(places, kind="stable") if call.size >= SORT_FROM else None
+        places = places if order is None else places[order]
+        tokens = (np.arange(call.size) if order is None else order) // k
+        y = self._rows(call.x.reshape(-1, call.x.shape[-1]), tokens, places, self._tiled(call))
+        y = y if order is None else y[mx.array(np.argsort(order))]
+        return y.reshape(*call.chosen.shape, -1)
+
+    def _in_waves(self, calls: Sequence[Call], ids: np.ndarray, counts: np.ndarray) -> mx.array:
+        """The results of all rows of all calls: (rows, dim). While a wave computes, the next one's experts are read."""
+        x = [call.x.reshape(-1, call.x.shape[-1]) for call in calls]
+        x, k = x[0] if len(x) == 1 else mx.concatenate(x), calls[0].chosen.shape[-1]
+        tiled = np.repeat([self._tiled(call) for call in calls], [call.size for call in calls])
+        most = max(call.size for call in calls)  # rows at a time: as many as a call has
+        y, flying = mx.zeros((len(ids), x.shape[-1]), x.dtype), set[int]()
+        for wave in self._waves(counts):
+            self._admit(wave, flying)
+            members = np.zeros(len(counts), bool)
+            members[wave] = True
+            for kind in (True, False):
+                rows = np.flatnonzero(members[ids] & (tiled == kind))
+                rows = rows[np.argsort(self._place[ids[rows]], kind="stable")]
+                for start in range(0, len(rows), most):
+                    some, begin = rows[start : start + most], time.perf_counter()
+                    self.shared.finish()
+                    self.shared.stats.compute_seconds += time.perf_counter() - begin
+                    y[mx.array(some)] = self._rows(x, some // k, self._place[ids[some]], kind)
+                    self.shared.begin(y)
+            flying = set(wave)
+        return y
+
+    def _waves(self, counts: np.ndarray) -> list[list[int]]:
+        """The needed experts, so many at a time that the next wave's have room beside them.
+
+        Those in memory come first, before they are written over; those that most tokens need last, and stay there for
+        the tokens to come.
+        """
+        needed = np.flatnonzero(counts)
+        held = [expert for expert in needed.tolist() if self._place[expert] >= 0]
+        missing = needed[self._place[needed] < 0]
+        missing = missing[np.argsort(counts[missing], kind="stable")].tolist()
+        size = max(self.bank.slots // 2, 1)
+        return [held] * bool(held) + [missing[start : start + size] for start in range(0, len(missing), size)]
+
+    def _split(self, calls: Sequence[Call], y: mx.array) -> list[mx.array]:
+        ends = np.cumsum([call.size for call in calls])[:-1].tolist()
+        return [part.reshape(*c.chosen.shape, -1) for part, c in zip(mx.split(y, ends), calls, strict=True)]
+
+    def _rows(self, x: mx.array, tokens: np.ndarray, places: np.ndarray, tiled: bool) -> mx.array:
+        """(rows, dim) of the results for rows ``tokens`` of x by the experts at ``places``."""
+        count = len(tokens)
+        least = max(GEMM_ROWS, GEMM_ROWS_EACH * self.bank.slots)
+        if tiled and count < least and mx.metal.is_available():
+            tokens, places = (np.pad(a, (0, least - count), mode="edge") for a in (tokens, places))
+        return self.experts.rows(x[mx.array(tokens)][:, None], mx.array(places), tiled)[:count, 0]
+
+    def _tiled(self, call: Call) -> bool:
+        """Whether MLX is to be told that the rows are sorted: where it would use it if all experts were in memory."""
+        return call.size >= max(SORT_FROM, GEMM_ROWS, GEMM_ROWS_EACH * self.records.count)
+
+    # What is in memory ------------------------------------------------------------------------------------------------
+
+    def _admit(self, wave: Sequence[int], flying: set[int]) -> None:
+        """Give each expert of the wave a slot, and read those that had none. No expert of ``flying`` is written over
+        while it may still be computed with.
+        """
+        missing = [expert for expert in wave if self._place[expert] < 0]
+        for expert in wave:
+            if self._place[expert] >= 0:
+                self._slots.move_to_end(expert)
+        if not missing:
+            return
+        begin = time.perf_counter()
+        for start in range(0, len(missing), self.bank.flight):
+            batch = missing[start : start + self.bank.flight]
+            self._read(batch, set(wave), flying)
+        self.shared.stats.read_seconds += time.perf_counter() - begin
+
+    def _take_slot(self, wanted: set[int], flying: set[int]) -> int:
+        """A free slot, else that of the expert that was not used for longest."""
+        if self._free:
+            return self._free.pop()
+        victim = next((e for e in self._slots if e not in wanted and e not in flying), None)
+        if victim is None:
+            self.shared.finish()
+            victim = next(e for e in self._slots if e not in wanted)
+        self._place[victim] = -1
+        return self._slots.pop(victim)
+
+    def _read(self, batch: Sequence[int], wanted: set[int], flying: set[int]) -> None:
+        """Fill a slot for each; an expert is found in its slot only when all of it is there and was checked."""
+        slots: list[int] = []
+        futures: list[Future[None]] = []
+        try:
+            for _ in batch:
+                slots.append(self._take_slot(wanted, flying))
+            for expert, buffers in zip(batch, self.bank.buffers(slots), strict=True):
+                futures.append(self.shared.readers.submit(self.records.read, expert, buffers))
+            wait(futures)
+            for future in futures:
+                future.result()
+            if not self.bank.in_place:
+                self.shared.finish()  # or MLX would copy the bank that is still in use
+            self.bank.commit(slots)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            wait(futures)  # nobody may write to a slot that is given away
+            self._free += slots
+            raise
+        for expert, slot in zip(batch, slots, strict=True):
+            self._slots[expert], self._place[expert] = slot, slot

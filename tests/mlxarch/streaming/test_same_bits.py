@@ -1,0 +1,84 @@
+"""A model whose experts are read from the disk computes what it computes with all of them in memory, bit for bit."""
+
+import hashlib
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxarch.blocks import CausalLM, Quantization
+from mlxarch.execution import Execution
+from mlxarch.generation import Session, decode
+from mlxarch.loading import load_model
+from mlxarch.sampling import Sampling
+from mlxarch.streaming.attach import experts_of
+from mlxarch.weights import open_source, resolve
+from tiny_moe import make_moe
+
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
+MODES = [Quantization(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
+MODES += [Quantization(4, 32, "mxfp4"), Quantization(8, 32, "mxfp8"), Quantization(4, 16, "nvfp4"), Quantization(4, 32)]
+ROUTERS = (
+    "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "kimi_k2", "glm4_moe",
+    "glm45_air", "llama4_scout", "llama4_maverick", "grok2",
+)  # fmt: skip
+
+
+def slots(folder: Path, count: int) -> tuple[int, ...]:
+    """``count`` in every layer that has experts."""
+    resolved = resolve(open_source(folder))
+    return tuple(count if layer in experts_of(resolved) else 0 for layer in range(len(resolved.model.layers)))
+
+
+def load(folder: Path, count: int | None = None) -> CausalLM:
+    execution = Execution() if count is None else Execution(slots=slots(folder, count))
+    return load_model(folder, dtype="float32", execution=execution)[0]
+
+
+def fingerprint(model: CausalLM, prompt: int = 70, tokens: int = 6) -> str:
+    """Of the logits of a long pass, of a pass on top of it, of single steps, and of the tokens that are generated."""
+    ids = np.random.default_rng(1).integers(0, model.vocab_size, prompt)
+    seen, caches = hashlib.sha256(), model.make_caches()
+    for some in (ids[: prompt // 2], ids[prompt // 2 : -3], *ids[-3:, None]):
+        seen.update(np.asarray(model(mx.array(some[None]), caches)).tobytes())
+    session = Session(model.make_caches(), renew=model.make_caches)
+    seen.update(repr([token for token, _ in decode(model, session, ids.tolist(), Sampling(), tokens)]).encode())
+    seen.update(np.asarray(mx.concatenate([a.flatten() for c in session.caches if c for a in c.arrays()])).tobytes())
+    return seen.hexdigest()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_every_packing_gives_the_same_bits_at_every_number_of_slots(
+    kind: str, mode: Quantization, tmp_path: Path
+) -> None:
+    folder = make_moe(tmp_path / "model", kind, packed=mode, dtype=mx.bfloat16)
+    wanted = fingerprint(load(folder))
+    assert {count: fingerprint(load(folder, count)) for count in (1, 3, 5, 11)} == dict.fromkeys((1, 3, 5, 11), wanted)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_gives_the_same_bits(name: str) -> None:
+    wanted, counts = fingerprint(load(GOLDEN / name)), range(1, 8)
+    models = {count: load(GOLDEN / name, count) for count in counts}
+    streamed = {count: fingerprint(model) for count, model in models.items()}
+    assert streamed == dict.fromkeys(counts, wanted)
+    assert models[1].streaming is not None
+
+
+def test_another_expert_in_a_slot_shows(tmp_path: Path) -> None:
+    model = load(make_moe(tmp_path / "model"), 11)
+    wanted = fingerprint(model)
+    layer = model.streaming.layers[0]
+    layer._place[[expert for expert in range(12) if layer._place[expert] >= 0][0]] = layer._place[
+        [expert for expert in range(12) if layer._place[expert] >= 0][1]
+    ]
+    assert fingerprint(model) != wanted
+
+
+def test_a_layer_with_a_slot_for_each_expert_is_not_streamed(tmp_path: Path) -> None:
+    folder = make_moe(tmp_path / "model")
+    model, _ = load_model(folder, execution=Execution(slots=(12, 0, 11)))
+    assert list(model.streaming.layers) == [2]
+    assert load(folder, 12).streaming is None
