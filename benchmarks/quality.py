@@ -1,0 +1,226 @@
+"""How good quantized models are, by method, beside mlx-lm's quantizers and llama.cpp's Q4_K_M at the same size.
+
+    python benchmarks/quality.py [--work DIR] [--trained DIR] [--gguf FILE] [--library FILE] [--only WORD …]
+
+The originals are SmolLM2-135M-Instruct, read from the Q4_1 file that ``mlxarch pull smollm2-135m`` fetches, the same
+with uniform noise of half a step of that grid on every weight (a search is flattered by an original that lies on a
+4-bit grid), and the two models of ``trained_models.py``. The first two read the texts that come with mlxarch, the
+others text that was held out of their training. In every variant embeddings and head are quantized too, and scales are
+bfloat16. What was measured is kept in DIR, so that the same command goes on where it stopped; ``--only`` picks
+originals and variants by parts of their names. Needs gguf; mlx-lm and llama.cpp (see ``quality_peers.py``) are measured
+where they are installed.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import quality_peers as peers
+
+from mlxarch import paths
+from mlxarch.errors import MlxArchError
+from mlxarch.quantize import convert
+from mlxarch.quantize.corpus import Text, bundled
+from mlxarch.quantize.evaluation import Settings, evaluate
+from mlxarch.quantize.gguf import open_gguf
+from mlxarch.tensors import Packed
+
+Make = Callable[[Path, Path], float | None]  # (original, output) -> bits per weight, where the folder does not tell
+
+OURS: dict[str, dict[str, Any]] = {
+    f"{method}, {bits} bits, group {group}": dict(bits=bits, group_size=group, method=method)
+    for method, bits, group in [
+        *(("round", bits, group) for bits, group in ((4, 64), (4, 32), (3, 64), (8, 64))),
+        *((method, bits, 64) for bits in (4, 3) for method in ("search", "gptq")),
+    ]
+} | {"mixed, 5.0 bits": dict(target_bits=5.0), "mixed, 4.5 bits": dict(target_bits=4.5)}
+
+CLAIMS = [  # of two variants' mean KL: what it is called, the two, what the mean ratio must not exceed, and each
+    ("4 bits: search ÷ rounding", "search, 4 bits, group 64", "round, 4 bits, group 64", 0.40, 0.50),
+    ("4 bits: gptq ÷ rounding", "gptq, 4 bits, group 64", "round, 4 bits, group 64", 0.33, math.inf),
+    ("3 bits: search ÷ rounding", "search, 3 bits, group 64", "round, 3 bits, group 64", 0.50, 1.0),
+    ("3 bits: gptq ÷ rounding", "gptq, 3 bits, group 64", "round, 3 bits, group 64", 0.40, 1.0),
+    ("mixed 5.0 bits ÷ rounding in groups of 32", "mixed, 5.0 bits", "round, 4 bits, group 32", 0.25, math.inf),
+    ("search ÷ mlx-lm's awq, 4 bits", "search, 4 bits, group 64", "mlx-lm awq", 1.0, 1.0),
+    ("gptq ÷ mlx-lm's gptq, 4 bits", "gptq, 4 bits, group 64", "mlx-lm gptq", 1.0, 1.0),
+    ("mixed 5.0 bits ÷ mlx-lm's dynamic_quant", "mixed, 5.0 bits", "mlx-lm dynamic_quant", 1.0, 1.0),
+    ("mixed ÷ llama.cpp's Q4_K_M, of its size", "mixed, size of Q4_K_M", "llama.cpp Q4_K_M", 1.0, 1.0),
+]
+
+
+# Originals ------------------------------------------------------------------------------------------------------------
+
+
+def floats_of(gguf: Path, output: Path, dither: bool) -> None:
+    """A GGUF file's weights in float32, with ``dither`` each within half a step of its grid."""
+    source = open_gguf(gguf)
+    draw, values = np.random.default_rng(0), {}
+    for name, tensor in source.tensors.items():
+        values[name] = tensor.load().astype(mx.float32)
+        if dither and isinstance(tensor, Packed):
+            steps = np.repeat(
+                np.array(tensor.parts["scales"].load().astype(mx.float32)), tensor.settings.group_size, -1
+            )
+            values[name] += mx.array(draw.uniform(-0.5, 0.5, steps.shape).astype(np.float32) * steps)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, held in source.sidecars.items():
+        (output / name).write_bytes(held if isinstance(held, bytes) else held.read_bytes())
+    (output / "config.json").write_text(json.dumps(source.config | {"torch_dtype": "float32"}, indent=2))
+    mx.save_safetensors(str(output / "model.safetensors"), values, {"format": "pt"})
+
+
+def in_float32(trained: Path, output: Path) -> None:
+    """The same values in the type that everybody computes in on a CPU, mlx-lm too."""
+    peers.write_folder(trained, output, peers.weights(trained))
+
+
+# Variants -------------------------------------------------------------------------------------------------------------
+
+
+def ours(**settings: Any) -> Make:
+    def make(original: Path, output: Path) -> None:
+        convert(original, output, dtype="bfloat16", force=True, **settings)
+
+    return make
+
+
+def makers(options: argparse.Namespace, calibration: str, trained: bool, results: dict[str, Any]) -> dict[str, Make]:
+    """Every variant of an original by name; llama.cpp's blocks need rows that only the trained models have."""
+    made: dict[str, Make] = {name: ours(**settings) for name, settings in OURS.items()}
+    for method in peers.MLX_LM:
+
+        def theirs(original: Path, output: Path, method: str = method) -> None:
+            peers.mlx_lm(method, original, output, calibration, options.samples)
+
+        made[f"mlx-lm {method}"] = theirs
+    if trained:
+
+        def q4_k_m(original: Path, output: Path) -> float:
+            return peers.llama_cpp(original, output, options.library)
+
+        def its_size(original: Path, output: Path) -> None:
+            ours(target_bits=results["llama.cpp Q4_K_M"]["bits_per_weight"])(original, output)
+
+        made |= {"llama.cpp Q4_K_M": q4_k_m, "mixed, size of Q4_K_M": its_size}
+    return made
+
+
+def measure(original: Path, folder: Path, make: Make, texts: list[Text], tokens: int) -> dict[str, Any]:
+    """Make a variant, unless it lies there complete, and compare it with its original."""
+    begin, bits = time.perf_counter(), None
+    if not (folder / "config.json").exists() or folder.name.startswith("llama"):
+        bits = make(original, folder)
+    seconds = time.perf_counter() - begin
+    found = evaluate(folder, original, texts=texts, settings=Settings(tokens=tokens))
+    return {
+        "bits_per_weight": bits or found.size.bits_per_weight,
+        "bytes": None if bits else found.size.bytes,
+        "seconds": seconds,
+        "texts": found.texts,
+        "versions": found.versions,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        **{name: dataclasses.asdict(table) for name, table in {"all": found.all, **found.domains}.items()},
+    }
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """Markdown: the variants of each original, and where each claim stands."""
+    for original, rows in results.items():
+        if not rows:
+            continue
+        print(f"\n{original}\n\n| variant | bits/weight | KL, nats/token | top-1 | perplexity ratio | seconds |")
+        print("|---|---|---|---|---|---|")
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["bits_per_weight"]):
+            kl, top, ratio = (row["all"][key] for key in ("kl_mean", "top1_agreement", "perplexity_ratio"))
+            print(
+                f"| {name} | {row['bits_per_weight']:.2f} | {kl['value']:.4f} ± {kl['error']:.4f} | "
+                f"{100 * top['value']:.1f} % | {ratio['value']:.3f} | {row['seconds']:.0f} |"
+            )
+    print("\n| claim | must be | mean | " + " | ".join(results) + " |\n|---|---|---|" + "---|" * len(results))
+    for claim, one, other, mean, each in CLAIMS:
+        ratios = {name: ratio(rows, one, other) for name, rows in results.items()}
+        judged = [r for name, found in ratios.items() if name != "SmolLM2" for r in found.values()]
+        cells = [f"{np.mean(list(r.values())):.2f} (≤ {max(r.values()):.2f})" if r else "–" for r in ratios.values()]
+        must = f"≤ {mean:.2f}" + (f", each ≤ {each:.2f}" if math.isfinite(each) else "")
+        print(f"| {claim} | {must} | {np.mean(judged):.2f} | " if judged else f"| {claim} | {must} | – | ", end="")
+        print(" | ".join(cells) + " |")
+
+    for name, rows in results.items():
+        if plain := rows.get("round, 8 bits, group 64"):
+            kl, top = (plain["all"][key]["value"] for key in ("kl_mean", "top1_agreement"))
+            print(f"\n{name}, 8 bits, group 64: KL {kl:.5f} (must be ≤ 0.0015), top-1 {100 * top:.1f} % (≥ 98 %)")
+
+
+def ratio(rows: dict[str, Any], one: str, other: str) -> dict[str, float]:
+    """Of the mean KL of two variants, by text."""
+    if one not in rows or other not in rows:
+        return {}
+    texts = rows[one]["texts"]
+    return {text: rows[one][text]["kl_mean"]["value"] / rows[other][text]["kl_mean"]["value"] for text in texts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=paths.cache() / "quality")
+    parser.add_argument("--trained", type=Path, default=paths.cache() / "trained")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--library", type=Path, help="llama.cpp's libllama")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of names of originals and variants")
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text")
+    parser.add_argument("--samples", type=int, default=16, help="windows that mlx-lm's awq and gptq calibrate on")
+    parser.add_argument("--calibration", type=int, default=64 << 10, help="bytes of text that mlx-lm's quantizers get")
+    options = parser.parse_args()
+    kinds: dict[str, Callable[[Path], None]] = {}
+    if options.gguf:
+        kinds["SmolLM2"] = lambda output: floats_of(options.gguf, output, False)
+        kinds["SmolLM2, dithered"] = lambda output: floats_of(options.gguf, output, True)
+    for name in ("qwen3", "gemma3"):
+        if (folder := options.trained / name / "config.json").exists():
+            kinds[f"trained {name}"] = lambda output, folder=folder: in_float32(folder.parent, output)
+    results: dict[str, dict[str, Any]] = {}
+    for name, prepare in kinds.items():
+        place, trained = options.work / name.replace(", ", "-").replace(" ", "-"), name.startswith("trained")
+        original, kept = place / "original", place / "results.json"
+        if not (original / "model.safetensors").exists():
+            prepare(original)
+        rows = results[name] = json.loads(kept.read_text()) if kept.exists() else {}
+        texts, calibration = read(options, name)
+        for variant, make in makers(options, calibration, trained, rows).items():
+            if variant in rows or not all(word in f"{name}: {variant}" for word in options.only):
+                continue
+            folder = place / variant.replace(", ", "-").replace(" ", "-")
+            try:
+                rows[variant] = measure(original, folder, make, texts, options.tokens)
+            except (MlxArchError, subprocess.CalledProcessError, ImportError, SystemExit, KeyError) as error:
+                print(f"{name}: {variant} was not measured: {type(error).__name__}: {error}")
+                continue
+            kept.write_text(json.dumps(rows, indent=1))
+            print(f"{name}: {variant}: KL {rows[variant]['all']['kl_mean']['value']:.4f}", flush=True)
+    show(results)
+
+
+def read(options: argparse.Namespace, name: str) -> tuple[list[Text], str]:
+    """The texts to judge by, and another one for those quantizers that want to see text."""
+    held_out = [path.read_text() for path in sorted(options.trained.glob("*/heldout.txt"))][:1]
+    calibration = held_out[0][-options.calibration :] if held_out else ""
+    if not name.startswith("trained"):
+        return bundled(), calibration
+    third = len(held_out[0]) // 3
+    return [Text(f"held out {i + 1}", held_out[0][i * third : (i + 1) * third]) for i in range(2)], calibration
+
+
+if __name__ == "__main__":
+    main()
