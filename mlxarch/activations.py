@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlxarch.blocks import CausalLM
+from mlxarch.blocks import CausalLM, Step
 from mlxarch.cache import Cache
 
 # MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then: about
@@ -27,6 +27,8 @@ VIEWS |= {"Transpose", "Unflatten", "View"}
 # These cannot write over an input, even if nobody else needs it
 KEEPING = {"AddMM", "ArgPartition", "ArgSort", "Concatenate", "Gather", "GatherAxis", "GatherMM", "GatherQMM"}
 KEEPING |= {"Matmul", "QuantizedMatmul", "Reduce", "ScaledDotProductAttention"}
+WIDTH = 20  # operations side by side that MLX looks at (MLX_BFS_MAX_WIDTH)
+MARK = "StopGradient"  # of ``blocks.pace``: what went before the last but one of these has been computed
 Skip = Callable[[tuple[int, ...]], bool]
 
 
@@ -85,8 +87,11 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip =
                 outputs = [name for name, *_ in item["outputs"]]
             case "primitive":
                 steps.append(item)
+    steps = in_order(steps, outputs)
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
+    done = 0
     under_way: deque[set[str]] = deque()
+    marks: list[int] = []  # where arrays were waited for: only what stands behind the last but one is under way
     for step in steps:
         read, made = [name for name, *_ in step["inputs"]], step["outputs"]
         taken = _taken_over(step, uses, memory)
@@ -106,11 +111,49 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip =
             if not uses[name]:
                 memory.forget(name)
         under_way.append(held)
-        while len(under_way) > ahead:
+        done += 1
+        if step["name"] == MARK:
+            marks.append(done)
+        oldest = max(done - ahead, marks[-2] if len(marks) > 1 else 0)
+        while len(under_way) > done - oldest:
             for buffer in under_way.popleft():
                 memory.pending[buffer] -= 1
                 memory.release(buffer)
     return memory.peak
+
+
+def in_order(steps: Sequence[dict[str, Any]], outputs: Sequence[str]) -> list[dict[str, Any]]:
+    """The operations in the order in which MLX runs them to have the ``outputs``.
+
+    It goes from the outputs to the inputs, level by level while fewer than ``WIDTH`` operations wait there and else in
+    depth first, and runs them backwards.
+    """
+    maker = {name: index for index, step in enumerate(steps) for name, *_ in step["outputs"]}
+    needs = {index: [maker[name] for name, *_ in step["inputs"] if name in maker] for index, step in enumerate(steps)}
+    needs[-1] = [maker[name] for name in outputs if name in maker]
+    wanted, todo = Counter[int](), [-1]
+    seen = set(todo)
+    while todo:
+        for index in needs[todo.pop()]:
+            wanted[index] += 1
+            if index not in seen:
+                seen.add(index)
+                todo.append(index)
+    order, later, at = [-1], [], 0
+    while at < len(order) or later:
+        if at < len(order):
+            current, first, at = order[at], 0, at + 1
+        else:
+            current, first = later.pop()
+        for place in range(first, len(needs[current])):
+            if len(order) - at >= WIDTH:
+                later.append((current, place))
+                break
+            index = needs[current][place]
+            wanted[index] -= 1
+            if not wanted[index]:
+                order.append(index)
+    return [steps[index] for index in reversed(order[1:])]
 
 
 def _taken_over(step: dict[str, Any], uses: Counter[str], memory: _Memory) -> str | None:
@@ -132,6 +175,7 @@ def step_bytes(
     model: CausalLM,
     caches: Sequence[Cache | None],
     tokens: int,
+    layers: Sequence[int],
     *,
     skip: Skip = lambda shape: False,
 ) -> int:
@@ -140,18 +184,21 @@ def step_bytes(
     Args:
         model: with ``stand_ins`` for its weights.
         caches: as ``fill`` leaves them; they are of no other use.
+        layers: that stand for all of them, in their order.
         skip: see ``peak_bytes``.
     """
-    states = [_arrays(cache) for cache in caches]
-    held = [array for state in states for _, array in state]
+    chosen = [caches[index] for index in layers]
+    held = [array for cache in chosen for _, array in _arrays(cache)]
     items: list[dict[str, Any]] = []
 
     def step(ids: mx.array, *arrays: mx.array) -> list[mx.array]:
-        new = iter(arrays)
-        for cache in caches:
+        new, shared = iter(arrays), Step(tokens, caches)
+        for cache in chosen:
             _replace(cache, lambda _: next(new))
-        state = model.states(ids, caches)
-        return [state, *(array for cache in caches for _, array in _arrays(cache))]
+        state = model.embed(ids, shared)
+        for index in layers:
+            state = model.layers[index](state, shared, caches[index])
+        return [array for cache in chosen for _, array in _arrays(cache)]
 
     mx.export_function(items.append, step, mx.zeros((1, tokens), mx.int32), *held)
     return peak_bytes(items, skip=skip) - sum(array.nbytes for array in held)

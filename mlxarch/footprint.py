@@ -14,7 +14,7 @@ from mlxarch.activations import fill, stand_ins, step_bytes
 from mlxarch.blocks import CausalLM, Chunked, Embedding, ExpertLinear, Quantization, Router, Sliding
 from mlxarch.blocks.linear import Matrix
 from mlxarch.blocks.span import Latent
-from mlxarch.quantize.formats import fitting
+from mlxarch.packing import vector_bytes
 from mlxarch.quantize.plan import make_plan
 from mlxarch.registry import architecture
 from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
@@ -22,6 +22,7 @@ from mlxarch.tracing import trace
 from mlxarch.weights import Resolved
 
 Kind = Literal["attention", "feed-forward", "experts", "embeddings", "head", "per-layer embeddings", "others"]
+SAMPLE = 2  # layers of each kind that stand for all of it
 KV_GROUP = 64  # elements of a packed key or value that share a scale
 FUSED_HEAD = 128  # features of a head up to which MLX's kernels for several queries go
 LOGITS = 16  # bytes for each entry of the vocabulary: logits, sorted, as chances, and one over
@@ -58,18 +59,12 @@ class LayerCache:
 
     def tokens(self, context: int) -> int:
         """That it has room for where ``context`` are planned for."""
-        return context if self.window is None else self.window
+        return context if self.window is None else min(context, self.window)
 
     def nbytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
         """Of the arrays."""
-        return self.tokens(context) * sum(heads * _row(size, float_bytes, kv_bits) for heads, size in self.vectors)
-
-
-def _row(features: int, float_bytes: int, bits: int | None) -> int:
-    fit = fitting(Quantization(bits, KV_GROUP), features) if bits else None
-    if fit is None:
-        return features * float_bytes
-    return features * fit.bits // 8 + 2 * (features // fit.group_size) * float_bytes
+        kv = Quantization(kv_bits, KV_GROUP) if kv_bits else None
+        return self.tokens(context) * sum(heads * vector_bytes(size, kv, float_bytes) for heads, size in self.vectors)
 
 
 @dataclass(frozen=True)
@@ -164,6 +159,7 @@ class Blueprint:
         self._widths: dict[tuple[int | None, int], Footprint] = {}
         self._steps: dict[tuple[Any, ...], int] = {}
         self._kinds = {path: _kind(path, modules) for path in tensors}
+        self._typical = _typical(model)
         self._outline = _outline(name, model)
         self.longest = self._outline.longest
         self.packed = any(isinstance(t, Packed) and path in self.matrices for path, t in tensors.items())
@@ -182,7 +178,7 @@ class Blueprint:
     def _activations(self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None) -> int:
         model, tokens = self.build(), min(chunk, context)
         stand_ins(model, mx.float32 if float_bytes == 4 else mx.bfloat16)
-        caches = model.make_caches(context)
+        caches = model.make_caches(context, kv=kv)
         fill(model, caches, context - tokens)
         sizes = {getattr(layer.self_attn, "head_size", 0) for layer in model.layers}
         scores = (
@@ -190,11 +186,7 @@ class Blueprint:
             if not fused or max(sizes) > FUSED_HEAD
             else (lambda shape: len(shape) > 3 and shape[-2] == tokens and shape[-1] >= tokens)
         )
-        try:
-            found = step_bytes(model, caches, tokens, skip=scores)
-        except ValueError:  # it evaluates some of its arrays, so that the others need not wait for their memory
-            return self.activations(max(context // 2, 1), chunk, float_bytes, fused, kv)
-        return found + LOGITS * model.vocab_size
+        return step_bytes(model, caches, tokens, self._typical, skip=scores) + LOGITS * model.vocab_size
 
     def at(self, bits: int | None = None, group_size: int = 64) -> Footprint:
         """At ``bits`` as the quantizer would write it (16: without packing); None takes the tensors as they are.
@@ -268,6 +260,18 @@ def _kind(path: str, modules: Mapping[str, nn.Module]) -> tuple[Kind, int | None
     if not isinstance(module, Matrix) or not module.quantizable:
         return "others", layer
     return ("attention" if "self_attn" in parts else "feed-forward" if layer is not None else "others"), layer
+
+
+def _typical(model: CausalLM) -> list[int]:
+    """A few layers of each kind, which stand for all."""
+    seen: Counter[object] = Counter()
+    found = []
+    for index, layer in enumerate(cast(list[Any], model.layers)):
+        shapes = tuple(array.shape for _, array in cast(list[Any], tree_flatten(layer.parameters())))
+        kind = (getattr(layer.self_attn, "span", None), shapes)
+        seen[kind] += 1
+        found += [index] if seen[kind] <= SAMPLE else []
+    return found
 
 
 def _outline(name: str, model: CausalLM) -> Footprint:

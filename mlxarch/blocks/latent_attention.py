@@ -10,6 +10,7 @@ from mlxarch.blocks.head_linear import HeadLinear
 from mlxarch.blocks.latent_config import LatentConfig
 from mlxarch.blocks.linear import Linear, SharedInput
 from mlxarch.blocks.norms import RMSNorm
+from mlxarch.blocks.pace import two_under_way
 from mlxarch.blocks.rope import RoPE
 from mlxarch.blocks.scores import LEAST, Mask
 from mlxarch.blocks.span import Latent
@@ -102,8 +103,7 @@ class LatentAttention(nn.Module):
         for part in (slice(first, first + some) for first in range(0, heads, some)):
             outs.append(form(q[:, part], turned[:, part], held, latents, mask, part))
             if some < heads:  # two parts are under way at a time, or the scores of all would be there at once
-                mx.async_eval(outs[-1])
-                mx.eval(outs[-2:-1])
+                outs[-1:] = two_under_way(outs[-1:], outs[-2:-1])
         return mx.concatenate(outs, axis=1)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:

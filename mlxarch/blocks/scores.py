@@ -5,6 +5,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from mlxarch.blocks.pace import two_under_way
 from mlxarch.cache import Held, Made
 
 Mask = mx.array | Literal["causal"] | None
@@ -47,8 +48,8 @@ def attend_by_scores(
         out = mx.unflatten(_product(weights, values, False), 2, (-1, length))
         before, state = state, merge(state, (mx.logsumexp(scores, axis=-1, keepdims=True), out))
         if length > 1 and at_once < held:  # two blocks are under way at a time, or all might be there at once
-            mx.async_eval(*state)
-            mx.eval(*(before or ()))
+            total, out = two_under_way(state, before or ())
+            state = total, out
     assert state is not None
     return state[1].astype(q.dtype).reshape(batch, heads, length, -1)
 

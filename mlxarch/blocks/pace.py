@@ -1,0 +1,19 @@
+"""Large arrays one after the other: MLX prepares as much as it is given, and would hold all of them at once."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+
+def two_under_way(newest: Sequence[mx.array], before: Sequence[mx.array]) -> list[mx.array]:
+    """Begin to compute ``newest``, and wait for those ``before``; returns the newest.
+
+    Where MLX only lists the operations of a step (``mx.export_function``), nothing can be computed: there the last of
+    the newest bears a mark, which ``mlxarch.activations`` knows.
+    """
+    try:
+        mx.async_eval(*newest)
+    except ValueError:
+        return [*newest[:-1], mx.stop_gradient(newest[-1])]
+    mx.eval(*before)
+    return list(newest)
