@@ -29,6 +29,7 @@ COMMANDS = {
     "rm": ("models", "Remove models that mlxarch made."),
     "compare": ("compare", "Compare architectures, from their configs alone."),
     "quantize": ("quantize", "Write a checkpoint as a folder of MLX weights, quantized."),
+    "eval": ("evaluate", "Measure perplexity, and how far a model is from its original."),
     "slice": ("slice", "Write a smaller Gemma 3n out of the whole one."),
     "paths": ("models", "Print where files are kept."),
 }

@@ -83,7 +83,7 @@ def keep(logits: Array, targets: Array, kept: int, draws: int, seed: int, first:
     count, vocabulary = logits.shape
     rows = np.arange(count)
     if kept >= vocabulary:
-        ids = np.broadcast_to(np.arange(vocabulary, dtype=np.int32), logits.shape)
+        ids = np.tile(np.arange(vocabulary, dtype=np.int32), (count, 1))
         draws = 0
     else:
         ids = np.sort(np.argpartition(-logits, kept, axis=-1)[:, :kept], axis=-1).astype(np.int32)

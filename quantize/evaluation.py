@@ -35,15 +35,13 @@ class Settings:
         seed: of the draws.
         kept, draws: of each of the original's distributions: the likeliest tokens, and draws from the others;
             ``kept`` grows until the result is precise.
-        dtype: what the models compute in; None is what ``load_model`` chooses.
     """
 
     tokens: int = 512
     context: int = 256
     seed: int = 0
-    kept: int = 512
+    kept: int = 2048
     draws: int = 64
-    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,19 +86,20 @@ def evaluate(
     *,
     texts: Sequence[Text] | None = None,
     settings: Settings | None = None,
-    batch: int = 4,
+    batch: int = 8,
     progress: Progress = silent,
 ) -> Evaluation:
     """Perplexity and, against an original, the divergence KL(original || model) in nats per token.
 
-    One model is in memory at a time: first the original, of whose distributions the essential part is kept (and
-    stored, so that it need not run for the next variant), then the other. The original against itself gives exactly 0.
+    A layer of one model is in memory at a time, so that neither has to fit. The original is read first, and the
+    essential part of its distributions kept (and stored: it need not be read for the next variant). Against itself it
+    gives exactly 0. All is computed in float32.
 
     Args:
         model, against: folders that ``load_model`` takes.
         texts: by default those that come with the package.
-        batch: windows that are read at once; it changes nothing but the speed and the memory.
-        progress: told the bytes of text that have been read.
+        batch: windows that are computed at once; it changes nothing but the speed and the memory.
+        progress: told the bytes of weights that have been read.
 
     Raises:
         InvalidInput: a setting out of range, texts that are too short, or vocabularies that differ.
@@ -141,20 +140,11 @@ class _Reader:
 
     def __init__(self, read: list[Passage], settings: Settings, batch: int, progress: Progress) -> None:
         self.read, self.settings, self.batch, self.progress = read, settings, batch, progress
-        self.tokens = sum(len(passage.positions) for passage in read)
-        self.bytes = sum(len(passage.text.content.encode()) for passage in read)
 
     def scores(self, subject: Subject, label: str) -> Iterator[Scores]:
-        """Of a model that is in memory as long as this runs."""
-        model = subject.load(self.settings.dtype, self.progress)
-        try:
-            for part in scores(model, self.read, self.batch):
-                yield part
-                done = part.first + len(part.targets)
-                self.progress(label, self.bytes * done // self.tokens, self.bytes)
-        finally:
-            del model
-            mx.clear_cache()
+        """Of a model, a layer of which is in memory at a time."""
+        with subject.opened() as resolved:
+            yield from scores(resolved, self.read, self.batch, self.progress, label)
 
     def compared(self, subject: Subject, original: Subject) -> tuple[Kept, Comparison]:
         """Both models' distributions side by side, precisely enough."""
@@ -178,7 +168,7 @@ class _Reader:
                 "windows": [passage.windows for passage in self.read],
                 "device": str(mx.default_device()),
                 "mlx": version("mlx"),
-                **{field: getattr(self.settings, field) for field in ("kept", "draws", "seed", "dtype")},
+                **{field: getattr(self.settings, field) for field in ("kept", "draws", "seed")},
             }
         )
         if (stored := references.load(name)) is not None:

@@ -1,5 +1,6 @@
 """Reference distributions on the disk: what a large model said of some texts, so that it need not say it again."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -59,7 +60,8 @@ def store(name: str, kept: Kept) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         logger.warning("%s could not be kept: %s", path, error.strerror or error)
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def _make_room(needed: int) -> None:

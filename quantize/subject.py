@@ -1,20 +1,20 @@
-"""A model that is judged: how to load it, how large it is, and what identifies it."""
+"""A model that is judged: where its weights come from, how large it is, and what identifies it."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from mlxarch.blocks import CausalLM
 from mlxarch.checkpoint import Shard
-from mlxarch.loading import load_model
-from mlxarch.progress import Progress
 from mlxarch.quantize import hashes
 from mlxarch.tensors import Packed, Tensor
 from mlxarch.tokenizer import Tokenizer
-from mlxarch.weights import open_source, resolve
+from mlxarch.weights import Resolved, open_source, resolve
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Subject:
 
     Attributes:
         vocabulary: tokens that it has logits for; ``tokenizer`` may know fewer.
-        load: (dtype, progress) -> the model.
+        opened: its weights, as long as they are needed.
         identity: changes with any byte of its weights or of its config.
     """
 
@@ -41,7 +41,7 @@ class Subject:
     size: Size
     vocabulary: int
     tokenizer: Tokenizer
-    load: Callable[[str | None, Progress], CausalLM]
+    opened: Callable[[], AbstractContextManager[Resolved]]
     identity: Callable[[], str]
 
     @classmethod
@@ -52,7 +52,7 @@ class Subject:
             CheckpointError, ConfigError, TokenizerError: it is not sound.
         """
         folder = Path(folder)
-        source = open_source(folder)
+        tokenizer, source = Tokenizer.from_folder(folder), open_source(folder)
         resolved = resolve(source)
         for shard in source.shards:
             shard.close()
@@ -60,10 +60,21 @@ class Subject:
             folder.resolve().name,
             size_of(resolved.parameters.values(), source.shards),
             resolved.model.vocab_size,
-            Tokenizer.from_folder(folder),
-            lambda dtype, progress: load_model(folder, dtype=dtype, progress=progress)[0],
+            tokenizer,
+            partial(_opened, folder),
             lambda: identity(source.shards, source.config),
         )
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Resolved]:
+    source = open_source(folder)
+    try:
+        yield resolve(source)
+        source.check_unchanged()
+    finally:
+        for shard in source.shards:
+            shard.close()
 
 
 def size_of(tensors: Iterable[Tensor], shards: Iterable[Shard]) -> Size:
@@ -80,7 +91,7 @@ def size_of(tensors: Iterable[Tensor], shards: Iterable[Shard]) -> Size:
     )
 
 
-def identity(shards: Iterable[Shard], config: dict) -> str:
+def identity(shards: Iterable[Shard], config: dict[str, Any]) -> str:
     """Of the bytes of weight files, and a config."""
     facts = hashes.sha256(shard.path for shard in shards) | {"config": json.dumps(config, sort_keys=True)}
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
