@@ -2,13 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlxarch.blocks import Cache, CausalLM
+from mlxarch.blocks import Cache, CausalLM, Quantization
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
 from mlxarch.sampling import Sampler, Sampling
+from mlxarch.streaming.embeddings import late_rows
+from mlxarch.streaming.prefill import prefill as prefill_by_layers
+from mlxarch.streaming.prefill import segments
 
 
 def prefill_chunk() -> int:
@@ -164,19 +168,49 @@ def evaluate(caches: Sequence[Cache | None]) -> None:
 
 def prefill(model: CausalLM, session: Session, prompt: Sequence[int]) -> mx.array:
     """Feed what the session does not hold yet of ``prompt``, and return the logits (1, V) behind its last token."""
-    rest, size = list(prompt[len(session.tokens) :]), prefill_chunk()
+    chunks = [mx.array([chunk]) for chunk in _chunks(prompt[len(session.tokens) :])]
+
+    def taken(count: int) -> None:
+        session.tokens += prompt[len(session.tokens) :][:count]
+
+    state = _feed(model, chunks, session.caches, taken)
+    return model.head(state[:, -1:])[:, 0]
+
+
+def _feed(
+    model: CausalLM,
+    chunks: Sequence[mx.array],
+    caches: Sequence[Cache | None],
+    taken: Callable[[int], None] = lambda count: None,
+) -> mx.array:
+    """Let the caches take in chunks (B, L) of tokens, and return the state behind the last layer, of the last chunk.
+
+    ``taken`` is told whenever the caches hold so many tokens (L) more.
+    """
+    *before, last = segments(model, chunks) if model.streaming is not None else [[chunk] for chunk in chunks]
+    for some in before:
+        _pass(model, some, caches)
+        evaluate(caches)
+        taken(sum(chunk.shape[1] for chunk in some))
+    state = _pass(model, last, caches)
+    taken(sum(chunk.shape[1] for chunk in last))
+    return state
+
+
+def _pass(model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache | None]) -> mx.array:
+    return model.states(chunks[0], caches) if len(chunks) == 1 else prefill_by_layers(model, chunks, caches)
+
+
+def _chunks(tokens: Sequence[int]) -> list[list[int]]:
+    """What of a prompt runs at once."""
+    rest, size, chunks = list(tokens), prefill_chunk(), []
     # a pass for the caches alone skips what its last layer makes of them: where a pass for one token costs little,
     # all tokens but the last go that way
     last = 1 if mx.default_device() == mx.cpu else size
     while len(rest) > last:
         count = min(size, len(rest) - 1)
-        chunk, rest = rest[:count], rest[count:]
-        model.states(mx.array([chunk]), session.caches)
-        evaluate(session.caches)
-        session.tokens += chunk
-    state = model.states(mx.array([rest]), session.caches)
-    session.tokens += rest
-    return model.head(state[:, -1:])[:, 0]
+        chunks, rest = [*chunks, rest[:count]], rest[count:]
+    return [*chunks, rest]
 
 
 def decode(
@@ -184,7 +218,8 @@ def decode(
 ) -> Iterator[tuple[int, Timings]]:
     """Generate up to ``limit`` tokens; the caller stops earlier by closing the iterator.
 
-    The next step's graph is queued before the current token is read, so the device never waits for the host.
+    The next step's graph is queued before the current token is read, so the device never waits for the host. Where
+    rows of embeddings come from the disk, it is built before and queued as soon as they are read.
     ``session`` holds at any time just the tokens that its caches have taken in.
 
     Yields:
@@ -196,16 +231,20 @@ def decode(
     """
     begin, turn = time.perf_counter(), session.begin(model)
     timings = Timings(len(prompt), session.keep_common(prompt))
-    sampler = Sampler(sampling, model.vocab_size, [prompt])
+    sampler, late = Sampler(sampling, model.vocab_size, [prompt]), late_rows(model)
     try:
         token, checked = _sample(sampler, prefill(model, session, prompt))
         for index in range(limit):
             following = None
             if index + 1 < limit:
-                state = model.states(token[None], session.caches)
-                following = _sample(sampler, model.head(state)[:, 0])
+                with late or nullcontext():
+                    state = model.states(token[None], session.caches)
+                following = _sample(sampler, model.head(state)[:, 0], begin=late is None)
             [value] = _read(checked, index)
             if following is not None:
+                if late is not None:
+                    late.fill([value])
+                    mx.async_eval(following, sampler.state)
                 session.tokens.append(value)
                 token, checked = following
             timings.record(index, time.perf_counter() - begin)
@@ -218,9 +257,16 @@ def decode(
 
 
 def decode_batch(
-    model: CausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int, timings: Timings
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limit: int,
+    timings: Timings,
+    kv: Quantization | None = None,
 ) -> Iterator[list[int]]:
-    """Generate for several prompts at once, padded on the left to one length. ``timings`` is kept up to date.
+    """Generate for several prompts at once, padded on the left to one length.
+
+    ``timings`` is kept up to date; ``kv`` says how keys and values are packed.
 
     Yields:
         One token for each row, up to ``limit`` times.
@@ -230,24 +276,21 @@ def decode_batch(
     """
     begin, longest = time.perf_counter(), max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    caches = model.make_caches(padding=padding)
+    caches = model.make_caches(padding=padding, kv=kv)
     sampler = Sampler(sampling, model.vocab_size, prompts)
     tokens = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     size = prefill_chunk()
-    while tokens.shape[1] > size:
-        model.states(tokens[:, :size], caches)
-        evaluate(caches)
-        tokens = tokens[:, size:]
+    chunks = [tokens[:, start : start + size] for start in range(0, longest, size)]
     for index in range(limit):
-        state = model.states(tokens, caches)
+        state = _feed(model, chunks, caches)
         row, checked = _sample(sampler, model.head(state[:, -1:])[:, 0])
         values = _read(checked, index)
         timings.record(index, time.perf_counter() - begin, len(prompts))
         yield values
-        tokens = row[:, None]
+        chunks = [row[:, None]]
 
 
-def _sample(sampler: Sampler, logits: mx.array) -> tuple[mx.array, mx.array]:
+def _sample(sampler: Sampler, logits: mx.array, begin: bool = True) -> tuple[mx.array, mx.array]:
     """Queue the next tokens (B,), and the same with -1 where the logits of the row were not finite.
 
     The first are always safe to use as an index, the second tell in a single read from the device.
@@ -257,7 +300,8 @@ def _sample(sampler: Sampler, logits: mx.array) -> tuple[mx.array, mx.array]:
     checked = mx.where(mx.isfinite(mx.logsumexp(logits, axis=-1)), tokens.astype(mx.int32), -1)
     # the sampler's state too: MLX's unevaluated arrays belong to the thread that made them, and between two tokens
     # nothing may be left to this one
-    mx.async_eval(checked, sampler.state)
+    if begin:
+        mx.async_eval(checked, sampler.state)
     return tokens, checked
 
 

@@ -6,13 +6,14 @@ from mlxarch.blocks.linear import Matrix
 
 
 class Router(Matrix):
-    """Rates the experts for every token, in float32 whatever the model computes in. A subclass chooses among them.
+    """Rates the experts for every token, in float32 whatever the model computes in. A subclass chooses ``k`` of them.
 
     Shape:
         x: (B, L, dim) -> experts (B, L, k), their weights (B, L, k) in float32; logits: (B, L, dim) -> (B, L, E)
     """
 
     quantizable = False
+    k: int
 
     def __init__(self, dim: int, experts: int, bias: bool = False) -> None:
         super().__init__(experts, dim)

@@ -98,6 +98,7 @@ class StreamedExperts:
         self._slots: OrderedDict[int, int] = OrderedDict()  # expert -> slot, the least recently used first
         self._free = list(range(bank.slots))
         self._place = np.full(records.count, -1)  # slot of an expert
+        self.dim = next(part.shape[0] for part in records.parts if part.name == "down_proj.weight")
         self._calls: list[Call] | None = None
         self._results: Iterator[mx.array] | None = None
 
@@ -113,7 +114,7 @@ class StreamedExperts:
             if self._calls is not None:
                 self._calls.append(Call(x, chosen))
                 return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
-            return self.run([Call(x, chosen)])[0]
+            return self.run([Call(x, chosen)], decoding=chosen.shape[1] == 1)[0]
 
     # Several calls as one ---------------------------------------------------------------------------------------------
 
@@ -135,14 +136,16 @@ class StreamedExperts:
         finally:
             self._results = None
 
-    def run(self, calls: Sequence[Call]) -> list[mx.array]:
-        """Carry out calls together: each expert that any of them needs is read at most once."""
+    def run(self, calls: Sequence[Call], decoding: bool = False) -> list[mx.array]:
+        """Carry out calls together: each expert that any of them needs is read at most once.
+
+        ``decoding`` only counts: whether the pass is over one new token.
+        """
         stats, begin = self.shared.stats, time.perf_counter()
         mx.eval([call.chosen for call in calls])
         self.shared.finish()
         ids = np.concatenate([call.ids for call in calls])
         stats.sync_seconds += time.perf_counter() - begin
-        decoding = len(calls) == 1 and calls[0].chosen.shape[1] == 1
         if decoding and self.layer == min(self.shared.layers):
             stats.token(calls[0].chosen.shape[0])
         counts = np.bincount(ids, minlength=self.records.count)

@@ -1,19 +1,14 @@
 """A model whose experts are read from the disk computes what it computes with all of them in memory, bit for bit."""
 
-import hashlib
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from mlxarch.blocks import CausalLM, Quantization
+from mlxarch.blocks import Quantization
 from mlxarch.execution import Execution
-from mlxarch.generation import Session, decode
 from mlxarch.loading import load_model
-from mlxarch.sampling import Sampling
-from mlxarch.streaming.attach import experts_of
-from mlxarch.weights import open_source, resolve
+from streamed import fingerprint, load
 from tiny_moe import make_moe
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
@@ -23,29 +18,6 @@ ROUTERS = (
     "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "kimi_k2", "glm4_moe",
     "glm45_air", "llama4_scout", "llama4_maverick", "grok2",
 )  # fmt: skip
-
-
-def slots(folder: Path, count: int) -> tuple[int, ...]:
-    """``count`` in every layer that has experts."""
-    resolved = resolve(open_source(folder))
-    return tuple(count if layer in experts_of(resolved) else 0 for layer in range(len(resolved.model.layers)))
-
-
-def load(folder: Path, count: int | None = None) -> CausalLM:
-    execution = Execution() if count is None else Execution(slots=slots(folder, count))
-    return load_model(folder, dtype="float32", execution=execution)[0]
-
-
-def fingerprint(model: CausalLM, prompt: int = 70, tokens: int = 6) -> str:
-    """Of the logits of a long pass, of a pass on top of it, of single steps, and of the tokens that are generated."""
-    ids = np.random.default_rng(1).integers(0, model.vocab_size, prompt)
-    seen, caches = hashlib.sha256(), model.make_caches()
-    for some in (ids[: prompt // 2], ids[prompt // 2 : -3], *ids[-3:, None]):
-        seen.update(np.asarray(model(mx.array(some[None]), caches)).tobytes())
-    session = Session(model.make_caches(), renew=model.make_caches)
-    seen.update(repr([token for token, _ in decode(model, session, ids.tolist(), Sampling(), tokens)]).encode())
-    seen.update(np.asarray(mx.concatenate([a.flatten() for c in session.caches if c for a in c.arrays()])).tobytes())
-    return seen.hexdigest()
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

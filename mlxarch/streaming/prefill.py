@@ -1,0 +1,118 @@
+"""A prompt goes through a model layer by layer, all of it, so that each expert it needs is read once."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks import CausalLM, Router, Step
+from mlxarch.blocks.layer import Layer
+from mlxarch.cache import Cache
+from mlxarch.streaming.experts import StreamedExperts
+
+HELD = 256 << 20  # bytes of the experts' outputs and all else that is held for every token of a prompt
+STATES = 4  # of these, arrays of the hidden size: the state before and behind, attention's output, the experts' input
+
+
+def segments(model: CausalLM, chunks: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+    """The chunks (B, L) of a prompt, so many together as ``HELD`` allows, one at least: how many that is does not
+    depend on the slots.
+    """
+    size = max(layer.dim for layer in model.streaming.layers.values())
+    chosen = max((m.k for m in model.modules() if isinstance(m, Router)), default=1)
+    most = HELD // (size * 4 * (chosen + STATES))
+    some: list[mx.array] = []
+    for chunk in chunks:
+        if some and sum(c.size for c in some) + chunk.size > most:
+            yield some
+            some = []
+        some.append(chunk)
+    if some:
+        yield some
+
+
+def prefill(model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache | None]) -> mx.array:
+    """Token ids (B, L) of successive chunks of a prompt -> the state behind the last layer, of the last chunk.
+
+    Every product has the shape that it has where the chunks pass through all layers one after the other; only what
+    the experts do is put off until all chunks have chosen theirs. So the numbers are the same.
+    """
+    steps, before = list[Step](), 0
+    for chunk in chunks:
+        steps.append(Step(chunk.shape[1], caches))
+        steps[-1].offset = steps[-1].offset + before  # the caches take the chunks before it in first
+        before += chunk.shape[1]
+    states = [model.embed(chunk, step) for chunk, step in zip(chunks, steps, strict=True)]
+    for number, (layer, cache) in enumerate(zip(model.layers, caches, strict=True)):
+        # behind the last layer only the last chunk is asked for: of the others, what the caches hold is computed
+        first = len(chunks) - 1 if number == len(model.layers) - 1 else 0
+        experts = model.streaming.layers.get(number)
+        if experts is None:
+            _one_by_one(layer, states, steps, cache, first)
+        else:
+            _together(layer, experts, states, steps, cache, first)
+    return states[-1]
+
+
+def _one_by_one(layer: Layer, states: list[mx.array], steps: Sequence[Step], cache: Cache | None, first: int) -> None:
+    """Replace the states from ``first`` on by those behind the layer."""
+    for number, step in enumerate(steps):
+        states[number] = layer(states[number], step, cache)
+        mx.eval(_arrays(cache), states[number] if number >= first else [])
+
+
+def _together(
+    layer: Layer,
+    experts: StreamedExperts,
+    states: list[mx.array],
+    steps: Sequence[Step],
+    cache: Cache | None,
+    first: int,
+) -> None:
+    """As ``_one_by_one``; the experts are read once for all chunks.
+
+    The layer runs twice over each chunk: up to the experts, to know which are chosen, and from there on. What attention
+    gave the first time is kept for the second; nothing else that costs time is computed twice.
+    """
+    with experts.shared.lock, _remembering(layer) as kept:
+        with experts.collecting() as calls:
+            for number, step in enumerate(steps):
+                layer(states[number], step, cache)
+                wanted = [kept[step], calls[-1].x, calls[-1].chosen] if number >= first else []
+                mx.eval(_arrays(cache), wanted)
+        with experts.replaying(experts.run(calls[first:])):
+            for number in range(first, len(steps)):
+                states[number] = layer(states[number], steps[number], cache)
+                mx.eval(states[number])
+                del kept[steps[number]]
+
+
+def _arrays(cache: Cache | None) -> list[mx.array]:
+    return [] if cache is None else cache.arrays()
+
+
+class _Remembered(nn.Module):
+    """Attention that computes once for each step: whoever asks again gets the same."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+        self._kept: dict[Step, mx.array] = {}
+
+    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+        if step not in self._kept:
+            self._kept[step] = self.attention(x, step, cache)
+        return self._kept[step]
+
+
+@contextmanager
+def _remembering(layer: Any) -> Iterator[dict[Step, mx.array]]:
+    """Within, the layer's attention is ``_Remembered``; gives what it keeps."""
+    attention = layer.self_attn
+    layer.self_attn = remembered = _Remembered(attention)
+    try:
+        yield remembered._kept
+    finally:
+        layer.self_attn = attention

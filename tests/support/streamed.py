@@ -1,0 +1,38 @@
+"""Models of which some experts are in memory, and a fingerprint of all that a model computes."""
+
+import hashlib
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlxarch.blocks import CausalLM
+from mlxarch.execution import Execution
+from mlxarch.generation import Session, decode
+from mlxarch.loading import load_model
+from mlxarch.sampling import Sampling
+from mlxarch.streaming.attach import experts_of
+from mlxarch.weights import open_source, resolve
+
+
+def slots(folder: Path, count: int) -> tuple[int, ...]:
+    """``count`` in every layer that has experts."""
+    resolved = resolve(open_source(folder))
+    return tuple(count if layer in experts_of(resolved) else 0 for layer in range(len(resolved.model.layers)))
+
+
+def load(folder: Path, count: int | None = None) -> CausalLM:
+    execution = Execution() if count is None else Execution(slots=slots(folder, count))
+    return load_model(folder, dtype="float32", execution=execution)[0]
+
+
+def fingerprint(model: CausalLM, prompt: int = 70, tokens: int = 6) -> str:
+    """Of the logits of a long pass, of a pass on top of it, of single steps, and of the tokens that are generated."""
+    ids = np.random.default_rng(1).integers(0, model.vocab_size, prompt)
+    seen, caches = hashlib.sha256(), model.make_caches()
+    for some in (ids[: prompt // 2], ids[prompt // 2 : -3], *ids[-3:, None]):
+        seen.update(np.asarray(model(mx.array(some[None]), caches)).tobytes())
+    session = Session(model.make_caches(), renew=model.make_caches)
+    seen.update(repr([token for token, _ in decode(model, session, ids.tolist(), Sampling(), tokens)]).encode())
+    seen.update(np.asarray(mx.concatenate([a.flatten() for c in session.caches if c for a in c.arrays()])).tobytes())
+    return seen.hexdigest()
