@@ -1,4 +1,6 @@
-"""Number formats of other makers, as tensors that MLX can compute with: float8 in blocks, MXFP4, compressed-tensors."""
+"""Number formats of other makers, as tensors that MLX can compute with: float8 in blocks, MXFP4, compressed-tensors,
+AWQ, GPTQ.
+"""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxarch import awq_gptq
 from mlxarch.blocks import Quantization
 from mlxarch.encodings import Fp8Blocks, Mapped, Words
 from mlxarch.errors import CheckpointError, ConfigError
@@ -55,6 +58,8 @@ def unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
         return _float_quantized(stored, "channel")
     if method == "mxfp4":
         return _mxfp4(stored)
+    if method in awq_gptq.KNOWN:
+        return awq_gptq.unpack(stored, awq_gptq.settings_of(foreign))
     if method and method not in KEPT_AS_THEY_ARE:
         raise ConfigError(
             f"config.json: the weights are packed by {method!r}, which mlxarch does not read; take the original "

@@ -33,6 +33,7 @@ DTYPES = {
     "F8_E4M3": mx.uint8,  # MLX has no such type; ``Fp8Blocks`` knows what the bytes mean
 }
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+PIECE = 4 << 20  # bytes that are held of a tensor of which columns are wanted
 
 
 class Tensor(ABC):
@@ -41,10 +42,12 @@ class Tensor(ABC):
     Attributes:
         shape: what the model sees.
         dtype: of the rows.
+        origin: how another program packed it and what became of that, for people; empty where there is nothing to say.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
+    origin: str = ""
 
     @property
     def row_count(self) -> int:
@@ -68,6 +71,14 @@ class Tensor(ABC):
         """All of it, in its own shape."""
         return self.rows(0, self.row_count).reshape(self.shape)
 
+    def panel(self, start: int, stop: int) -> mx.array:
+        """Columns of the same matrix: (row_count, stop - start). Of the others, a few rows are held at a time."""
+        step, pieces = max(PIECE // max(self.shape[-1] * self.dtype.size, 1), 1), []
+        for row in range(0, self.row_count, step):
+            pieces.append(mx.contiguous(self.rows(row, min(row + step, self.row_count))[:, start:stop]))
+            mx.eval(pieces[-1])
+        return mx.concatenate(pieces)
+
 
 class Stored(Tensor):
     """A tensor as a safetensors file holds it."""
@@ -87,6 +98,16 @@ class Stored(Tensor):
         # by way of an integer type of the same width, for NumPy has no bfloat16
         words = mx.array(np.frombuffer(raw, f"u{self.dtype.size}"))
         return words.view(self.dtype).reshape(stop - start, width)
+
+    def panel(self, start: int, stop: int) -> mx.array:
+        if (start, stop) == (0, self.shape[-1]):
+            return self.rows(0, self.row_count)
+        size, width, wide = self.dtype.size, self.shape[-1], stop - start
+        raw = bytearray(self.row_count * wide * size)
+        for row, piece in enumerate(range(0, len(raw), wide * size)):
+            part = memoryview(raw)[piece : piece + wide * size]
+            self.shard.read_into(self.info, part, (row * width + start) * size)
+        return mx.array(np.frombuffer(raw, f"u{size}")).view(self.dtype).reshape(-1, wide)
 
     def load(self) -> mx.array:
         """See Tensor. MLX reads it, when it is evaluated: in parallel, and straight into its own buffer."""

@@ -1,6 +1,7 @@
 """From the tensors of a checkpoint to the parameters of a model: names, quantized triples, and what must be there."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,7 +71,14 @@ def open_source(folder: str | Path) -> Source:
     checkpoint = Checkpoint.open(folder)
     stored = {name: Stored(shard, info) for name, (shard, info) in checkpoint.tensors.items()}
     sidecars = {name: path for name in SIDECARS if (path := checkpoint.folder / name).is_file()}
-    return Source(checkpoint.config, pack(stored, checkpoint.config), sidecars, tuple(checkpoint.shards))
+    tensors = pack(stored, checkpoint.config)
+    return Source(checkpoint.config, tensors, sidecars, tuple(checkpoint.shards), notes_on(tensors))
+
+
+def notes_on(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What became of matrices that another program packed: one sentence for each kind."""
+    kinds = Counter(tensor.origin for tensor in tensors.values() if tensor.origin)
+    return tuple(f"{count} matrices {origin}" for origin, count in kinds.items())
 
 
 def pack(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

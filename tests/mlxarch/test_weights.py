@@ -170,7 +170,7 @@ def test_settings_of_a_matrix_come_before_the_common_ones() -> None:
     assert settings_of({"quantization_config": {"bits": 3, "group_size": 128}}, "c").bits == 3
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq"])
+@pytest.mark.parametrize("method", ["quark", "aqlm", "bitsandbytes", "compressed-tensors", "hqq"])
 @pytest.mark.parametrize("scales", [False, True])
 def test_weights_packed_by_others_are_refused_by_name(method: str, scales: bool, dense: Path, tmp_path: Path) -> None:
     def change(config: Config, arrays: Arrays) -> None:

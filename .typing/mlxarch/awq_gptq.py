@@ -1,0 +1,1 @@
+../../mlxarch/awq_gptq.py
