@@ -27,10 +27,12 @@ COMMANDS = {
     "list": ("models", "List the models there are, and those that are here."),
     "show": ("models", "Show what is known of a model, without downloading it."),
     "rm": ("models", "Remove models that mlxarch made."),
+    "fit": ("fit", "Tell whether a model fits, with every term, and how fast it would be."),
     "compare": ("compare", "Compare architectures, from their configs alone."),
     "quantize": ("quantize", "Write a checkpoint as a folder of MLX weights, quantized."),
-    "eval": ("evaluate", "Measure perplexity, and how far a model is from its original."),
+    "pack": ("pack", "Lay out a model's experts so that they can be read one at a time."),
     "slice": ("slice", "Write a smaller Gemma 3n out of the whole one."),
+    "eval": ("evaluate", "Measure perplexity, and how far a model is from its original."),
     "paths": ("models", "Print where files are kept."),
 }
 ALIASES = {"get": "pull", "ls": "list"}

@@ -1,6 +1,6 @@
 """``mlxarch quantize``: a checkpoint in, a smaller one out."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from mlxarch.cli.output import answer, answer_json, say, size
 from mlxarch.errors import QuantizationError
 
 if TYPE_CHECKING:
+    from mlxarch.progress import Progress
     from mlxarch.quantize import Summary
     from mlxarch.weights import Source
 
@@ -24,6 +25,9 @@ MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 @click.option("--mode", "--q-mode", type=click.Choice(MODES), default="affine", show_default=True)
 @click.option("--dtype", type=click.Choice(options.DTYPES), help="Of what is not quantized; else as in the source.")
 @click.option("-o", "--output", "--mlx-path", metavar="DIR", help="The folder to make; else ./NAME-BITSbit.")
+@click.option(
+    "--experts", type=click.Choice(("stacked", "packed")), default="stacked", help="Packed: to be read one at a time."
+)
 @click.option("--force", is_flag=True, help="Replace an output that exists, once the new one is complete.")
 @options.yes_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -34,6 +38,7 @@ def quantize_command(
     mode: str,
     dtype: str | None,
     output: str | None,
+    experts: str,
     force: bool,
     yes: bool,
     as_json: bool,
@@ -50,6 +55,7 @@ def quantize_command(
     from mlxarch.progress import on_terminal
     from mlxarch.quantize import prepare
     from mlxarch.quantize.formats import default_bits, settings
+    from mlxarch.streaming.attach import experts_of
 
     wanted = options.parsed_bits(bits) or default_bits(mode)
     width = None if wanted == "original" else int(wanted)
@@ -60,11 +66,18 @@ def quantize_command(
         raise click.UsageError(str(error)) from error
     label = dtype or "copy" if width is None else f"{width}bit" if mode == "affine" else mode
     name, opened = _open(source, yes)
-    conversion = prepare(opened, output or f"{name}-{label}", bits=width, group_size=group_size, mode=mode, dtype=dtype)
+    output = output or f"{name}-{label}"
+    # packed experts are laid out anew from an ordinary folder, which is removed in the end
+    ordinary = f"{output.rstrip('/')}.stacked" if experts == "packed" else output
+    conversion = prepare(opened, ordinary, bits=width, group_size=group_size, mode=mode, dtype=dtype)
+    if experts == "packed" and not experts_of(conversion.resolved):
+        raise click.UsageError(f"{source} has no experts; leave out --experts packed")
     try:
         say(f"{source}: {conversion.method}; needs {size(conversion.needed)} of disk, at {conversion.output}")
         with on_terminal(None) as progress:
-            summary = conversion.run(force=force, progress=progress)
+            summary = conversion.run(force=force or experts == "packed", progress=progress)
+            if experts == "packed":
+                summary = _pack(summary, output, force, progress)
     finally:
         conversion.close()
     for note in summary.notes:
@@ -73,6 +86,19 @@ def quantize_command(
         answer_json(asdict(summary))
     else:
         answer(_in_words(summary))
+
+
+def _pack(summary: "Summary", output: str, force: bool, progress: "Progress") -> "Summary":
+    """Pack what was written, and remove it."""
+    import shutil
+
+    from mlxarch.quantize.pack import pack
+
+    packed = pack(summary.output, output, force=force, progress=progress)
+    shutil.rmtree(summary.output)
+    filled = f"records of experts are filled up to pages with {size(packed.filled_bytes)}"
+    notes = [*summary.notes, *([filled] if packed.filled_bytes else [])]
+    return replace(summary, output=packed.output, notes=notes)
 
 
 def _open(source: str, yes: bool) -> "tuple[str, Path | Source]":

@@ -26,6 +26,7 @@ from mlxarch.blocks.renames import (
 )
 from mlxarch.checkpoint import Checkpoint, Shard
 from mlxarch.errors import CheckpointError, ConfigError
+from mlxarch.expert_files import open_experts
 from mlxarch.foreign import unpack_foreign
 from mlxarch.registry import Architecture, architecture
 from mlxarch.tensors import FLOATS, Joined, Packed, Rows, Shaped, Stacked, Stored, Tensor, Transposed
@@ -71,8 +72,9 @@ def open_source(folder: str | Path) -> Source:
     checkpoint = Checkpoint.open(folder)
     stored = {name: Stored(shard, info) for name, (shard, info) in checkpoint.tensors.items()}
     sidecars = {name: path for name in SIDECARS if (path := checkpoint.folder / name).is_file()}
-    tensors = pack(stored, checkpoint.config)
-    return Source(checkpoint.config, tensors, sidecars, tuple(checkpoint.shards), notes_on(tensors))
+    experts, files = open_experts(checkpoint.folder)
+    tensors = pack(stored, checkpoint.config) | experts
+    return Source(checkpoint.config, tensors, sidecars, (*checkpoint.shards, *files), notes_on(tensors))
 
 
 def notes_on(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -16,11 +16,10 @@ import numpy as np
 from mlxarch.checkpoint import Shard
 from mlxarch.encodings import Words
 from mlxarch.errors import CheckpointError, ExpertReadError
+from mlxarch.expert_files import LEAVES, PROJECTIONS, ExpertFile, Strided
 from mlxarch.streaming.files import ReadFailed, RecordFile
 from mlxarch.tensors import Packed, Rows, SmallScales, Stacked, Stored, Tensor, Transposed
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-LEAVES = ("weight", "scales", "biases", "bias")
 Verify = Literal["first", "always", "never"]
 
 
@@ -80,6 +79,9 @@ def extent(tensor: Tensor, expert: int | None) -> Extent | None:
             count = tensor.shape[0] if expert is not None else 1
             size = tensor.info.nbytes // count
             return Extent(tensor.shard, tensor.info.start + (expert or 0) * size, size)
+        case Strided() if expert is not None:
+            info = tensor.info(expert)
+            return Extent(tensor.shard, info.start, info.nbytes)
         case Words() | SmallScales():
             return extent(tensor.tensor, expert)
         case Stacked() if expert is not None:
@@ -137,24 +139,24 @@ class Records:
         parts: what a record consists of.
         verify: "first" checks an expert's checksum when it is read for the first time, "always" whenever it is read.
             A folder that brings no checksums has those of the bytes that were read first.
-        checksums: CRC-32 of each record; None where it is not known yet.
         files: open ones, which the layers of a model share.
     """
 
     layer: int
     parts: tuple[Part, ...]
     verify: Verify = "first"
-    checksums: list[int | None] = field(default_factory=list)
     files: dict[Shard, RecordFile] = field(default_factory=dict)
     _checked: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.count = self.parts[0].tensor.shape[0]
         self.nbytes = sum(part.nbytes for part in self.parts)
-        self.checksums = self.checksums or [None] * self.count
+        self.checksums: list[int | None] = [None] * self.count  # CRC-32 of each record, where it is known
         # every file is opened now, and a form that cannot be read found now, not in the midst of an answer
         shards = {e.shard for part in self.parts for n in range(self.count) for e in extents(part.tensor, n)}
         self.files.update({shard: RecordFile(shard) for shard in shards - self.files.keys()})
+        if len(shards) == 1 and isinstance(file := next(iter(shards)), ExpertFile):
+            self.checksums = list(file.checksums)
 
     def read(self, expert: int, buffers: Sequence[Any]) -> None:
         """Fill one writable buffer for each part. MLX is not called.

@@ -1,0 +1,1 @@
+../../mlxarch/expert_files.py
