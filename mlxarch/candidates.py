@@ -106,7 +106,8 @@ class Conversion:
         from mlxarch.remote import open_remote
 
         repository = self._repository or _look_up(self.source)
-        origin = Origin(repository.repo, repository.revision, _licence(self.licence))
+        stated = tuple((file.name, file.sha256) for file in repository.weights.values() if file.sha256)
+        origin = Origin(repository.repo, repository.revision, _licence(self.licence), files=stated)
         with open_remote(repository, progress) as source:
             return _convert(source, self.target, self.bits, progress, origin=origin)
 

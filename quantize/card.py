@@ -15,12 +15,15 @@ _LIMIT = 1 << 20  # bytes of a card or a licence that are read
 
 @dataclass(frozen=True)
 class Origin:
-    """What a source says of itself: its name, the revision if it is known, simple fields of its card, licence files."""
+    """What a source says of itself: its name, the revision if it is known, simple fields of its card, licence files;
+    and the SHA-256 that somebody states of its weight files, where they are not here.
+    """
 
     name: str
     revision: str = ""
     fields: tuple[tuple[str, str], ...] = ()
     licences: tuple[Path, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
 
 
 def origin_of(folder: Path) -> Origin:
@@ -45,8 +48,13 @@ def _front_matter(folder: Path) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def card(title: str, origin: Origin, method: str, notes: tuple[str, ...], versions: dict[str, str]) -> str:
-    """README.md of the output. The same arguments give the same text: it holds no date and no path."""
+def card(
+    title: str, origin: Origin, method: str, notes: tuple[str, ...], versions: dict[str, str], measured: str = ""
+) -> str:
+    """README.md of the output. The same arguments give the same text: it holds no date and no path.
+
+    ``measured`` is Markdown on the quality of the output.
+    """
     fields = dict(origin.fields)
     if "/" in origin.name:
         fields["base_model"] = origin.name
@@ -57,6 +65,7 @@ def card(title: str, origin: Origin, method: str, notes: tuple[str, ...], versio
         *("---", *head, "---", "", f"# {title}", ""),
         f"Made from {made_from}: {method}.",
         *(("", *(f"- {note}" for note in notes)) if notes else ()),
+        *(("", measured) if measured else ()),
         *("", f"Written by {made_by}. It runs with `mlxarch run`, and with every program that reads MLX models."),
     ]
     return "\n".join(lines) + "\n"

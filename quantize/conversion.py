@@ -21,16 +21,21 @@ from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.card import Origin, card, origin_of
 from mlxarch.quantize.disk import Disk, as_output_error, size
+from mlxarch.quantize.evaluation import Evaluation
 from mlxarch.quantize.formats import as_config, in_words, settings
 from mlxarch.quantize.journal import Workspace
 from mlxarch.quantize.plan import SHARD_BYTES, Plan, make_plan
-from mlxarch.quantize.rows import chunks, converted
+from mlxarch.quantize.receipt import hashes_of, judge, make
+from mlxarch.quantize.report import markdown
+from mlxarch.quantize.rows import Loss, chunks, converted
 from mlxarch.quantize.writer import Writer
+from mlxarch.receipts import RECEIPT, sha256
 from mlxarch.weights import Resolved, Source, open_source, resolve
 
 logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+Losses = dict[str, float | None]  # path -> relative squared error, None of what was not quantized
 _FILE_BLOCK = 4096  # what file systems allocate by
 
 
@@ -86,8 +91,9 @@ class Conversion:
     def needed(self) -> int:
         """Bytes that the output takes on the disk; the journal's while it is made included."""
         files = [shard.size for shard in self.plan.shards] + [_length(data) for data in self._small_files.values()]
-        journal = sum(len(path) + 4 for path in self.plan.entries) + 1024
-        return sum(-(-count // _FILE_BLOCK) * _FILE_BLOCK for count in [*files, journal])
+        journal = sum(len(path) + 28 for path in self.plan.entries) + 1024
+        receipt = len(self._receipt(dict.fromkeys(self.plan.entries, 0.00123456), "", "0" * 64))
+        return sum(-(-count // _FILE_BLOCK) * _FILE_BLOCK for count in [*files, journal, receipt])
 
     @property
     def method(self) -> str:
@@ -111,7 +117,7 @@ class Conversion:
             notes=[*self.source.notes, *self.plan.notes],
         )
 
-    def run(self, *, force: bool = False, progress: Progress = silent) -> Summary:
+    def run(self, *, force: bool = False, evaluate: bool = False, progress: Progress = silent) -> Summary:
         """Write the output; see ``convert``."""
         logger.info("%s: %s, needs %s of disk", self.output, self.method, size(self.needed))
         workspace = Workspace(self.output, self.disk)
@@ -120,14 +126,15 @@ class Conversion:
                 workspace.check_target(force)
                 done = workspace.resume(self._identity)
                 with Writer(self.plan, workspace.model, self.disk) as writer:
-                    done = {path for path in done if path in self.plan.entries and writer.holds(path)}
+                    done = {path: done[path] for path in done if path in self.plan.entries and writer.holds(path)}
                     self._check_space(workspace.model)
-                    self._write_weights(workspace, writer, done, progress)
+                    losses = self._write_weights(workspace, writer, done, progress)
                 for shard in self.source.shards:
                     shard.check_unchanged()
                 for name, data in self._small_files.items():
                     self.disk.write_file(workspace.model / name, data if isinstance(data, bytes) else data.read_bytes())
-                workspace.publish([*(shard.file for shard in self.plan.shards), *self._small_files])
+                self._conclude(workspace.model, losses, evaluate, progress)
+                workspace.publish([*(shard.file for shard in self.plan.shards), *self._small_files, RECEIPT])
         except OSError as error:
             raise as_output_error(error, self.output, *self._space(workspace.model)) from error
         except KeyboardInterrupt as interrupt:
@@ -140,29 +147,41 @@ class Conversion:
         for shard in self.source.shards:
             shard.close()
 
-    def _write_weights(self, workspace: Workspace, writer: Writer, done: set[str], progress: Progress) -> None:
+    def _conclude(self, model: Path, losses: Losses, evaluate: bool, progress: Progress) -> None:
+        """Judge what was written to ``model``, tell of it in the card, and write the receipt of it all."""
+        outcome = "it was not asked for"
+        if evaluate:
+            outcome = judge(model, self._title, self.source, self.resolved, self.origin, progress)
+        if isinstance(outcome, Evaluation):
+            self.disk.write_file(model / "README.md", self._card(markdown(outcome)))
+        receipt = self._receipt(losses, outcome, model)
+        self.disk.write_file(model / RECEIPT, receipt)
+
+    def _write_weights(self, workspace: Workspace, writer: Writer, done: Losses, progress: Progress) -> Losses:
+        """Returns what was lost of each parameter, those ``done`` by an earlier run included."""
         parameters, entries = self.resolved.published, self.plan.entries
         # they stand in the source's order, so that a source that comes file by file is passed once
         todo = [path for path in parameters if path not in done]
         total, finished = self.summary.source_bytes, sum(entries[path].source_bytes for path in done)
         label = "copying" if self.wanted is None else "quantizing"
-        unsynced, names = 0, []
+        unsynced, new = 0, {}
         progress(label, finished, total)
         for path in todo:
-            entry, tensor = entries[path], parameters[path]
+            entry, tensor, loss = entries[path], parameters[path], Loss()
             for start, stop in chunks(tensor, self.limits.chunk):
-                for part, rows in converted(entry, tensor, start, stop).items():
-                    writer.put(path, entry.parts[part], start, rows)
+                for part, values in converted(entry, tensor, start, stop, loss).items():
+                    writer.put(path, entry.parts[part], start, values)
                 progress(label, finished + entry.source_bytes * stop // max(tensor.row_count, 1), total)
             finished, unsynced = finished + entry.source_bytes, unsynced + entry.nbytes
-            names.append(path)
+            new[path] = loss.relative
             if unsynced >= self.limits.sync:
                 writer.sync()
-                workspace.record(names)
-                unsynced, names = 0, []
+                workspace.record(new)
+                done, unsynced, new = done | new, 0, {}
         writer.sync()
-        if names:
-            workspace.record(names)
+        if new:
+            workspace.record(new)
+        return done | new
 
     def _check_space(self, folder: Path) -> None:
         needed, free = self._space(folder)
@@ -197,9 +216,33 @@ class Conversion:
         files["config.json"] = _json(config)
         if len(self.plan.shards) > 1:
             files[INDEX] = _json(self.plan.index())
-        title = _name(self.origin.name.rpartition("/")[2], self.wanted, self.dtype)
-        text = card(title, self.origin, self.method, tuple(self.summary.notes), _versions())
-        return files | {"README.md": text.encode()}
+        return files | {"README.md": self._card()}
+
+    @property
+    def _title(self) -> str:
+        return _name(self.origin.name.rpartition("/")[2], self.wanted, self.dtype)
+
+    def _card(self, measured: str = "") -> bytes:
+        return card(self._title, self.origin, self.method, tuple(self.summary.notes), _versions(), measured).encode()
+
+    def _receipt(self, losses: Losses, outcome: Evaluation | str, model: Path | str) -> bytes:
+        """With the hashes of what lies in ``model``; a text stands for all of them, to see how long it will be."""
+        names = [shard.file for shard in self.plan.shards] + list(self._small_files)
+        if isinstance(model, str):
+            files, source_files = dict.fromkeys(names, model), {s.path.name: model for s in self.source.shards}
+        else:
+            files, source_files = sha256(model / name for name in names), hashes_of(self.source, self.origin)
+        return make(
+            method=self.method,
+            origin=self.origin,
+            source_files=source_files,
+            plan=self.plan,
+            losses=losses,
+            notes=self.summary.notes,
+            outcome=outcome,
+            versions=_versions(),
+            files=files,
+        )
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -258,6 +301,7 @@ def convert(
     dtype: str | None = None,
     origin: Origin | None = None,
     force: bool = False,
+    evaluate: bool = False,
     progress: Progress = silent,
 ) -> Summary:
     """Write ``source`` as a folder of MLX weights. Peak memory is that of a few chunks, whatever the model's size.
@@ -276,6 +320,8 @@ def convert(
         dtype: float32, float16 or bfloat16, of what is not packed and of affine scales; None keeps the source's.
         origin: what the model card says of the source; None reads it from the folder.
         force: replace an output that exists; it is removed when the new one is complete.
+        evaluate: end by measuring the output against the source, which then is read once more; see ``evaluation``. The
+            result stands in receipt.json and on the model card. If it cannot be done, they say why.
         progress: told the bytes of source weights done.
 
     Raises:
@@ -286,7 +332,7 @@ def convert(
     """
     conversion = prepare(source, output, bits=bits, group_size=group_size, mode=mode, dtype=dtype, origin=origin)
     try:
-        return conversion.run(force=force, progress=progress)
+        return conversion.run(force=force, evaluate=evaluate, progress=progress)
     finally:
         if not isinstance(source, Source):
             conversion.close()

@@ -2,7 +2,8 @@
 
 out.partial/
     lock       held while somebody works here
-    journal    line 1: what is being made; then, line by line, which parameters are on the medium
+    journal    line 1: what is being made; then, line by line, which parameters are on the medium and what of
+              each was lost
     model/     becomes out by one rename
     replaced/  what was out before, from just before that rename until just after it
 """
@@ -12,7 +13,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,15 @@ class Workspace:
                 "name another output, or remove it yourself"
             )
 
-    def resume(self, identity: dict[str, Any]) -> set[str]:
-        """Names that an earlier run of the same work recorded; empty, and a clean start, if there was none."""
+    def resume(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What an earlier run of the same work recorded, by name; empty, and a clean start, if there was none."""
         line = json.dumps(identity, sort_keys=True)  # a last line cut short by a crash counts as not there
         lines = self._journal.read_text("ascii", "replace").splitlines(keepends=True) if self._journal.is_file() else []
         if lines and lines[0] == line + "\n" and self.model.is_dir():
             lines = [entry for entry in lines if entry.endswith("\n")]
             self._log, self._log_size = self.disk.open(self._journal), len("".join(lines))  # ASCII
             logger.info("%s: going on where an earlier run stopped", self.folder)
-            return {name for entry in lines[1:] for name in json.loads(entry)}
+            return {name: fact for entry in lines[1:] for name, fact in json.loads(entry).items()}
         if lines:
             logger.info("%s: an earlier run made something else; starting anew", self.folder)
         for old in (self._journal, self.model):
@@ -99,11 +100,11 @@ class Workspace:
         self._log, self._log_size = self.disk.open(self._journal), 0
         self._append(line)
         self.disk.sync_folder(self.folder)
-        return set()
+        return {}
 
-    def record(self, names: Iterable[str]) -> None:
-        """Note that the bytes of ``names`` have been synced."""
-        self._append(json.dumps(sorted(names), ensure_ascii=True))
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """Note that the bytes of these names have been synced, with a fact about each, in JSON."""
+        self._append(json.dumps(facts, sort_keys=True, ensure_ascii=True))
 
     def _append(self, line: str) -> None:
         data = line.encode() + b"\n"

@@ -33,6 +33,17 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
     return lines
 
 
+def markdown(evaluation: Evaluation) -> str:
+    """The table and the sentences, for a model card."""
+    head, *body = rows(evaluation)
+    lines = [head, ["---"] * len(head), *body]
+    texts = ", ".join(f"{name} {digest[:12]}…" for name, digest in evaluation.texts.items())
+    remarks = [f"{sentence}." for sentence in sentences(evaluation)]
+    return "\n".join(
+        [*(f"| {' | '.join(line)} |" for line in lines), "", *remarks, f"Texts, by their SHA-256: {texts}."]
+    )
+
+
 def in_words(figure: Figure, field: str) -> str:
     """A value and its standard error, in as many digits as that leaves."""
     value, error = figure.value, figure.error

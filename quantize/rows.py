@@ -1,10 +1,13 @@
 """A tensor as it passes through: a few rows at a time, checked on the way in and on the way out."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import mlx.core as mx
+import numpy as np
 
+from mlxarch.blocks import Quantization
 from mlxarch.errors import QuantizationError
 from mlxarch.quantize.plan import Entry
 from mlxarch.quantize.rounding import all_finite, quantize
@@ -18,8 +21,31 @@ def chunks(tensor: Tensor, limit: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, tensor.row_count)
 
 
-def converted(entry: Entry, tensor: Tensor, start: int, stop: int) -> dict[str, mx.array]:
-    """Some rows of a parameter, evaluated: part -> rows as they are stored.
+@dataclass
+class Loss:
+    """What packing takes from a matrix whose rows are added one after the other: sums of squares."""
+
+    squared_error: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def relative(self) -> float | None:
+        """Squared error over squares; None where nothing was added."""
+        return self.squared_error / self.squares if self.squares else None
+
+    def add(self, weight: mx.array, packed: Mapping[str, mx.array], quantization: Quantization) -> None:
+        """Rows as they were, and as they are stored."""
+        scales, biases = packed["scales"], packed.get("biases")
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        exact = np.asarray(weight.astype(mx.float32))
+        error = exact - np.asarray(quantization.dequantize(packed["weight"], scales, biases, mx.float32))
+        self.squared_error += float(np.square(error).sum(dtype=np.float64))
+        self.squares += float(np.square(exact).sum(dtype=np.float64))
+
+
+def converted(entry: Entry, tensor: Tensor, start: int, stop: int, loss: Loss) -> dict[str, mx.array]:
+    """Some rows of a parameter, evaluated: part -> rows as they are stored. What is quantized is added to ``loss``.
 
     Raises:
         QuantizationError: an element is not finite, before or after the cast.
@@ -30,8 +56,10 @@ def converted(entry: Entry, tensor: Tensor, start: int, stop: int) -> dict[str, 
         rows = {"weight": tensor.rows(start, stop)}
     _check_finite(entry, rows, "NaN or infinity; take an intact copy of the source")
     if entry.treatment == "quantized" and entry.quantization:
-        scales = DTYPES[entry.parts["scales"].dtype]
-        rows = quantize(rows["weight"], entry.quantization, scales)
+        weight, scales = rows["weight"], DTYPES[entry.parts["scales"].dtype]
+        rows = quantize(weight, entry.quantization, scales)
+        mx.eval(rows)
+        loss.add(weight, rows, entry.quantization)
     else:
         rows = {part: values.astype(DTYPES[entry.parts[part].dtype]) for part, values in rows.items()}
     mx.eval(rows)

@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from mlxarch import receipts
 from mlxarch.checkpoint import Shard
-from mlxarch.quantize import hashes
 from mlxarch.tensors import Packed, Tensor
 from mlxarch.tokenizer import Tokenizer
 from mlxarch.weights import Resolved, open_source, resolve
@@ -93,5 +93,5 @@ def size_of(tensors: Iterable[Tensor], shards: Iterable[Shard]) -> Size:
 
 def identity(shards: Iterable[Shard], config: dict[str, Any]) -> str:
     """Of the bytes of weight files, and a config."""
-    facts = hashes.sha256(shard.path for shard in shards) | {"config": json.dumps(config, sort_keys=True)}
+    facts = receipts.sha256(shard.path for shard in shards) | {"config": json.dumps(config, sort_keys=True)}
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

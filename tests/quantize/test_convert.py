@@ -167,7 +167,7 @@ def test_tokenizer_and_licence_are_carried_along_and_code_is_not(source: Path, t
     (source / "LICENSE.txt").write_text("Do what you like")
     (source / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: chat\nx: $(y)\n---\n# Hello\n")
     convert(source, tmp_path / "out")
-    expected = {*TOKENIZER, "LICENSE.txt", "README.md", "config.json", "model.safetensors"}
+    expected = {*TOKENIZER, "LICENSE.txt", "README.md", "config.json", "model.safetensors", "receipt.json"}
     assert contents(tmp_path / "out").keys() == expected
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: mlx\nlicense: apache-2.0\npipeline_tag: chat\ntags:\n- mlx\n---\n")
