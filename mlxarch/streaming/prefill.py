@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlxarch.blocks import CausalLM, Router, Step
 from mlxarch.blocks.layer import Layer
@@ -93,26 +92,27 @@ def _arrays(cache: Cache | None) -> list[mx.array]:
     return [] if cache is None else cache.arrays()
 
 
-class _Remembered(nn.Module):
+class _Remembered:
     """Attention that computes once for each step: whoever asks again gets the same."""
 
     def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.attention = attention
-        self._kept: dict[Step, mx.array] = {}
+        self._attention, self.kept = attention, dict[Step, mx.array]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)  # another thread may ask for a cache meanwhile
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        if step not in self._kept:
-            self._kept[step] = self.attention(x, step, cache)
-        return self._kept[step]
+        if step not in self.kept:
+            self.kept[step] = self._attention(x, step, cache)
+        return self.kept[step]
 
 
 @contextmanager
 def _remembering(layer: Any) -> Iterator[dict[Step, mx.array]]:
     """Within, the layer's attention is ``_Remembered``; gives what it keeps."""
-    attention = layer.self_attn
-    layer.self_attn = remembered = _Remembered(attention)
+    attention = layer["self_attn"]
+    layer["self_attn"] = remembered = _Remembered(attention)
     try:
-        yield remembered._kept
+        yield remembered.kept
     finally:
-        layer.self_attn = attention
+        layer["self_attn"] = attention
