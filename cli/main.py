@@ -33,6 +33,7 @@ COMMANDS = {
     "pack": ("pack", "Lay out a model's experts so that they can be read one at a time."),
     "slice": ("slice", "Write a smaller Gemma 3n out of the whole one."),
     "eval": ("evaluate", "Measure perplexity, and how far a model is from its original."),
+    "verify": ("receipts", "Check the files of a model that mlxarch made against its receipt."),
     "paths": ("models", "Print where files are kept."),
 }
 ALIASES = {"get": "pull", "ls": "list"}

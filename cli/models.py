@@ -9,6 +9,7 @@ import click
 
 from mlxarch.cli import options
 from mlxarch.cli.output import answer, answer_json, is_terminal, say, size, table
+from mlxarch.cli.receipts import lines
 
 if TYPE_CHECKING:
     from mlxarch.inventory import Installed
@@ -112,18 +113,27 @@ def _count(number: int) -> str:
 @options.model_option
 @json_option
 def show_command(model: str | None, named: str | None, as_json: bool) -> None:
-    """Show what is known of a model, without downloading it."""
-    from mlxarch import store
+    """Show what is known of a model, without downloading it.
 
-    facts = store.describe(options.the_model(named, model))
+    Of one that mlxarch made here, also the receipt: how it was made, and how much of its original is left.
+    """
+    from mlxarch import receipts, store
+
+    name = options.the_model(named, model)
+    facts = store.describe(name)
+    folders: list[str] = [name] if os.path.isdir(name) else [copy["path"] for copy in facts["installed"]]
+    found = {folder: receipt for folder in folders if (receipt := receipts.read(folder))}
     if as_json:
-        answer_json(facts)
+        answer_json(facts | {"receipts": found})
         return
     rows = [
         (f"{key.removesuffix('_bytes')}:", _shown(key, value)) for key, value in facts.items() if key != "installed"
     ]
     rows += [("here:", f"{copy['name']}, {size(copy['bytes'])}, {copy['path']}") for copy in facts["installed"]]
     table(rows if facts["installed"] else [*rows, ("here:", "no")])
+    for folder, receipt in found.items():
+        answer(f"\nThe receipt in {folder}:")
+        table(lines(receipt))
 
 
 def _shown(key: str, value: Any) -> str:

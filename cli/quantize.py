@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlxarch import receipts
 from mlxarch.cli import options
 from mlxarch.cli.output import answer, answer_json, say, size
+from mlxarch.cli.receipts import lines
 from mlxarch.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
     "--experts", type=click.Choice(("stacked", "packed")), default="stacked", help="Packed: to be read one at a time."
 )
 @click.option("--force", is_flag=True, help="Replace an output that exists, once the new one is complete.")
+@click.option("--no-eval", is_flag=True, help="Do not measure the result against the source in the end.")
 @options.yes_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def quantize_command(
@@ -40,6 +43,7 @@ def quantize_command(
     output: str | None,
     experts: str,
     force: bool,
+    no_eval: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -47,7 +51,7 @@ def quantize_command(
 
     SOURCE is a folder, a GGUF file, a repository or a short name. The memory it takes does not depend on the model's
     size; a run that was interrupted goes on when the same command is given again. --bits original only copies, and with
-    --dtype casts.
+    --dtype casts. In the end both are compared on a few texts, and receipt.json and the model card tell the result.
     """
     from mlxarch.backend import require_backend
 
@@ -75,7 +79,11 @@ def quantize_command(
     try:
         say(f"{source}: {conversion.method}; needs {size(conversion.needed)} of disk, at {conversion.output}")
         with on_terminal(None) as progress:
-            summary = conversion.run(force=force or experts == "packed", progress=progress)
+            changed = width is not None or dtype is not None
+            summary = conversion.run(
+                force=force or experts == "packed", evaluate=changed and not no_eval, progress=progress
+            )
+            receipt = receipts.read(summary.output) or {}
             if experts == "packed":
                 summary = _pack(summary, output, force, progress)
     finally:
@@ -83,9 +91,12 @@ def quantize_command(
     for note in summary.notes:
         say(f"note: {note}")
     if as_json:
-        answer_json(asdict(summary))
+        answer_json(asdict(summary) | {"evaluation": receipt.get("evaluation")})
     else:
         answer(_in_words(summary))
+        for label, text in lines(receipt) if changed and not no_eval else ():
+            if label not in ("made by:", "from:", "note:", "with:"):
+                answer(f"{label} {text}")
 
 
 def _pack(summary: "Summary", output: str, force: bool, progress: "Progress") -> "Summary":

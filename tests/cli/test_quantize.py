@@ -58,6 +58,7 @@ def test_the_summary_as_json(invoke, here):
     report = json.loads(invoke("quantize", "./tiny", "--json").stdout)
     assert set(report) == {
         *("output", "source_bytes", "output_bytes", "tensors", "quantized", "bits_per_weight", "notes"),
+        "evaluation",
     }
     assert report["output"] == str(here / "tiny-4bit") and 4 < report["bits_per_weight"] < 6
 
