@@ -43,14 +43,14 @@ def fit_command(
     require_backend()
     from mlxarch import machines
     from mlxarch.blueprints import blueprint_of
-    from mlxarch.memory import Request, best_plan, plan
+    from mlxarch.memory import best_plan, plan
 
     blueprint, asked = blueprint_of(options.the_model(named, model))
     if isinstance(asked, int) and bits not in (None, asked):
         raise click.UsageError(f"the name asks for {asked} bits and --bits for {bits}; say it once")
     target = machines.named(machine) if machine else machines.here()
     bits = bits or (asked if isinstance(asked, int) else None)
-    request = Request(given["memory"], context, bits, given["kv_bits"] and int(given["kv_bits"]), given["ple"])
+    request = replace(options.asked(context=context, **given), bits=bits)
     chosen = (plan if asked == "original" or blueprint.packed else best_plan)(blueprint, target, request)
     widths = [chosen.bits] if bits or asked or blueprint.packed else [b for b in BITS if b <= 8 or b == 16]
     contexts = [context] if context else [c for c in CONTEXTS if c <= blueprint.longest] or [blueprint.longest]

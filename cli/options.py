@@ -12,6 +12,7 @@ from mlxarch.cli.output import is_terminal, say, size
 
 if TYPE_CHECKING:
     from mlxarch.language_model import LanguageModel
+    from mlxarch.memory import Request
     from mlxarch.store import Plan
 
 
@@ -114,11 +115,14 @@ loading_options = _combined(
         click.option("--dtype", type=click.Choice(DTYPES), help="To compute in; else what suits the machine."),
         click.option(
             *("-c", "--ctx", "--ctx-size", "--context-length", "context"),
-            type=click.IntRange(1),
+            type=Tokens(),
+            metavar="TOKENS",
             envvar="MLXARCH_CONTEXT",
             show_envvar=True,
-            help="Tokens of prompt and answer to plan for; else as many as the model allows.",
+            help="Tokens of prompt and answer to plan for, such as 32k; else as many as model and memory allow.",
         ),
+        memory_options,
+        click.option("--wire", is_flag=True, help="On a Mac, keep what is planned for from being swapped out."),
         click.option("--slice", metavar="NAME", help="Of Gemma 3n E4B only this slice, such as e2b."),
         yes_option,
     ]
@@ -141,26 +145,41 @@ def the_model(named: str | None, argument: str | None) -> str:
 
 
 def open_model(
-    name: str, *, bits: str | None, dtype: str | None, context: int | None, slice: str | None, yes: bool, **_: object
+    name: str, *, bits: str | None, dtype: str | None, slice: str | None, wire: bool, yes: bool, **given: Any
 ) -> "LanguageModel":
     """Obtain and load a model, showing how far that is."""
     from mlxarch.language_model import load
 
-    return load(obtain(name, bits, yes), dtype=dtype, context=context, slice=slice)
+    request = asked(**given)
+    return load(
+        obtain(name, bits, yes, request=request),
+        **{"dtype": dtype, "memory": request.memory, "context": request.context, "kv_bits": request.kv_bits},
+        **{"ple": request.ple, "wire": wire, "slice": slice},
+    )
 
 
-def obtain(name: str, bits: str | None, yes: bool, *, refresh: bool = False) -> Path:
+def asked(*, memory: int | None, context: int | None, kv_bits: str | None, ple: Any, **_: object) -> "Request":
+    """What ``memory_options`` and --ctx say."""
+    from mlxarch.memory import Request
+
+    return Request(memory=memory, context=context, kv_bits=int(kv_bits) if kv_bits else None, ple=ple)
+
+
+def obtain(name: str, bits: str | None, yes: bool, *, refresh: bool = False, request: "Request | None" = None) -> Path:
     """The folder of a model; what it takes is said before it begins, and asked where it is much."""
     from mlxarch import store
     from mlxarch.progress import on_terminal
 
+    how: Any = {"bits": parsed_bits(bits), "confirm": _confirm(yes), "refresh": refresh, "request": request}
     with on_terminal(None) as progress:
-        return store.obtain(name, bits=parsed_bits(bits), progress=progress, confirm=_confirm(yes), refresh=refresh)
+        return store.obtain(name, progress=progress, **how)
 
 
 def _confirm(yes: bool) -> "Callable[[Plan], bool]":
     def confirm(plan: "Plan") -> bool:
         say(f"{plan.name}: {plan.description}; to {plan.target}")
+        if plan.verdict:
+            say(f"{plan.name}: {plan.verdict}")
         large = max(plan.download_bytes, plan.disk_bytes) > ASK_ABOVE
         if yes or not large or not is_terminal(sys.stdin):
             return True

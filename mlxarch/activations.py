@@ -22,13 +22,24 @@ from mlxarch.cache import Cache
 # this many, at ten dispatches a task, two dispatches an operation and ten tasks under way
 AHEAD = 56
 # MLX gives these the memory of what they are made of
-VIEWS = {"AsStrided", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "StopGradient"}
+VIEWS = {
+    "AsStrided",
+    "Broadcast",
+    "Depends",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "StopGradient",
+}
 VIEWS |= {"Transpose", "Unflatten", "View"}
 # These cannot write over an input, even if nobody else needs it
 KEEPING = {"AddMM", "ArgPartition", "ArgSort", "Concatenate", "Gather", "GatherAxis", "GatherMM", "GatherQMM"}
 KEEPING |= {"Matmul", "QuantizedMatmul", "Reduce", "ScaledDotProductAttention"}
 WIDTH = 20  # operations side by side that MLX looks at (MLX_BFS_MAX_WIDTH)
-MARK = "StopGradient"  # of ``blocks.pace``: what went before the last but one of these has been computed
+MARK = "Depends"  # of ``blocks.pace``: what went before the last but one of these has been computed
 Skip = Callable[[tuple[int, ...]], bool]
 
 
@@ -89,10 +100,9 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip =
                 steps.append(item)
     steps = in_order(steps, outputs)
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
-    done = 0
     under_way: deque[set[str]] = deque()
     marks: list[int] = []  # where arrays were waited for: only what stands behind the last but one is under way
-    for step in steps:
+    for done, step in enumerate(steps, 1):
         read, made = [name for name, *_ in step["inputs"]], step["outputs"]
         taken = _taken_over(step, uses, memory)
         for name, shape, dtype in made:
@@ -111,7 +121,6 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip =
             if not uses[name]:
                 memory.forget(name)
         under_way.append(held)
-        done += 1
         if step["name"] == MARK:
             marks.append(done)
         oldest = max(done - ahead, marks[-2] if len(marks) > 1 else 0)
@@ -125,35 +134,50 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip =
 def in_order(steps: Sequence[dict[str, Any]], outputs: Sequence[str]) -> list[dict[str, Any]]:
     """The operations in the order in which MLX runs them to have the ``outputs``.
 
-    It goes from the outputs to the inputs, level by level while fewer than ``WIDTH`` operations wait there and else in
-    depth first, and runs them backwards.
+    It goes from the outputs to the inputs, level by level while fewer than ``WIDTH`` operations wait there and else
+    depth first, and runs them backwards. What bears a mark is evaluated before.
     """
     maker = {name: index for index, step in enumerate(steps) for name, *_ in step["outputs"]}
-    needs = {index: [maker[name] for name, *_ in step["inputs"] if name in maker] for index, step in enumerate(steps)}
-    needs[-1] = [maker[name] for name in outputs if name in maker]
-    wanted, todo = Counter[int](), [-1]
-    seen = set(todo)
+    needs = [[maker[name] for name, *_ in step["inputs"] if name in maker] for step in steps]
+    order: list[int] = []
+    for marked in [index for index, step in enumerate(steps) if step["name"] == MARK]:
+        order += _one_evaluation([marked], needs, set(order))
+    order += _one_evaluation([maker[name] for name in outputs if name in maker], needs, set(order))
+    return [steps[index] for index in order]
+
+
+def _one_evaluation(asked: Sequence[int], needs: Sequence[Sequence[int]], done: set[int]) -> list[int]:
+    """The operations that are not done, in the order in which they run to have those that are ``asked``."""
+    wanted, todo, seen = Counter[int](), [-1], set[int]()
+
+    def below(index: int) -> Sequence[int]:
+        return asked if index < 0 else needs[index]
+
     while todo:
-        for index in needs[todo.pop()]:
+        for index in below(todo.pop()):
+            if index in done:
+                continue
             wanted[index] += 1
             if index not in seen:
                 seen.add(index)
                 todo.append(index)
-    order, later, at = [-1], [], 0
+    order, later, at = [-1], list[tuple[int, int]](), 0
     while at < len(order) or later:
         if at < len(order):
             current, first, at = order[at], 0, at + 1
         else:
             current, first = later.pop()
-        for place in range(first, len(needs[current])):
+        for place in range(first, len(below(current))):
+            index = below(current)[place]
+            if index in done:
+                continue
             if len(order) - at >= WIDTH:
                 later.append((current, place))
                 break
-            index = needs[current][place]
             wanted[index] -= 1
             if not wanted[index]:
                 order.append(index)
-    return [steps[index] for index in reversed(order[1:])]
+    return order[:0:-1]
 
 
 def _taken_over(step: dict[str, Any], uses: Counter[str], memory: _Memory) -> str | None:

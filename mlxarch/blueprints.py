@@ -1,15 +1,23 @@
 """From the name of a model to its blueprint: what is known of its tensors without its weights."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from mlxarch import catalog, hub
+import mlx.core as mx
+
+from mlxarch import catalog, hub, machines
 from mlxarch.catalog import Bits
 from mlxarch.checkpoint import read_json
 from mlxarch.errors import InvalidInput
 from mlxarch.footprint import Blueprint, from_config, from_resolved
+from mlxarch.loading import compute_dtype
+from mlxarch.memory import Plan, Request, plan
 from mlxarch.remote import headers
-from mlxarch.weights import open_source, resolve
+from mlxarch.slicing import Slice, slice_source
+from mlxarch.weights import Resolved, open_source, resolve
 
 
 def blueprint_of(name: str | os.PathLike[str]) -> tuple[Blueprint, Bits | None]:
@@ -42,9 +50,30 @@ def blueprint_of(name: str | os.PathLike[str]) -> tuple[Blueprint, Bits | None]:
 
 def of_folder(folder: Path, name: str | None = None) -> Blueprint:
     """The blueprint of a checkpoint folder, exact."""
+    with _resolved(folder) as resolved:
+        return from_resolved(name or folder.name, resolved)
+
+
+def plan_for(
+    folder: Path, request: Request, *, dtype: str | mx.Dtype | None = None, slice: str | Slice | None = None
+) -> Plan:
+    """How the model of a folder runs on this machine; ``dtype`` and ``slice`` as ``loading.load_model`` has them.
+
+    Raises:
+        CheckpointError, ConfigError: the folder is not a sound checkpoint.
+        InvalidInput: an argument is out of range.
+    """
+    with _resolved(folder, slice) as resolved:
+        wide = compute_dtype(dtype, resolved).size
+        machine, blueprint = machines.here(), from_resolved(folder.name, resolved)
+    return plan(blueprint, machine, replace(request, float_bytes=wide))
+
+
+@contextmanager
+def _resolved(folder: Path, slice: str | Slice | None = None) -> Iterator[Resolved]:
     source = open_source(folder)
     try:
-        return from_resolved(name or folder.name, resolve(source))
+        yield resolve(source if slice is None else slice_source(source, slice))
     finally:
         for shard in source.shards:
             shard.close()

@@ -20,13 +20,18 @@ from mlxarch.progress import Progress, gigabytes
 
 @dataclass(frozen=True)
 class Plan:
-    """What is about to happen: bytes to download, and bytes that the disk must have free at the worst moment."""
+    """What is about to happen: bytes to download, and bytes that the disk must have free at the worst moment.
+
+    ``config`` is that of a repository, where one was looked at; ``verdict`` says how it will run on this machine.
+    """
 
     name: str
     description: str
     download_bytes: int
     disk_bytes: int
     target: Path
+    config: Mapping[str, Any] | None = None
+    verdict: str = ""
 
 
 class Candidate(Protocol):
@@ -61,7 +66,7 @@ class Download:
         self._repository = repository = _look_up(self.source)
         missing = hub.missing_bytes(repository)
         description = f"download {repository.repo}, {gigabytes(missing)}"
-        return Plan(self.name, description, missing, missing, hub.cache_folder())
+        return Plan(self.name, description, missing, missing, hub.cache_folder(), repository.config)
 
     def run(self, progress: Progress) -> Path:
         """See Candidate."""
@@ -96,7 +101,9 @@ class Conversion:
             f"download {repository.repo}, {gigabytes(missing)}, {_how(self.bits)} on the way: "
             f"{gigabytes(output)} on the disk"
         )
-        return Plan(self.target.name, description, missing, output + repository.most_at_once, self.target)
+        return Plan(
+            self.target.name, description, missing, output + repository.most_at_once, self.target, repository.config
+        )
 
     def run(self, progress: Progress) -> Path:
         """See Candidate."""

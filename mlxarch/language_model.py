@@ -3,17 +3,21 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 
 from mlxarch import store
-from mlxarch.blocks import Cache, CausalLM
+from mlxarch.blocks import Cache, CausalLM, Quantization
+from mlxarch.blueprints import plan_for
 from mlxarch.checkpoint import read_json
 from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
 from mlxarch.generation import Session, Timings, check_tokens, decode, decode_batch, room
 from mlxarch.inventory import entry_of
+from mlxarch.limits import set_limits
 from mlxarch.loading import load_model
+from mlxarch.machines import parse_size
+from mlxarch.memory import Plan, Request
 from mlxarch.progress import Progress, on_terminal
 from mlxarch.sampling import Sampling
 from mlxarch.slicing import Slice
@@ -69,7 +73,11 @@ def load(
     *,
     bits: int | str | None = None,
     dtype: str | mx.Dtype | None = None,
+    memory: int | str | None = None,
     context: int | None = None,
+    kv_bits: int | None = None,
+    ple: Literal["auto", "ssd", "memory"] = "auto",
+    wire: bool = False,
     slice: str | Slice | None = None,
     progress: Progress | None = None,
 ) -> "LanguageModel":
@@ -79,20 +87,33 @@ def load(
         name_or_path: what is not on the disk yet is downloaded, and quantized where no quantized copy exists.
         bits: of the weights, or "original"; None takes the largest of 8 and 4 that fits this machine.
         dtype: to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end.
-        context: tokens to plan for: the caches are allocated at once. None grows them, up to what the model allows.
+        memory: that the process may use, in bytes or as "16GB"; None takes what this machine gives. What fits only in
+            part is streamed from the disk; what does not fit is refused before anything is downloaded or read.
+        context: tokens to plan for: the caches are allocated at once. None grows them, up to what the model and the
+            memory allow.
+        kv_bits: of keys and values, 8 or 4; None keeps them in the type that is computed in.
+        ple: where a table of per-layer embeddings is: in memory or on the disk; "auto" takes the memory if it fits.
+        wire: let a Mac not swap out what is planned for.
         slice: of Gemma 3n E4B, the part of it to load: a published name such as "e2b", or widths and layers.
         progress: told of downloads, conversion and loading. None shows a bar on a terminal and else nothing.
 
     Raises:
         ModelNotFound, OfflineError, DownloadError, GatedModel: it cannot be obtained.
         CheckpointError, ConfigError, TokenizerError: its files are not sound.
+        MemoryBudgetError: it does not fit; the message holds the arithmetic.
         InvalidInput: an argument is out of range.
     """
+    allowed = parse_size(memory) if isinstance(memory, str) else memory
+    request = Request(memory=allowed, context=context, kv_bits=kv_bits, ple=ple)
     with on_terminal(progress) as report:
-        path = store.obtain(name_or_path, bits=bits, progress=report)
+        path = store.obtain(name_or_path, bits=bits, progress=report, request=request)
         tokenizer = Tokenizer.from_folder(path)  # before the weights: what is wrong with it shows at once
-        model, config = load_model(path, dtype=dtype, slice=slice, progress=report)
-    return LanguageModel(path, model, config, tokenizer, context)
+        plan = plan_for(path, request, dtype=dtype, slice=slice).require()
+        set_limits(plan, wire=wire)
+        model, config = load_model(path, dtype=dtype, slice=slice, progress=report, execution=plan.execution)
+    loaded = LanguageModel(path, model, config, tokenizer, context, plan.execution.kv)
+    loaded.context_length, loaded.plan = plan.context, plan
+    return loaded
 
 
 class LanguageModel:
@@ -108,12 +129,21 @@ class LanguageModel:
         config: config.json.
         tokenizer: encode, decode, apply_chat_template.
         context_length: tokens of prompt and answer together.
+        kv: how keys and values are packed; None keeps them in the type that is computed in.
+        plan: what it takes; None where nobody planned.
     """
 
     def __init__(
-        self, path: Path, model: CausalLM, config: dict[str, Any], tokenizer: Tokenizer, context: int | None = None
+        self,
+        path: Path,
+        model: CausalLM,
+        config: dict[str, Any],
+        tokenizer: Tokenizer,
+        context: int | None = None,
+        kv: Quantization | None = None,
     ) -> None:
-        self.path, self.model, self.config, self.tokenizer = path, model, config, tokenizer
+        self.path, self.model, self.config, self.tokenizer, self.kv = path, model, config, tokenizer, kv
+        self.plan: Plan | None = None
         longest = model.context_length
         if context is not None and (type(context) is not int or not 1 <= context <= longest):
             raise InvalidInput(f"context must lie in 1 … {longest}, what {path.name} was made for; found {context!r}")
@@ -121,7 +151,7 @@ class LanguageModel:
 
     def make_caches(self) -> list[Cache | None]:
         """Empty caches, one for each layer."""
-        return self.model.make_caches(self._capacity)
+        return self.model.make_caches(self._capacity, kv=self.kv)
 
     def session(self) -> Session:
         """A conversation to be: pass it to every turn, and a turn computes only what differs from the last."""
@@ -270,7 +300,7 @@ class LanguageModel:
     ) -> list[Result]:
         rows, timings = [_Row(_Reader(self.tokenizer, prompt, stop)) for prompt in ids], Timings(sum(map(len, ids)))
         limit = min(self._limit(tokens, max_tokens) for tokens in ids)
-        for step in decode_batch(self.model, ids, sampling, limit, timings):
+        for step in decode_batch(self.model, ids, sampling, limit, timings, self.kv):
             for row, token in zip(rows, step, strict=True):
                 row.add(token)
             if all(row.reader.ended for row in rows):

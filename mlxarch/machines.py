@@ -100,7 +100,7 @@ def here() -> Machine:
     title = str(info.get("device_name", "this GPU"))
     if platform.system() == "Darwin":
         chip = chips().get(title.removeprefix("Apple ").lower().replace(" ", "-"))
-        return _mac(title, int(info["max_recommended_working_set_size"]), chip)
+        return _mac(title, int(info["max_recommended_working_set_size"]) - mx.get_active_memory(), chip)
     for key in ("free_memory", "total_memory", "memory_size"):
         if isinstance(size := info.get(key), int) and size > 0:
             return Machine(title, size, "cuda")

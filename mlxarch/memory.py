@@ -19,13 +19,16 @@ from mlxarch.execution import Execution
 from mlxarch.footprint import KV_GROUP, Blueprint, Footprint
 from mlxarch.machines import Machine
 from mlxarch.progress import gigabytes
+from mlxarch.streaming.banks import STAGED
+from mlxarch.streaming.prefill import HELD
+from mlxarch.streaming.rows import CACHE
 
 MB = 10**6
 PROCESS = {"cpu": 200 * MB, "metal": 200 * MB, "cuda": 600 * MB}  # Python, libraries, tokenizer; CUDA's own buffers
 FREE = {"cpu": 32 * MB, "metal": 512 * MB, "cuda": 512 * MB}  # of let-go memory that MLX keeps for the next array
 HEADROOM = 0.03  # of what MLX counts: how far the plan may be off
 CHUNK = {"cpu": 512, "metal": 2048, "cuda": 2048}  # tokens of a prompt that pass at once, see generation
-ROW_CACHE = 64 * MB  # rows of per-layer embeddings that are kept
+ROWS = CACHE + 40 * MB  # of per-layer embeddings: those that are kept, and those of a step
 KV_BITS = (8, 4)
 SHORTEST = 4096  # tokens of context below which experts go to the disk first, where nobody said how many
 GRAIN = 1024  # tokens: a context that nobody named is a multiple
@@ -110,6 +113,14 @@ class Plan:
         found |= {"activations": self.activations, "MLX's free memory": self.free}
         return found | {"Python and libraries": self.process, "headroom": self.headroom}
 
+    @property
+    def words(self) -> str:
+        """The verdict in a line."""
+        room = f"{gigabytes(self.total)} of the {gigabytes(self.memory)} that it may use of {self.machine.name}"
+        what = f"with {self.context} tokens of context it takes {room}"
+        speed = f", about {self.rate:.3g} tokens a second" if self.rate and self.verdict != "does not fit" else ""
+        return f"{self.verdict}{': ' if self.streamed else ''}{self.streamed}; {what}{speed}"
+
     def require(self) -> "Plan":
         """Itself, if it fits.
 
@@ -137,6 +148,7 @@ class Request:
         bits: of the weights; None: as they are.
         kv_bits: of keys and values, 8 or 4; None or 16: as they are computed.
         ple: where the per-layer embeddings are; "auto": in memory if they fit.
+        float_bytes: of a number that is computed with; None: what suits the machine.
     """
 
     memory: int | None = None
@@ -144,16 +156,15 @@ class Request:
     bits: int | None = None
     kv_bits: int | None = None
     ple: Literal["ssd", "memory", "auto"] = "auto"
+    float_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.kv_bits not in (None, 16, *KV_BITS):
             raise InvalidInput(f"kv_bits must be 16, 8 or 4, found {self.kv_bits!r}")
         if self.ple not in ("ssd", "memory", "auto"):
             raise InvalidInput(f"ple must be ssd, memory or auto, found {self.ple!r}")
-        for name in ("memory", "context"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise InvalidInput(f"{name} must be a whole number from 1 on, found {value!r}")
+        if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
+            raise InvalidInput(f"memory must be a whole number of bytes from 1 on, found {self.memory!r}")
 
 
 def plan(blueprint: Blueprint, machine: Machine, request: Request = Request()) -> Plan:
@@ -165,9 +176,9 @@ def plan(blueprint: Blueprint, machine: Machine, request: Request = Request()) -
     planner = _Planner(blueprint, machine, request)
     longest = planner.footprint.longest
     if request.context is not None:
-        if request.context > longest:
+        if type(request.context) is not int or not 1 <= request.context <= longest:
             raise InvalidInput(
-                f"context must lie in 1 … {longest}, what {blueprint.name} was made for; found {request.context}"
+                f"context must lie in 1 … {longest}, what {blueprint.name} was made for; found {request.context!r}"
             )
         return planner.at(request.context)
     whole = planner.longest_resident()
@@ -194,8 +205,9 @@ class _Planner:
         self.footprint: Footprint = blueprint.at(request.bits)
         self.kv_bits = request.kv_bits if request.kv_bits in KV_BITS else None
         self.kv = Quantization(self.kv_bits, KV_GROUP) if self.kv_bits else None
-        self.held = self.footprint.held(machine.float_bytes)
-        self.expert = self.footprint.expert_bytes(machine.float_bytes)
+        self.float_bytes = request.float_bytes or machine.float_bytes
+        self.held = self.footprint.held(self.float_bytes)
+        self.expert = self.footprint.expert_bytes(self.float_bytes)
         self.has_ple = "per-layer embeddings" in self.held
 
     def at(self, context: int) -> Plan:
@@ -240,17 +252,18 @@ class _Planner:
         return found.total <= self.memory
 
     def _plan(self, context: int, ple_on_disk: bool, slots: tuple[int, ...] | None = None) -> Plan:
-        wide, backend = self.machine.float_bytes, self.machine.backend
+        wide, backend = self.float_bytes, self.machine.backend
         weights, words = dict(self.held), []
         ple = self.has_ple and ple_on_disk
         if ple:
             words.append(f"per-layer embeddings ({gigabytes(weights['per-layer embeddings'])}) from the disk")
-            weights["per-layer embeddings"] = min(ROW_CACHE, weights["per-layer embeddings"])
+            weights["per-layer embeddings"] = 0
         if slots:
             weights["experts"] = sum(n * size for n, size in zip(slots, self.expert, strict=True))
             words.append(self._slots_in_words(slots))
         execution = Execution(kv=self.kv, slots=slots, ple="ssd" if ple else "memory")
         kv = self.footprint.kv(context, wide, self.kv_bits)
+        step = self.blueprint.activations(context, CHUNK[backend], wide, backend != "cpu", self.kv)
         found = Plan(
             model=self.blueprint.name,
             machine=self.machine,
@@ -261,9 +274,9 @@ class _Planner:
             execution=execution,
             weights=weights,
             kv=kv,
-            activations=self.blueprint.activations(context, CHUNK[backend], wide, backend != "cpu", self.kv),
+            activations=step + (HELD if slots else 0),
             free=FREE[backend],
-            process=PROCESS[backend],
+            process=PROCESS[backend] + (ROWS if ple else 0) + (STAGED if slots else 0),
             verdict="streamed" if words else "resident",
             streamed=", ".join(words),
             rate=self._rate(context, slots),
@@ -317,7 +330,7 @@ class _Planner:
         looked_up = {"per-layer embeddings", "experts"} | (set() if self.footprint.tied else {"embeddings"})
         core = sum(size for kind, size in self.held.items() if kind not in looked_up)
         experts = sum(e.chosen * size for e, size in zip(self.footprint.experts, self.expert, strict=True) if e)
-        kv = sum(self.footprint.kv(context, self.machine.float_bytes, self.kv_bits).values())
+        kv = sum(self.footprint.kv(context, self.float_bytes, self.kv_bits).values())
         seconds = (core + experts + kv) / (ETA * self.machine.bandwidth) + len(self.expert) * T_LAYER
         return 1 / (seconds + (self._streaming_seconds(slots) if slots else 0))
 
@@ -343,21 +356,19 @@ class _Planner:
         r = self.request
         for bits in KV_BITS:
             if found.kv_bits is None or bits < found.kv_bits:
-                words = f"--kv-bits {bits} makes it fit"
-                yield words, Request(self.memory, found.context, r.bits, bits, r.ple)
+                yield f"--kv-bits {bits} makes it fit", replace(r, context=found.context, kv_bits=bits)
         context = found.context // 2
         while context >= GRAIN:
-            if _tries(self.blueprint, self.machine, Request(self.memory, context, r.bits, r.kv_bits, r.ple)):
-                words = f"--context {context} makes it fit"
-                yield words, Request(self.memory, context, r.bits, r.kv_bits, r.ple)
+            request = replace(r, context=context)
+            if _tries(self.blueprint, self.machine, request):
+                yield f"--context {context} makes it fit", request
                 break
             context //= 2
         for bits in (8, 6, 5, 4, 3, 2):
             if bits < found.bits:
-                words = f"--bits {bits} makes it fit"
-                request = Request(self.memory, found.context, bits, r.kv_bits, r.ple)
+                request = replace(r, context=found.context, bits=bits)
                 if _tries(self.blueprint, self.machine, request):
-                    yield words, request
+                    yield f"--bits {bits} makes it fit", request
                     break
 
 

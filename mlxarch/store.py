@@ -4,10 +4,11 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxarch import catalog
-from mlxarch.backend import require_backend
 from mlxarch.candidates import Candidate, Conversion, Download, Import, Plan
 from mlxarch.catalog import Bits, Entry, HubSource, Reference, WheelSource
 from mlxarch.checkpoint import read_json
@@ -18,7 +19,6 @@ from mlxarch.errors import (
     DownloadError,
     GatedModel,
     InvalidInput,
-    MemoryBudgetError,
     MlxArchError,
     ModelNotFound,
     OfflineError,
@@ -26,9 +26,12 @@ from mlxarch.errors import (
 from mlxarch.inventory import Installed, describe, find, folder_name, installed, remove, stored_bits
 from mlxarch.progress import Progress, gigabytes, silent
 
+if TYPE_CHECKING:
+    from mlxarch.memory import Plan as MemoryPlan
+    from mlxarch.memory import Request
+
 __all__ = ["Installed", "Plan", "describe", "fitting_bits", "installed", "obtain", "remove"]
 
-MEMORY_SHARE = 0.6  # of the memory that weights may take; the rest is for caches, activations and other programs
 BITS = (2, 3, 4, 5, 6, 8, "original")
 
 Confirm = Callable[[Plan], bool]
@@ -41,6 +44,7 @@ def obtain(
     progress: Progress = silent,
     confirm: Confirm | None = None,
     refresh: bool = False,
+    request: "Request | None" = None,
 ) -> Path:
     """The folder of a model, made or downloaded first where it is not here.
 
@@ -54,11 +58,12 @@ def obtain(
         bits: 2, 3, 4, 5, 6, 8, or "original": as published.
         progress: told of downloads and conversion.
         confirm: asked before anything large happens; None agrees. False raises Declined.
+        request: how it is to run; what does not fit so is not downloaded. None obtains it all the same.
         refresh: look for a newer revision of a repository that is here but not pinned to a commit.
 
     Raises:
         ModelNotFound, GatedModel, OfflineError, DownloadError: it cannot be had.
-        MemoryBudgetError: neither 8 nor 4 bits fit.
+        MemoryBudgetError: neither 8 nor 4 bits fit, or not what is asked for.
         DiskSpaceError: there is not enough room; nothing was downloaded.
         InvalidInput: bits that do not exist, or not those that the name asks for.
     """
@@ -69,7 +74,7 @@ def obtain(
     if reference.path is not None:
         return _from_path(reference.path, wanted, progress, confirm)
     if reference.entry is not None:
-        wanted = wanted or fitting_bits(reference.entry)
+        wanted = wanted or fitting_bits(reference.entry, request)
         here = find(reference.entry.name, wanted)
     else:
         here = find(_own_name(reference), wanted) if wanted else None
@@ -79,27 +84,45 @@ def obtain(
     for candidate in candidates:
         if isinstance(candidate, Download) and (found := candidate.held(refresh)):
             return found
-    return _first_that_works(candidates, progress, confirm, reference.name)
+    if request is not None and reference.entry is not None and isinstance(wanted, int):
+        _plan(reference.entry, request, wanted).require()
+
+    def agreed(plan: Plan) -> bool:
+        return confirm is None or confirm(replace(plan, verdict=_verdict(reference.entry, plan, request, wanted)))
+
+    return _first_that_works(candidates, progress, agreed, reference.name)
 
 
-def fitting_bits(entry: Entry) -> int:
-    """The largest of 8 and 4 at which the weights take at most 0.6 of the memory (of the GPU, where there is one).
-
-    weights = parameters * (bits + 0.5) / 8 bytes, the half bit being the scales and biases of groups of 64.
+def fitting_bits(entry: Entry, request: "Request | None" = None) -> int:
+    """The largest of 8 and 4 at which the model fits this machine: beside all else in memory, or else streamed.
 
     Raises:
         MemoryBudgetError: neither does.
     """
-    memory = _memory()
-    for bits in (8, 4):
-        if entry.quantized_bytes(bits) <= MEMORY_SHARE * memory:
-            return bits
-    need, share = gigabytes(entry.quantized_bytes(4)), gigabytes(int(MEMORY_SHARE * memory))
-    raise MemoryBudgetError(
-        f"{entry.name} takes {need} at 4 bits, and weights may take {MEMORY_SHARE:.0%} of this machine's "
-        f"{gigabytes(memory)} of memory, {share}. Take a smaller model, or name the bits to try all the same: "
-        f"{entry.name}-3bit, {entry.name}-4bit"
-    )
+    return _plan(entry, request).require().bits
+
+
+def _plan(entry: Entry, request: "Request | None", bits: int | None = None) -> "MemoryPlan":
+    from mlxarch import machines
+    from mlxarch.footprint import from_config
+    from mlxarch.memory import Request, best_plan
+
+    blueprint = from_config(entry.name, read_json(entry.config))
+    return best_plan(blueprint, machines.here(), replace(request or Request(), bits=bits))
+
+
+def _verdict(entry: Entry | None, what: Plan, request: "Request | None", bits: Bits | None) -> str:
+    """How it will run here, in words."""
+    from mlxarch import machines
+    from mlxarch.footprint import from_config
+    from mlxarch.memory import Request, plan
+
+    config = what.config if entry is None else read_json(entry.config)
+    if config is None:
+        return ""
+    known = bits if isinstance(bits, int) else stored_bits(config) or 16
+    asked = replace(request or Request(), bits=known)
+    return plan(from_config(what.name, config), machines.here(), asked).words
 
 
 def _wanted(reference: Reference, bits: int | str | None) -> Bits | None:
@@ -192,16 +215,3 @@ def _check_room(plan: Plan) -> None:
             f"{plan.name} needs {gigabytes(plan.disk_bytes)} ({plan.disk_bytes} bytes) at {place}, and "
             f"{gigabytes(free)} ({free} bytes) are free; free some space, or move the place (MLXARCH_HOME, HF_HOME)"
         )
-
-
-def _memory() -> int:
-    """Bytes that this machine computes in: the GPU's working set where there is one, else its memory."""
-    require_backend()
-    import mlx.core as mx
-
-    if mx.default_device() == mx.Device(mx.gpu, 0):
-        info = mx.device_info()
-        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-            if isinstance(size := info.get(key), int) and size > 0:
-                return size
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

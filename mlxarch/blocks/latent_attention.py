@@ -103,7 +103,7 @@ class LatentAttention(nn.Module):
         for part in (slice(first, first + some) for first in range(0, heads, some)):
             outs.append(form(q[:, part], turned[:, part], held, latents, mask, part))
             if some < heads:  # two parts are under way at a time, or the scores of all would be there at once
-                outs[-1:] = two_under_way(outs[-1:], outs[-2:-1])
+                outs[-1:] = two_under_way(outs[-1:], outs[-2:-1] or [q])
         return mx.concatenate(outs, axis=1)
 
     def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:

@@ -39,7 +39,7 @@ def test_a_path_loads_as_text_and_as_path(talker: Path, model: LanguageModel) ->
 
 def test_a_name_is_obtained_at_the_bits_asked_for(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("mlxarch.store.obtain", lambda name, *, bits, progress: asked.append((name, bits)) or talker)
+    monkeypatch.setattr("mlxarch.store.obtain", lambda name, *, bits, **_: asked.append((name, bits)) or talker)
     mlxarch.load("smollm2-135m")
     mlxarch.load("smollm2:135m", bits=4)
     assert asked == [("smollm2-135m", None), ("smollm2:135m", 4)]
