@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlxarch.blocks.pace import two_under_way
 from mlxarch.cache import Held, Made
+from mlxarch.cache.packed import unpacks
 
 Mask = mx.array | Literal["causal"] | None
 ELEMENTS = 2**24  # of the largest array that a block of keys takes, 64 MB in float32
@@ -48,7 +49,7 @@ def attend_by_scores(
         out = mx.unflatten(_product(weights, values, False), 2, (-1, length))
         before, state = state, merge(state, (mx.logsumexp(scores, axis=-1, keepdims=True), out))
         if length > 1 and at_once < held:  # two blocks are under way at a time, or all might be there at once
-            total, out = two_under_way(state, before or ())
+            total, out = two_under_way(state, before if first and before else (q,))
             state = total, out
     assert state is not None
     return state[1].astype(q.dtype).reshape(batch, heads, length, -1)
@@ -66,9 +67,10 @@ def merge(some: Partial | None, more: Partial) -> Partial:
 
 
 def keys_at_once(q: mx.array, k: Vectors) -> int:
-    """How many keys make a block."""
+    """How many keys make a block: decoding takes few blocks, a prompt's step little memory."""
     batch, heads, length, _ = q.shape
-    return max(ELEMENTS // max(batch * heads * length, batch * k.shape[1] * k.shape[3]), LEAST)
+    made = batch * k.shape[1] * k.shape[3] if unpacks(heads // k.shape[1] * length) else 0
+    return max((ELEMENTS if length == 1 else ELEMENTS // 4) // max(batch * heads * length, made), LEAST)
 
 
 def _block(vectors: Vectors, first: int, last: int) -> Held:

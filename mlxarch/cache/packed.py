@@ -50,21 +50,35 @@ class Packed:
     def unpacked(self) -> mx.array:
         """The values, (B, K, S, D)."""
         weight, scales, biases = self.parts
-        return self.form.dequantize(weight, scales, biases, self.dtype)[..., : self.size]
+        values = self.form.dequantize(weight, scales, biases, self.dtype)
+        return spread(values, self.form.group_size)[..., : self.size]
 
     def product(self, x: mx.array, transpose: bool) -> mx.array:
         """Rows x (B, K, R, D) times the transposed keys -> (B, K, R, S); or (B, K, R, S) times the values."""
-        # CUDA's product takes no slice of a larger buffer
-        if x.shape[2] > FEW or not (mx.metal.is_available() or mx.default_device() == mx.cpu):
+        if unpacks(x.shape[2]):
             held = self.unpacked()
             return x @ (held.swapaxes(-1, -2) if transpose else held)
-        weight, scales, biases = self.parts
-        padding = scales.shape[-1] * self.form.group_size - x.shape[-1]
-        if transpose and padding:
-            x = mx.pad(x, [(0, 0)] * 3 + [(0, padding)])
+        (weight, scales, biases), group = self.parts, self.form.group_size
         arrays = {"weight": weight, "scales": scales, "biases": biases}
-        out = self.form.matmul(x, arrays, transpose)
-        return out if transpose else out[..., : self.size]
+        if transpose:  # both sides spread, the product is the same
+            padding = scales.shape[-1] * group - x.shape[-1]
+            x = mx.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
+            return self.form.matmul(spread(x, group), arrays, True)
+        return spread(self.form.matmul(x, arrays, False), group)[..., : self.size]
+
+
+def unpacks(rows: int) -> bool:
+    """Whether a product with so many rows takes the values, and not the packed elements."""
+    # CUDA's product of packed elements takes no slice of a larger buffer
+    return rows > FEW or not (mx.metal.is_available() or mx.default_device() == mx.cpu)
+
+
+def spread(x: mx.array, group: int) -> mx.array:
+    """Each group times an orthonormal matrix that is its own inverse (arXiv:2404.00456).
+
+    An outlier is spread over its whole group, so that the steps between packed values can be smaller.
+    """
+    return mx.hadamard_transform(mx.unflatten(x, -1, (-1, group))).flatten(-2)
 
 
 def pack(x: mx.array, kv: Quantization) -> Packed:
@@ -73,7 +87,7 @@ def pack(x: mx.array, kv: Quantization) -> Packed:
     size = x.shape[-1]
     if padded > size:
         x = mx.pad(x, [(0, 0)] * 3 + [(0, padded - size)])
-    return Packed(tuple(mx.quantize(x, form.group_size, form.bits)), form, size)
+    return Packed(tuple(mx.quantize(spread(x, form.group_size), form.group_size, form.bits)), form, size)
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def test_a_batch_of_unequal_lengths_gives_the_tokens_of_single_runs(
 def test_padding_that_is_taken_for_text_would_show(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [tokens_of(model, prompt, 10) for prompt in BATCH]
     make_caches = CausalLM.make_caches
-    monkeypatch.setattr(CausalLM, "make_caches", lambda self, capacity=None, padding=None: make_caches(self, capacity))
+    monkeypatch.setattr(CausalLM, "make_caches", lambda self, padding=None, **kw: make_caches(self, **kw))
     together = list(decode_batch(model, BATCH, Sampling(), 10, Timings()))
     assert [list(row) for row in zip(*together, strict=True)] != alone
 
