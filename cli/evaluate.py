@@ -46,16 +46,20 @@ def eval_command(
 
     require_backend()
     from mlxarch.progress import on_terminal
-    from mlxarch.quantize import report
+    from mlxarch.quantize import plots, report
     from mlxarch.quantize.corpus import read_texts
     from mlxarch.quantize.evaluation import Settings, evaluate
+    from mlxarch.quantize.subject import Subject
 
+    if plot is not None:
+        plots.check(plot)
     texts = read_texts(files) if files else None
     settings = Settings(tokens=tokens, context=context, seed=seed)
     original = None if against is None else _original(against, yes)
-    results = []
+    results, folders = [], []
     for number, name in enumerate(models):
         folder = options.obtain(name, None, yes)
+        folders.append(folder)
         with on_terminal(None) as progress:
             result = evaluate(folder, original, texts=texts, settings=settings, batch=batch, progress=progress)
         results.append(result)
@@ -69,6 +73,13 @@ def eval_command(
         if result.worst:
             answer("\nThe tokens that changed most: KL, where, expected by the original -> by the model")
             table(report.worst(result))
+    if plot is not None and original is not None:
+        with on_terminal(None) as progress:
+            source = Subject.from_folder(original)
+            subjects = [Subject.from_folder(folder) for folder in folders]
+            lost = {subject.name: plots.losses(subject, source, progress) for subject in subjects}
+        plots.draw(plot, results, {name: errors for name, errors in lost.items() if errors})
+        say(f"{plot}: drawn")
     above = [r for r in results if max_kl is not None and r.all.kl_mean and not r.all.kl_mean.value <= max_kl]
     for result in above:
         say(f"{result.model}: mean KL {result.all.kl_mean.value:.4g} is above {max_kl:g}")

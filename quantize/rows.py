@@ -23,7 +23,7 @@ def chunks(tensor: Tensor, limit: int) -> Iterator[tuple[int, int]]:
 
 @dataclass
 class Loss:
-    """What packing takes from a matrix whose rows are added one after the other: sums of squares."""
+    """How far a matrix is from its original, whose rows are added one after the other: sums of squares."""
 
     squared_error: float = 0.0
     squares: float = 0.0
@@ -33,13 +33,10 @@ class Loss:
         """Squared error over squares; None where nothing was added."""
         return self.squared_error / self.squares if self.squares else None
 
-    def add(self, weight: mx.array, packed: Mapping[str, mx.array], quantization: Quantization) -> None:
-        """Rows as they were, and as they are stored."""
-        scales, biases = packed["scales"], packed.get("biases")
-        if biases is not None:
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        exact = np.asarray(weight.astype(mx.float32))
-        error = exact - np.asarray(quantization.dequantize(packed["weight"], scales, biases, mx.float32))
+    def add(self, original: mx.array, stored: mx.array) -> None:
+        """Rows as they were, and as they are."""
+        exact = np.asarray(original.astype(mx.float32))
+        error = np.asarray(stored.astype(mx.float32)) - exact
         self.squared_error += float(np.square(error).sum(dtype=np.float64))
         self.squares += float(np.square(exact).sum(dtype=np.float64))
 
@@ -59,12 +56,19 @@ def converted(entry: Entry, tensor: Tensor, start: int, stop: int, loss: Loss) -
         weight, scales = rows["weight"], DTYPES[entry.parts["scales"].dtype]
         rows = quantize(weight, entry.quantization, scales)
         mx.eval(rows)
-        loss.add(weight, rows, entry.quantization)
+        loss.add(weight, _unpacked(rows, entry.quantization))
     else:
         rows = {part: values.astype(DTYPES[entry.parts[part].dtype]) for part, values in rows.items()}
     mx.eval(rows)
     _check_finite(entry, rows, "a value too large for the dtype; choose bfloat16 or float32")
     return rows
+
+
+def _unpacked(rows: Mapping[str, mx.array], quantization: Quantization) -> mx.array:
+    scales, biases = rows["scales"], rows.get("biases")
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return quantization.dequantize(rows["weight"], scales, biases, mx.float32)
 
 
 def _check_finite(entry: Entry, rows: Mapping[str, mx.array], problem: str) -> None:

@@ -167,3 +167,12 @@ def test_verify_names_what_changed(invoke, here, tmp_path):
 def test_verify_finds_a_model_by_its_name(invoke, here, home):
     shutil.copytree("tiny-8bit", home / "data" / "models" / "tiny-8bit")
     assert invoke("verify", "tiny-8bit").exit_code == 0
+
+
+def test_a_picture_is_drawn_and_a_wrong_name_is_refused_before_anything_is_read(invoke, here, tmp_path):
+    arguments = ["eval", "./tiny-8bit", "./tiny-2bit", "--against", "./tiny", *FEW]
+    result = invoke(*arguments, "--plot", str(tmp_path / "x.svg"))
+    assert result.exit_code == 0 and "drawn" in result.stderr, result.stderr
+    assert ">tiny-2bit<" in (tmp_path / "x.svg").read_text()
+    wrong = invoke(*arguments, "--plot", str(tmp_path / "x.pdf"))
+    assert wrong.exit_code == 2 and ".svg or .png" in wrong.stderr and wrong.stdout == ""

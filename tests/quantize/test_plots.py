@@ -1,0 +1,79 @@
+"""Pictures of evaluations: what they show, in both formats, and what is refused."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_chat import make_chat_model
+
+from mlxarch.errors import BackendMissing, InvalidInput, OutputError
+from mlxarch.quantize import convert, plots
+from mlxarch.quantize.evaluation import Evaluation, Settings, evaluate
+from mlxarch.quantize.subject import Subject
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_chat_model(tmp_path_factory.mktemp("models") / "tiny")
+    for bits in (4, 2):
+        convert(folder, folder.with_name(f"tiny-{bits}"), bits=bits)
+    return folder
+
+
+@pytest.fixture
+def found(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Evaluation]:
+    monkeypatch.setenv("MLXARCH_HOME", str(tmp_path / "home"))
+    few = Settings(tokens=30, context=30)
+    return [evaluate(original.with_name(f"tiny-{bits}"), original, settings=few) for bits in (4, 2)]
+
+
+def lost(original: Path, bits: int) -> dict[str, float]:
+    return plots.losses(Subject.from_folder(original.with_name(f"tiny-{bits}")), Subject.from_folder(original))
+
+
+def test_losses_are_those_of_the_weights(original, monkeypatch):
+    monkeypatch.setattr(plots, "CHUNK", 3000)
+    four, two = lost(original, 4), lost(original, 2)
+    exact = load_file(original / "model.safetensors")
+    assert four.keys() == two.keys() == {name for name, weight in exact.items() if weight.ndim == 2}
+    assert all(10 * four[name] < two[name] < 1 for name in four)
+    from mlxarch.weights import open_source
+
+    tensor = open_source(original.with_name("tiny-4")).tensors["lm_head.weight"]
+    error = np.array(tensor.load()) - exact["lm_head.weight"]
+    expected = np.square(error).sum() / np.square(exact["lm_head.weight"]).sum()
+    assert four["lm_head.weight"] == pytest.approx(expected, rel=1e-4)
+    assert plots.losses(Subject.from_folder(original), Subject.from_folder(original)) == {}, "nothing is quantized"
+
+
+def test_a_picture_shows_every_model_and_every_kind_of_tensor(original, found, tmp_path):
+    errors = {"tiny-4": lost(original, 4), "tiny-2": lost(original, 2)}
+    plots.draw(tmp_path / "all.svg", found, errors)
+    text = re.sub(r"\s+", " ", (tmp_path / "all.svg").read_text())
+    for word in ("tiny-4", "tiny-2", "against tiny", "self_attn.q_proj", "mlp.down_proj", "lm_head", "weights, MB"):
+        assert f">{word}<" in text, word
+    plots.draw(tmp_path / "again.svg", found, errors)
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "all.svg").read_bytes()
+    plots.draw(tmp_path / "one.svg", found[:1], {})
+    assert "tiny-2" not in (tmp_path / "one.svg").read_text()
+    plots.draw(tmp_path / "all.png", found, errors)
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_original_itself_can_be_drawn(original, found, tmp_path, monkeypatch):
+    same = evaluate(original, original, settings=Settings(tokens=30, context=30))
+    plots.draw(tmp_path / "same.svg", [same], {})
+    assert (tmp_path / "same.svg").stat().st_size > 1000
+
+
+def test_what_cannot_be_drawn_is_refused_beforehand(found, tmp_path, monkeypatch):
+    plots.check(tmp_path / "good.SVG")
+    with pytest.raises(InvalidInput, match=r"\.svg or \.png"):
+        plots.check(tmp_path / "figure.pdf")
+    with pytest.raises(OutputError, match="No such file"):
+        plots.draw(tmp_path / "nowhere" / "x.svg", found, {})
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    with pytest.raises(BackendMissing, match=r"mlxarch\[plot\]"):
+        plots.check(tmp_path / "good.svg")
