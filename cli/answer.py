@@ -1,5 +1,6 @@
 """One answer, from the model to the writer, with Ctrl-C as its brake."""
 
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -7,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxarch.cli.output import is_terminal
+from mlxarch.cli.output import is_terminal, size
 from mlxarch.cli.render import Silence, Writer
 
 if TYPE_CHECKING:
     from mlxarch.generation import Timings
-    from mlxarch.language_model import Piece
+    from mlxarch.language_model import LanguageModel, Piece
 
 STOPPED = "stopped"  # the finish reason of an answer that Ctrl-C ended
 
@@ -79,6 +80,42 @@ def stats(timings: "Timings") -> dict[str, Any]:
         "decode_seconds": round(timings.decode_seconds, 6),
         "prefill_rate": round(timings.prefill_rate, 3),
         "decode_rate": round(timings.decode_rate, 3),
+    }
+
+
+def streaming_line(model: "LanguageModel") -> str | None:
+    """What was read from the disk since the model was loaded, and what memory it took, for a person."""
+    found = streaming_stats(model)
+    if found is None:
+        return None
+    seconds = f"{found['read_seconds']:.1f} s reading, {found['router_seconds']:.1f} s waiting for routers"
+    planned = f" of {size(found['planned_bytes'])} planned" if found["planned_bytes"] else ""
+    parts = [
+        f"experts from the disk: {size(found['bytes_per_token'])} a token",
+        f"{found['hit_rate']:.0%} were in memory, {found['recent_hit_rate']:.0%} for the last 64 tokens",
+        f"{seconds}, {found['expert_seconds']:.1f} s for experts",
+        f"peak memory {size(found['peak_bytes'])}{planned}",
+    ]
+    return " · ".join(parts)
+
+
+def streaming_stats(model: "LanguageModel") -> dict[str, Any] | None:
+    """The same for a program: None where all experts are in memory."""
+    if model.streaming is None:
+        return None
+    counted = model.streaming.stats
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "bytes_read": counted.bytes_read,
+        "bytes_per_token": round(counted.bytes_per_token),
+        "hit_rate": round(counted.hit_rate, 4),
+        "recent_hit_rate": round(counted.steady_hit_rate, 4),
+        "read_seconds": round(counted.read_seconds, 6),
+        "router_seconds": round(counted.sync_seconds, 6),
+        "expert_seconds": round(counted.compute_seconds, 6),
+        "bank_bytes": model.streaming.nbytes,
+        "peak_bytes": peak,
+        "planned_bytes": model.plan.total if model.plan else None,
     }
 
 

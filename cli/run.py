@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxarch.cli import options
-from mlxarch.cli.answer import STOPPED, Answer, receive, stats, stats_line
+from mlxarch.cli.answer import STOPPED, Answer, receive, stats, stats_line, streaming_line, streaming_stats
 from mlxarch.cli.output import answer_json, is_terminal, say
 from mlxarch.cli.render import Silence, thoughts, writer
 from mlxarch.errors import InvalidInput, ModelNotFound
@@ -69,9 +69,12 @@ def run_command(
     out = Silence() if as_json else writer(given["plain"])
     answer = receive(pieces, out, thoughts(as_json or given["hide_thinking"]))
     if as_json:
-        answer_json({"model": name, **_outcome(answer)})
+        streamed = streaming_stats(model)
+        answer_json({"model": name, **_outcome(answer), **({"streaming": streamed} if streamed else {})})
     if given["stats"]:
         say(stats_line(answer.timings, long=True), dim=True)
+        if streamed := streaming_line(model):
+            say(streamed, dim=True)
     if answer.finish_reason == "length":
         limit = "--max-tokens" if given["max_tokens"] else f"the context of {model.context_length} tokens"
         what = "thinking" if answer.thinking and not answer.text else "answer"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mlxarch.cli import conversation
-from mlxarch.cli.answer import Answer, stats_line
+from mlxarch.cli.answer import Answer, stats_line, streaming_line
 from mlxarch.cli.output import say
 from mlxarch.cli.render import Writer
 from mlxarch.errors import InvalidInput
@@ -152,6 +152,8 @@ def _stats(chat: Chat, argument: str) -> None:
         held = done[-1].prompt_tokens + done[-1].generated_tokens
         say(f"{len(done)} answers · {tokens} tokens in {seconds:.1f} s", dim=True)
         say(f"context {held} of {chat.conversation.model.context_length} tokens after the last answer", dim=True)
+        if streamed := streaming_line(chat.conversation.model):
+            say(streamed, dim=True)
 
 
 @_command("/exit", "leave; so do /quit, /bye and Ctrl-D")

@@ -22,6 +22,7 @@ from mlxarch.progress import Progress, on_terminal
 from mlxarch.sampling import Sampling
 from mlxarch.slicing import Slice
 from mlxarch.stops import StopStrings
+from mlxarch.streaming.experts import Streaming
 from mlxarch.thinking import Segment, splitter
 from mlxarch.tokenizer import Tokenizer
 
@@ -156,6 +157,11 @@ class LanguageModel:
     def session(self) -> Session:
         """A conversation to be: pass it to every turn, and a turn computes only what differs from the last."""
         return Session(self.make_caches(), renew=self.make_caches)
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """The experts that are read from the disk as tokens need them, with ``stats``; None where there are none."""
+        return self.model.streaming
 
     @property
     def recommended_sampling(self) -> Sampling:

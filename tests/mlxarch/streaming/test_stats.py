@@ -1,0 +1,82 @@
+"""What is counted while a model streams is what happens."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlxarch.blocks import Quantization
+from mlxarch.cli.answer import streaming_line, streaming_stats
+from mlxarch.generation import Session, decode
+from mlxarch.sampling import Sampling
+from streamed import load
+from tiny_moe import make_moe
+
+PROMPT = np.random.default_rng(5).integers(0, 96, 20).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_moe(tmp_path_factory.mktemp("moe") / "model", packed=Quantization(4, 32))
+
+
+def generate(model: Any, tokens: int) -> None:
+    session = Session(model.make_caches(), renew=model.make_caches)
+    for _ in decode(model, session, PROMPT, Sampling(), tokens):
+        pass
+
+
+def test_bytes_are_those_of_the_records_that_were_read(folder: Path) -> None:
+    model = load(folder, 4)
+    read = []
+    for layer in model.streaming.layers.values():
+
+        def noted(expert: int, buffers: Any, records: Any = layer.records, real: Any = layer.records.read) -> None:
+            read.append(records.nbytes)
+            real(expert, buffers)
+
+        layer.records.read = noted
+    generate(model, 6)
+    stats = model.streaming.stats
+    assert stats.bytes_read == sum(read) and stats.wanted - stats.hits == len(read)
+    assert 0 < stats.hit_rate < 1 and stats.read_seconds > 0 and stats.sync_seconds > 0
+
+
+def test_decoded_tokens_are_counted_without_the_prompt(folder: Path) -> None:
+    model = load(folder, 4)
+    generate(model, 1)
+    stats = model.streaming.stats
+    before = stats.bytes_read
+    assert (stats.decoded, stats.decode_bytes) == (0, 0) and before > 0
+    generate(model, 6)
+    assert stats.decoded == 5 and stats.bytes_per_token == stats.decode_bytes / 5
+    assert 0 < stats.decode_bytes < stats.bytes_read - before
+
+
+def test_the_last_tokens_hits_are_those_of_the_last_64(folder: Path) -> None:
+    model = load(folder, 11)
+    generate(model, 100)
+    stats = model.streaming.stats
+    assert stats.decoded == 99 and len(stats._latest) == 64
+    assert all(wanted == 6 for wanted, _ in stats._latest)  # 3 experts in each of 2 layers
+    assert stats.steady_hit_rate > stats.hit_rate
+
+
+def test_the_bank_takes_what_its_slots_take(folder: Path) -> None:
+    sizes = {count: load(folder, count).streaming.nbytes for count in (1, 3, 9)}
+    assert sizes[3] == 3 * sizes[1] and sizes[9] == 9 * sizes[1]
+
+
+def test_a_person_and_a_program_see_it(folder: Path) -> None:
+    model = load(folder, 4)
+    generate(model, 6)
+    shown: Any = SimpleNamespace(streaming=model.streaming, plan=SimpleNamespace(total=5_000_000_000))
+    line, found = streaming_line(shown), streaming_stats(shown)
+    assert line and found
+    assert line.startswith("experts from the disk: ") and "of 5.0 GB planned" in line
+    assert found["bytes_read"] == model.streaming.stats.bytes_read and found["bank_bytes"] == model.streaming.nbytes
+    assert found["peak_bytes"] > 10_000_000
+    shown.streaming = None
+    assert streaming_line(shown) is None and streaming_stats(shown) is None
