@@ -1,4 +1,4 @@
-"""``mlxarch pack``: experts laid out to be read one at a time."""
+"""``mlxarch pack``: experts, and rows of embeddings, laid out to be read one at a time."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 def pack_command(source: str, output: str | None, force: bool, yes: bool, as_json: bool) -> None:
     """Lay out a model's experts so that they can be read one at a time.
 
-    SOURCE is a folder, a repository or a short name of a mixture of experts, quantized or not. No number changes. Where
-    a model is larger than the memory, its experts are read from the disk as tokens need them; packed, each takes one
-    read instead of up to nine. Only mlxarch reads such a folder; `mlxarch quantize --bits original` undoes it.
+    SOURCE is a folder, a repository or a short name of a mixture of experts, or of a Gemma 3n, whose per-layer
+    embeddings are laid out so; quantized or not. No number changes. Where a model is larger than the memory, its
+    experts are read from the disk as tokens need them; packed, each takes one read instead of up to nine, and a
+    token's embeddings one instead of three. Only mlxarch reads such a folder; `mlxarch quantize --bits original`
+    undoes it.
     """
     from mlxarch.backend import require_backend
 
@@ -37,7 +39,7 @@ def pack_command(source: str, output: str | None, force: bool, yes: bool, as_jso
     name = folder.resolve().name if reference.path else reference.name.rsplit("/", 1)[-1].replace("@", "-")
     packing = prepare_pack(folder, output or f"{name}-packed")
     try:
-        say(f"{source}: experts packed, needs {size(packing.needed)} of disk, at {packing.output}")
+        say(f"{source}: packed, needs {size(packing.needed)} of disk, at {packing.output}")
         with on_terminal(None) as progress:
             summary = packing.run(force=force, progress=progress)
     finally:
@@ -50,7 +52,7 @@ def pack_command(source: str, output: str | None, force: bool, yes: bool, as_jso
 
 def in_words(summary: "PackSummary") -> str:
     """One line."""
-    return (
-        f"{summary.output}: {summary.experts} experts in {summary.layers} layers, "
-        f"{size(summary.expert_bytes + summary.filled_bytes)}, and {size(summary.other_bytes)} of other tensors"
-    )
+    experts = size(summary.expert_bytes + summary.filled_bytes)
+    parts = [f"{summary.experts} experts in {summary.layers} layers, {experts}"] if summary.layers else []
+    parts += [f"per-layer embeddings, {size(summary.row_bytes)}"] if summary.row_bytes else []
+    return f"{summary.output}: {', '.join(parts)}, and {size(summary.other_bytes)} of other tensors"

@@ -29,6 +29,7 @@ from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.expert_files import open_experts
 from mlxarch.foreign import unpack_foreign
 from mlxarch.registry import Architecture, architecture
+from mlxarch.row_files import open_rows
 from mlxarch.tensors import FLOATS, Joined, Packed, Rows, Shaped, Stacked, Stored, Tensor, Transposed
 
 SIDECARS = (
@@ -73,8 +74,10 @@ def open_source(folder: str | Path) -> Source:
     stored = {name: Stored(shard, info) for name, (shard, info) in checkpoint.tensors.items()}
     sidecars = {name: path for name in SIDECARS if (path := checkpoint.folder / name).is_file()}
     experts, files = open_experts(checkpoint.folder)
-    tensors = pack(stored, checkpoint.config) | experts
-    return Source(checkpoint.config, tensors, sidecars, (*checkpoint.shards, *files), notes_on(tensors))
+    table, row_files = open_rows(checkpoint.folder)
+    tensors = pack(stored, checkpoint.config) | experts | table
+    shards = (*checkpoint.shards, *files, *row_files)
+    return Source(checkpoint.config, tensors, sidecars, shards, notes_on(tensors))
 
 
 def notes_on(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

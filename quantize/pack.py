@@ -1,4 +1,7 @@
-"""Experts packed for streaming: what one expert consists of lies in one run of a file. No number changes."""
+"""A model packed for streaming: what one expert, or a token's row, consists of lies in one run of a file.
+
+No number changes.
+"""
 
 import json
 import os
@@ -20,14 +23,17 @@ from mlxarch.progress import Progress, silent
 from mlxarch.quantize.card import origin_of
 from mlxarch.quantize.disk import Disk, as_output_error, size
 from mlxarch.quantize.journal import Workspace
+from mlxarch.quantize.pack_rows import RowPacking
+from mlxarch.row_files import FILE as ROWS
 from mlxarch.streaming.attach import experts_of
+from mlxarch.streaming.embeddings import tables_of
 from mlxarch.streaming.records import Records, extents, parts_of
 from mlxarch.tensors import DTYPES, Packed
 from mlxarch.weights import Resolved, Source, open_source, resolve
 
 CHUNK = 8 << 20  # bytes of a tensor that are in memory at a time
 NOTE = (
-    "The experts of this model are packed, so that mlxarch can read one at a time: mlx-lm, transformers and other "
+    "Parts of this model are packed, so that mlxarch can read them one at a time: mlx-lm, transformers and other "
     "programs cannot read this folder. `mlxarch quantize --bits original` makes an ordinary one of it, without loss."
 )
 NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
@@ -41,6 +47,7 @@ class PackSummary:
         layers: that have experts.
         experts: in all layers together.
         expert_bytes: of the experts, ``filled_bytes`` more where records are filled up to the next page.
+        row_bytes: of a table of per-layer embeddings.
         other_bytes: of all other tensors.
     """
 
@@ -49,6 +56,7 @@ class PackSummary:
     experts: int
     expert_bytes: int
     filled_bytes: int
+    row_bytes: int
     other_bytes: int
 
 
@@ -67,8 +75,12 @@ class Packing:
             path: Records(layer, parts_of(path, self.resolved.tensors), "never")
             for layer, (path, _) in experts_of(self.resolved).items()
         }
-        if not self.records:
-            raise InvalidInput(f"{self.folder}: this model has no experts; there is nothing to pack")
+        published, tensors = self.resolved.architecture.published, self.resolved.tensors
+        self.tables = [RowPacking(published(p), tensors[f"{p}.weight"]) for p in tables_of(self.resolved.model)]
+        if not self.records and not self.tables:
+            raise InvalidInput(
+                f"{self.folder}: this model has no experts and no per-layer embeddings; there is nothing to pack"
+            )
         places = {
             (place.shard.path, place.start)
             for records in self.records.values()
@@ -76,6 +88,7 @@ class Packing:
             for expert in range(records.count)
             for place in extents(part.tensor, expert)
         }
+        places |= {place for table in self.tables for place in table.places}
         self.checkpoint = Checkpoint.open(self.folder)
         stored = self.checkpoint.tensors.items()
         self._others = {name: (shard, i) for name, (shard, i) in stored if (shard.path, i.start) not in places}
@@ -87,13 +100,14 @@ class Packing:
         used = sum(r.count * r.nbytes for r in records)
         filled = sum(r.count * (_stride(r) - r.nbytes) for r in records)
         experts, others = sum(r.count for r in records), sum(info.nbytes for _, info in self._others.values())
-        return PackSummary(self.output, len(self.records), experts, used, filled, others)
+        rows = sum(table.nbytes for table in self.tables)
+        return PackSummary(self.output, len(self.records), experts, used, filled, rows, others)
 
     @property
     def needed(self) -> int:
         """Bytes of disk, but for small files."""
         summary = self.summary
-        return summary.expert_bytes + summary.filled_bytes + summary.other_bytes
+        return summary.expert_bytes + summary.filled_bytes + summary.row_bytes + summary.other_bytes
 
     def run(self, *, force: bool = False, progress: Progress = silent) -> PackSummary:
         """Write the folder; see ``pack``."""
@@ -124,12 +138,17 @@ class Packing:
             layers.append(self._write_layer(folder, path, records))
             done += records.count * _stride(records)
             progress("packing", done, self.needed)
+        for table in self.tables:
+            with self._new_file(folder / ROWS, table.nbytes) as descriptor:
+                table.write(self.disk, descriptor, lambda count: progress("packing", done + count, self.needed))
         self._write_others(folder)
         progress("packing", self.needed, self.needed)
-        small = self._small_files() | {MANIFEST: _json(Manifest("mlxarch-experts", 1, NOTE, tuple(layers)))}
+        small = self._small_files()
+        if layers:
+            small[MANIFEST] = _json(Manifest("mlxarch-experts", 1, NOTE, tuple(layers)))
         for name, data in small.items():
             self.disk.write_file(folder / name, data)
-        return [*(layer.file for layer in layers), "model.safetensors", *small]
+        return [*(layer.file for layer in layers), *([ROWS] if self.tables else []), "model.safetensors", *small]
 
     def _write_layer(self, folder: Path, path: str, records: Records) -> Layer:
         stride, checksums = _stride(records), []
@@ -188,7 +207,7 @@ class Packing:
         text = card.read_text("utf-8", "replace") if card.is_file() else f"# {self.output.name}\n"
         front = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
         cut = front.end() if front else 0
-        note = f"{text[:cut]}\n> **Packed experts.** {NOTE}\n\n{text[cut:].lstrip()}".lstrip()
+        note = f"{text[:cut]}\n> **Packed.** {NOTE}\n\n{text[cut:].lstrip()}".lstrip()
         files = {name: at.read_bytes() for name, at in beside.items()}
         for name, at in self.source.sidecars.items():
             files[name] = child(at.parent, at.name).read_bytes() if isinstance(at, Path) else at
@@ -203,8 +222,8 @@ class Packing:
 def prepare_pack(folder: str | Path, output: str | Path | None = None, *, disk: Disk | None = None) -> Packing:
     """Check all that can be checked without reading weights or writing; arguments and errors as ``pack``."""
     folder = Path(folder)
-    if (folder / MANIFEST).exists():
-        raise InvalidInput(f"{folder}: its experts are packed already")
+    if (folder / MANIFEST).exists() or (folder / ROWS).exists():
+        raise InvalidInput(f"{folder}: it is packed already")
     source = open_source(folder)
     output = Path(os.path.abspath(Path(output or f"{folder.resolve().name}-packed").expanduser()))
     if folder.resolve().is_relative_to(output.resolve()):
@@ -215,18 +234,19 @@ def prepare_pack(folder: str | Path, output: str | Path | None = None, *, disk: 
 def pack(
     folder: str | Path, output: str | Path | None = None, *, force: bool = False, progress: Progress = silent
 ) -> PackSummary:
-    """Write a model folder anew with its experts packed, as docs/experts-format.md says. Every tensor keeps its bytes.
+    """Write a model folder anew with its experts packed, as docs/experts-format.md says, and per-layer embeddings, as
+    docs/rows-format.md does. Every tensor keeps its bytes.
 
     The output appears under its name complete or not at all. Memory is that of one expert.
 
     Args:
-        folder: a checkpoint with experts, quantized or not.
+        folder: a checkpoint with experts or per-layer embeddings, quantized or not.
         output: the folder to make; by default the source's name and "-packed", in the current folder.
         force: replace an output that exists; it is removed when the new one is complete.
         progress: told the bytes written.
 
     Raises:
-        InvalidInput: the model has no experts, or they are packed already.
+        InvalidInput: the model has neither, or is packed already.
         CheckpointError, ConfigError: the source is not a sound checkpoint, or stores experts in a number format that
             has to be computed with first: quantize it.
         DiskSpaceError: the disk has less room than is needed.

@@ -21,6 +21,11 @@ from mlxarch.tensors import FLOATS, Packed, Tensor
 NOT_A_NUMBER = 0xFF  # these bytes are NaN in every type that scales and floats have
 
 
+def tables_of(model: nn.Module) -> list[str]:
+    """Paths of the tables that may stay on the disk."""
+    return [path for path, module in model.named_modules() if getattr(module, "streamable", False)]
+
+
 def attach_tables(
     model: nn.Module, parameters: Mapping[str, Tensor], dtype: mx.Dtype, verify: Verify = "first"
 ) -> frozenset[str]:
@@ -33,8 +38,7 @@ def attach_tables(
         InvalidInput: the model has none.
         CheckpointError: a table is stored in a form whose rows cannot be read one by one.
     """
-    modules = dict(model.named_modules())
-    tables = [path for path, module in modules.items() if getattr(module, "streamable", False)]
+    modules, tables = dict(model.named_modules()), tables_of(model)
     if not tables:
         raise InvalidInput("this model has no per-layer embeddings that could be read from the disk")
     for path in tables:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxarch.errors import CheckpointError, EmbeddingReadError
+from mlxarch.row_files import RowPart
 from mlxarch.streaming.files import ReadFailed, RecordFile
 from mlxarch.tensors import Columns, Packed, SmallScales, Stored, Tensor
 
@@ -60,6 +61,8 @@ def _field(name: str, part: str, tensor: Tensor) -> Field:
     match tensor:
         case Stored() if len(tensor.shape) == 2:
             return Field(part, tensor, ((0, tensor.shape[1] * tensor.dtype.size),), tensor.dtype)
+        case RowPart():
+            return Field(part, tensor.records, ((tensor.start, tensor.stop),), tensor.dtype)
         case SmallScales():
             return _field(name, part, tensor.tensor)
         case Columns():
@@ -70,6 +73,18 @@ def _field(name: str, part: str, tensor: Tensor) -> Field:
         f"{name} is stored in a form ({type(tensor).__name__}) that must be computed with before it can be used: its "
         "rows cannot be read one by one. Write the model anew with `mlxarch quantize`, or keep the table in memory"
     )
+
+
+def checksums_of(tensor: Tensor) -> np.ndarray | None:
+    """The CRC-32 of each row's record, where a table brings them."""
+    match tensor:
+        case RowPart():
+            return np.array(tensor.checksums.rows(0, 1)).reshape(-1)
+        case Packed():
+            return checksums_of(tensor.parts["weight"])
+        case Columns():
+            return checksums_of(tensor.tensor)
+    return None
 
 
 def _cut(runs: Runs, start: int, stop: int) -> list[tuple[int, int]]:
@@ -93,9 +108,7 @@ class RowFile:
         nbytes: of a row.
     """
 
-    def __init__(
-        self, name: str, tensor: Tensor, verify: Verify = "first", checksums: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, name: str, tensor: Tensor, verify: Verify = "first") -> None:
         """Open the files again: those of the tensor may be closed afterwards.
 
         ``verify`` "first" checks a row's CRC-32 when it is read for the first time, "always" whenever it is read. A
@@ -103,7 +116,7 @@ class RowFile:
         """
         self.name, self.count, self.fields = name, tensor.shape[0], fields_of(name, tensor)
         self.nbytes = sum(field.nbytes for field in self.fields)
-        self._verify = verify
+        self._verify, checksums = verify, checksums_of(tensor)
         self._checksums = np.zeros(self.count, np.uint32) if checksums is None else checksums
         self._known = np.full(self.count, checksums is not None)
         self._checked = np.zeros(self.count, bool)

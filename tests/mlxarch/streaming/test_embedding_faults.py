@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import pytest
 from mlxarch.errors import EmbeddingReadError
 from mlxarch.generation import Session, decode
 from mlxarch.quantize import convert
+from mlxarch.quantize.pack import pack
 from mlxarch.sampling import Sampling
 from mlxarch.streaming import files
-from mlxarch.streaming.rows import RowCache, RowFile, Verify
-from mlxarch.tensors import Packed, Stored
+from mlxarch.streaming.rows import RowCache, RowFile, Verify, fields_of
+from mlxarch.tensors import Tensor
 from mlxarch.weights import open_source
 from tiny_gemma3n import MODES, ROWS, SSD, TABLE, generated, load, make_gemma3n, prompt, table_of
 
@@ -121,11 +121,11 @@ def test_a_file_put_in_its_place_is_not_read(folder: Path) -> None:
     assert generated(model, prompt(5)) == wanted
 
 
-def flip(file: Path, row: int) -> None:
+def flip(table: Tensor, row: int) -> None:
     """One bit of a row, with the file's times as they were."""
-    table = open_source(file.parent).tensors[f"{TABLE}.weight"]
-    assert isinstance(table, Packed) and isinstance(stored := table.parts["weight"], Stored)
-    times, at = file.stat().st_mtime_ns, stored.info.start + row * stored.shape[1] * 4 + 5
+    stored = fields_of("", table)[0].stored
+    file, at = stored.shard.path, stored.info.start + row * stored.shape[1] * stored.dtype.size + 5
+    times = file.stat().st_mtime_ns
     with open(file, "r+b") as out:
         out.seek(at)
         [octet] = out.read(1)
@@ -136,19 +136,22 @@ def flip(file: Path, row: int) -> None:
 
 @pytest.mark.parametrize("verify", ["first", "always", "never"])
 @pytest.mark.parametrize("brought", [True, False], ids=["with checksums", "without"])
-def test_a_flipped_bit_is_told_where_rows_are_checked(verify: Verify, brought: bool, folder: Path) -> None:
+def test_a_flipped_bit_is_told_where_rows_are_checked(
+    verify: Verify, brought: bool, folder: Path, tmp_path: Path
+) -> None:
+    if brought:
+        pack(folder, folder := tmp_path / "packed")
     table = open_source(folder).tensors[f"{TABLE}.weight"]
     whole = RowCache(RowFile("", table)).rows(range(ROWS))
-    checksums = np.array([zlib.crc32(row.tobytes()) for row in whole], np.uint32)
-    cache = RowCache(RowFile("the table", table, verify, checksums if brought else None), limit=0)
+    cache = RowCache(RowFile("the table", table, verify), limit=0)
     if not brought:
         cache.rows(range(ROWS))  # what is read first is what counts
     for row in np.random.default_rng(0).permutation(ROWS)[:50].tolist():
-        flip(folder / "model.safetensors", row)
+        flip(table, row)
         if verify == "always" or (verify == "first" and brought):
             with pytest.raises(EmbeddingReadError, match=f"row {row} of the table.*its checksum is"):
                 cache.rows([row])
         else:
             assert not np.array_equal(cache.rows([row]), whole[[row]])  # which is why they are checked
-        flip(folder / "model.safetensors", row)
+        flip(table, row)
     assert np.array_equal(cache.rows(range(ROWS)), whole)

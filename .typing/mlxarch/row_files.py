@@ -1,0 +1,1 @@
+../../mlxarch/row_files.py
