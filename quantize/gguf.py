@@ -5,53 +5,36 @@ Source: the block formats are those of ggml (ggml-common.h), MLX's packing is th
 
 import json
 import os
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.blocks import Quantization
 from mlxarch.errors import BackendMissing, CheckpointError
+from mlxarch.quantize.gguf_blocks import REPACKED, Layout
 from mlxarch.quantize.gguf_config import huggingface_name, llama3_scaling, model_config
 from mlxarch.quantize.gguf_tokenizer import Vocabulary, tokenizer_files
+from mlxarch.quantize.rounding import words_of
 from mlxarch.tensors import Packed, Tensor
-from mlxarch.weights import Source
+from mlxarch.weights import Source, notes_on
 
 if TYPE_CHECKING:
     from mlxarch.checkpoint import TensorInfo
     from mlxarch.quantize.gguf_reader import GGUFFile
 
-GROUP = 32  # values that share a scale, in every type that is repacked
 PLAIN = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 FLOAT16_MAX = 65504.0
 CHUNK = 4 << 20  # bytes of a piece, where a whole tensor is looked through
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """A block of 32 values: its bits, its fields, and the code that stands for zero where no bias is stored."""
-
-    bits: int
-    zero: int | None
-    layout: np.dtype
-
-
-_SCALE, _BIAS = ("scale", "<f2"), ("bias", "<f2")
-REPACKED = {
-    "Q4_0": _Layout(4, 8, np.dtype([_SCALE, ("codes", "u1", 16)])),
-    "Q4_1": _Layout(4, None, np.dtype([_SCALE, _BIAS, ("codes", "u1", 16)])),
-    "Q8_0": _Layout(8, 128, np.dtype([_SCALE, ("codes", "u1", 32)])),
-}
-
-
 def open_gguf(path: str | os.PathLike[str]) -> Source:
     """Open a GGUF file of a Llama or Qwen model. The header is validated; of the tensors, only scales are read.
 
-    Q4_0, Q4_1 and Q8_0 become affine Packed tensors in groups of 32, of the same values; float32, float16 and bfloat16
-    stay as they are; every other type is dequantized to float32 as its rows are read. Names, shapes and the order of
-    the rows are those of the Hugging Face checkpoint, and so are config and tokenizer files.
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K and Q5_K become affine Packed tensors in groups of 32, of the same values, MXFP4
+    MLX's mxfp4; float32, float16 and bfloat16 stay as they are; every other type is dequantized to float32 as its rows
+    are read. Names, shapes and the order of the rows are those of the Hugging Face checkpoint, and so are config and
+    tokenizer files.
 
     Raises:
         CheckpointError: the file breaks a rule of the format, or a scale is NaN or infinite.
@@ -97,7 +80,7 @@ def _source(file: "GGUFFile") -> Source:
     vocabulary = Vocabulary(file.keys, where)
     ids = vocabulary.special_ids()
     sidecars = tokenizer_files(vocabulary) | {"generation_config.json": json.dumps(ids, indent=2).encode()}
-    return Source(config | ids, tensors, sidecars, (file,))
+    return Source(config | ids, tensors, sidecars, (file,), notes_on(tensors))
 
 
 def _tensor(file: "GGUFFile", info: "TensorInfo", heads: int = 0) -> Tensor:
@@ -161,6 +144,7 @@ class _Dequantized(Tensor):
 
     def __init__(self, blocks: _Blocks):
         self.blocks, self.shape = blocks, blocks.shape
+        self.origin = f"stored as {blocks.info.dtype}, which MLX's packing has not: unpacked to float32"
 
     def rows(self, start: int, stop: int) -> mx.array:
         from mlxarch.quantize.gguf_reader import dequantize
@@ -175,51 +159,43 @@ class _Part(Tensor):
         self.blocks, self.part, self.shape, self.dtype = blocks, part, shape, dtype
 
     def rows(self, start: int, stop: int) -> mx.array:
-        groups = self.blocks.read(start, stop).view(REPACKED[self.blocks.info.dtype].layout)
+        layout = REPACKED[self.blocks.info.dtype]
+        blocks = self.blocks.read(start, stop).view(layout.block).ravel()
         if self.part == "weight":
-            return mx.array(_codes(groups["codes"]))
-        if self.part == "scales":
-            return mx.array(groups["scale"]).astype(self.dtype)
-        zero = REPACKED[self.blocks.info.dtype].zero
-        biases = groups["bias"] if zero is None else groups["scale"].astype(np.float32) * -zero
-        return mx.array(biases).astype(self.dtype)
-
-
-def _codes(stored: np.ndarray) -> np.ndarray:
-    """Codes of the groups (rows, groups, bytes) in ggml's order -> (rows, words) in MLX's: the lowest bits first."""
-    if stored.shape[-1] == GROUP:
-        octets = stored ^ 0x80  # -128..127 -> 0..255
-    else:  # byte i holds the codes i and i + 16
-        codes = np.concatenate([stored & 15, stored >> 4], axis=-1)
-        octets = codes[..., 0::2] | codes[..., 1::2] << 4
-    return np.ascontiguousarray(octets).reshape(len(stored), -1).view("<u4")
+            return words_of(mx.array(layout.codes(blocks).reshape(stop - start, -1)), layout.bits)
+        values = layout.scales(blocks)[self.part == "biases"]
+        return mx.array(values.reshape(stop - start, -1)).astype(self.dtype)
 
 
 class _Repacked(Packed):
-    """A matrix of Q4_0, Q4_1 or Q8_0 as MLX packs it: the same codes, the same values.
+    """A matrix as MLX packs it: the same codes, the same values.
 
-    MLX computes scale * code + bias. Q4_1 stores both; the codes of Q4_0 and Q8_0 stand around zero, which MLX's do
-    not: their bias is -8 or -128 scales. That is exact in float16 unless it overflows; then float32 holds both.
+    MLX computes scale * code + bias. Where codes stand around zero, which MLX's do not, the bias is so many scales:
+    exact in float16 unless it overflows; then float32 holds both. In the types "K" scale and bias are products, which
+    only float32 holds.
     """
 
     def __init__(self, blocks: _Blocks):
-        settings, dtype = Quantization(REPACKED[blocks.info.dtype].bits, GROUP), _scale_dtype(blocks)
+        layout = REPACKED[blocks.info.dtype]
+        settings, dtype = layout.quantization, _scale_dtype(blocks, layout)
         per_group = settings.scales_shape(blocks.shape)
-        parts = {
-            "weight": _Part(blocks, "weight", settings.packed_shape(blocks.shape), mx.uint32),
-            "scales": _Part(blocks, "scales", per_group, dtype),
-            "biases": _Part(blocks, "biases", per_group, dtype),
-        }
+        parts: dict[str, Tensor] = {"weight": _Part(blocks, "weight", settings.packed_shape(blocks.shape), mx.uint32)}
+        for part in ("scales", "biases") if settings.mode == "affine" else ("scales",):
+            parts[part] = _Part(blocks, part, per_group, dtype)
         super().__init__(blocks.info.name, parts, settings)
+        kept = f", scales and biases in {str(dtype).rpartition('.')[2]}" if settings.mode == "affine" else ""
+        self.origin = f"stored as {blocks.info.dtype}: repacked without loss{kept}"
 
 
-def _scale_dtype(blocks: _Blocks) -> mx.Dtype:
+def _scale_dtype(blocks: _Blocks, layout: Layout) -> mx.Dtype:
     """Looks through all scales, so that nothing is written before they are known to be good."""
-    kind, largest = REPACKED[blocks.info.dtype], 0.0
+    if layout.mode != "affine":
+        return mx.uint8
+    largest = 0.0
     step = max(1, CHUNK // blocks.row_bytes)
     for start in range(0, blocks.count, step):
-        groups = blocks.read(start, min(start + step, blocks.count)).view(kind.layout)
-        for name in ("scale", "bias") if kind.zero is None else ("scale",):
+        groups = blocks.read(start, min(start + step, blocks.count)).view(layout.block)
+        for name in {"scale", "bias"} & set(layout.block.names or ()):
             found = float(np.abs(groups[name]).max())  # NaN if there is one
             if not found <= FLOAT16_MAX:
                 raise CheckpointError(
@@ -227,4 +203,4 @@ def _scale_dtype(blocks: _Blocks) -> mx.Dtype:
                     "Download the file again"
                 )
             largest = max(largest, found)
-    return mx.float16 if largest * (kind.zero or 1) <= FLOAT16_MAX else mx.float32
+    return mx.float16 if layout.exact and largest * layout.factor <= FLOAT16_MAX else mx.float32

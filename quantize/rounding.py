@@ -31,7 +31,7 @@ def quantize(rows: mx.array, to: Quantization, dtype: mx.Dtype) -> dict[str, mx.
     step = scales.astype(mx.float32)
     codes = (groups - biases.astype(mx.float32)) / mx.where(step == 0, 1, step)  # float16 may have flushed it to zero
     codes = mx.clip(mx.round(codes), 0, 2**to.bits - 1).astype(mx.uint8)
-    return {"weight": _pack(codes.flatten(1), to.bits), "scales": scales.squeeze(-1), "biases": biases.squeeze(-1)}
+    return {"weight": words_of(codes.flatten(1), to.bits), "scales": scales.squeeze(-1), "biases": biases.squeeze(-1)}
 
 
 def _grid(groups: mx.array, bits: int) -> tuple[mx.array, mx.array]:
@@ -47,7 +47,7 @@ def _grid(groups: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     return mx.where(zero == 0, scale, edge / zero), mx.where(zero == 0, 0, edge)
 
 
-def _pack(codes: mx.array, bits: int) -> mx.array:
+def words_of(codes: mx.array, bits: int) -> mx.array:
     """Codes (R, columns) in uint8 -> one stream of bits for each row, lowest first, in uint32."""
     width = bits
     while width % 8:  # join neighbours until they fill whole bytes
