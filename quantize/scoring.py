@@ -9,6 +9,7 @@ import numpy as np
 
 from mlxarch.errors import InvalidInput, NonFiniteLogits
 from mlxarch.progress import Progress
+from mlxarch.quantize import host_attention
 from mlxarch.quantize.corpus import Passage
 from mlxarch.quantize.walk import Walk
 from mlxarch.weights import Resolved
@@ -42,6 +43,7 @@ def scores(
     _check(windows, resolved)
     batches = [group[at : at + batch] for group in _alike(windows) for at in range(0, len(group), batch)]
     walk = Walk(resolved, [mx.array(group) for group in batches])
+    host_attention.install(walk.model)
     total, layers = sum(tensor.nbytes for tensor in resolved.parameters.values()), len(walk.model.layers)
     states = walk.embed()
     for index in range(layers):
