@@ -43,6 +43,30 @@ class Words(Tensor):
         return self.tensor.load().view(self.dtype).flatten(-2)
 
 
+class ZeroPoints(Tensor):
+    """What the code 0 stands for: -zero * scale (out, groups), in float32, which holds the product exactly.
+
+    The zero points of neighbouring rows share a word: (out · bits / 32, groups), the first in its lowest bits.
+    """
+
+    def __init__(self, name: str, zeros: Tensor, scale: Tensor, bits: int) -> None:
+        self.zeros, self.scale, self.bits, self.shape, self.dtype = zeros, scale, bits, scale.shape, mx.float32
+        wanted = (-(-scale.shape[0] * bits // 32), *scale.shape[1:]) if scale.shape else None
+        if len(scale.shape) != 2 or zeros.shape != wanted or zeros.dtype != mx.int32:
+            raise CheckpointError(
+                f"tensor {name}: zero points of {bits} bits must be int32 {wanted} beside scales of {scale.shape}; "
+                f"found {zeros.dtype} {zeros.shape}"
+            )
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        each = 32 // self.bits
+        first = start // each
+        words = self.zeros.rows(first, -(-stop // each)).view(mx.uint32)[:, None]
+        shifts = mx.arange(0, 32, self.bits, dtype=mx.uint32)[:, None]
+        zeros = (words >> shifts & 2**self.bits - 1).flatten(0, 1)[start - first * each : stop - first * each]
+        return -self.scale.rows(start, stop).astype(self.dtype) * zeros.astype(self.dtype)
+
+
 class Fp8Blocks(Tensor):
     """float8 e4m3 with a scale for every ``block`` of a matrix, ragged at the edges.
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlxarch import awq_gptq
 from mlxarch.blocks import Quantization
-from mlxarch.encodings import Fp8Blocks, Mapped, Words
+from mlxarch.encodings import Fp8Blocks, Mapped, Words, ZeroPoints
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.tensors import Packed, Shaped, Tensor
 
@@ -21,10 +21,10 @@ FORMATS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pack-quantized": {
         "type": ("int",),
         "num_bits": (4, 8),
-        "symmetric": (True,),
-        "strategy": ("group",),
-        "group_size": (32, 64, 128),
-        "actorder": (None, False),
+        "symmetric": (True, False),
+        "strategy": ("group", "channel"),
+        "group_size": (32, 64, 128, None, -1),
+        "actorder": (None, False, "static", "weight"),  # "group" would want a group for every input
         "dynamic": (None, False),
     },
     "float-quantized": {
@@ -53,7 +53,8 @@ def unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
         weights = _weights(foreign)
         if foreign["format"] == "float-quantized":
             return _float_quantized(stored, weights["strategy"])
-        return _pack_quantized(stored, Quantization(weights["num_bits"], weights["group_size"]))
+        group = weights["group_size"] if weights["strategy"] == "group" else None
+        return _pack_quantized(stored, weights["num_bits"], group, weights["symmetric"])
     if method == "fbgemm_fp8":
         return _float_quantized(stored, "channel")
     if method == "mxfp4":
@@ -103,34 +104,51 @@ def _mxfp4(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _pack_quantized(stored: Mapping[str, Tensor], quantization: Quantization) -> dict[str, Tensor]:
+def _pack_quantized(stored: Mapping[str, Tensor], bits: int, group: int | None, symmetric: bool) -> dict[str, Tensor]:
     """``X_packed`` (out, in · bits / 32), ``X_scale`` (out, in / group) and ``X_shape`` are ``X`` in MLX's affine mode.
 
-    A code stands for (code - 2^(bits - 1)) * scale, and the first code has a word's lowest bits, as in MLX: codes and
-    scales are taken as they are, and the bias, a power of two times the scale, is exact.
+    A code stands for (code - zero) * scale, and the first code has a word's lowest bits, as in MLX: codes and scales
+    are taken as they are. Symmetric, zero is 2^(bits - 1) and the bias exact; else it is in ``X_zero_point``, and
+    scales and biases are kept in float32. Without a group, a row has one scale.
     Source: the format pack-quantized of github.com/vllm-project/compressed-tensors, as in moonshotai/Kimi-K2-Thinking.
     """
-    lowest = -(2 ** (quantization.bits - 1))
+    roles = ("packed", "scale", "shape") if symmetric else ("packed", "scale", "shape", "zero_point")
+    lowest = -(2 ** (bits - 1))
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        base = re.sub(r"(?<=\.weight)_(packed|scale|shape)$", "", name)
+        base = re.sub(rf"(?<=\.weight)_({'|'.join(roles)})$", "", name)
         if base == name:
             tensors[name] = tensor
             continue
-        if missing := [f"{base}_{part}" for part in ("packed", "scale", "shape") if f"{base}_{part}" not in stored]:
+        if missing := [f"{base}_{role}" for role in roles if f"{base}_{role}" not in stored]:
             raise CheckpointError(f"tensor {name} has no {missing[0]} beside it; download the checkpoint again")
         if name != f"{base}_packed":
             continue
         scale = stored[f"{base}_scale"]
         if tensor.dtype != mx.int32 or not tensor.shape or not scale.shape:
             raise CheckpointError(f"tensor {name}: packed codes must be int32, found {tensor.dtype} {tensor.shape}")
-        parts = {
-            "weight": Mapped(tensor, tensor.shape[-1], mx.uint32, lambda rows: rows.view(mx.uint32)),
-            "scales": scale,
-            "biases": Mapped(scale, scale.shape[-1], scale.dtype, lambda rows: rows * lowest),
-        }
-        tensors[base] = Packed(base, parts, quantization)
+        parts = {"weight": Mapped(tensor, tensor.shape[-1], mx.uint32, lambda rows: rows.view(mx.uint32))}
+        if symmetric:
+            parts["scales"] = scale
+            parts["biases"] = Mapped(scale, scale.shape[-1], scale.dtype, lambda rows: rows * lowest)
+        else:
+            parts["scales"] = Mapped(scale, scale.shape[-1], mx.float32, lambda rows: rows.astype(mx.float32))
+            parts["biases"] = ZeroPoints(f"{base}_zero_point", stored[f"{base}_zero_point"], scale, bits)
+        inputs = tensor.shape[-1] * 32 // bits
+        size = group or next((size for size in (128, 64, 32) if inputs % size == 0), 32)
+        if group is None and scale.shape[-1] == 1:
+            parts |= {part: _spread(parts[part], inputs // size) for part in ("scales", "biases")}
+        tensors[base] = Packed(base, parts, Quantization(bits, size))
+        kept = "the scales' own type" if symmetric else "float32"
+        tensors[
+            base
+        ].origin = f"packed by compressed-tensors, {bits} bits: repacked without loss, scales and biases in {kept}"
     return tensors
+
+
+def _spread(tensor: Tensor, times: int) -> Tensor:
+    """A column (out, 1) so many times."""
+    return Mapped(tensor, times, tensor.dtype, lambda rows: mx.repeat(rows, times, axis=-1))
 
 
 def _float_quantized(stored: Mapping[str, Tensor], strategy: str) -> dict[str, Tensor]:
@@ -167,6 +185,8 @@ def _weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     known = FORMATS.get(kind) if isinstance(kind, str) else None
     wrong = [] if known else [f"format {kind!r}"]
     wrong += [f"{key} {first.get(key)!r}" for key, allowed in (known or {}).items() if first.get(key) not in allowed]
+    if first.get("strategy") == "group" and first.get("group_size") in (None, -1):
+        wrong.append(f"group_size {first.get('group_size')!r}")
     wrong += ["several kinds of weights"] if any(other != first for other in weights) else []
     if kind != "float-quantized":  # where float8 activations are rounded, it is for speed alone
         activations = ("input_activations", "output_activations")
@@ -174,7 +194,7 @@ def _weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ConfigError(
             f"config.json: the weights are packed by 'compressed-tensors' with {', '.join(wrong)}, which mlxarch does "
-            "not read; it reads pack-quantized integers of 4 or 8 bits, symmetric, in groups of 32, 64 or 128, and "
+            "not read; it reads pack-quantized integers of 4 or 8 bits, in groups of 32, 64 or 128 or whole rows, and "
             "float-quantized matrices of 8 bits. Take the original checkpoint, or one that is quantized for MLX"
         )
     return first

@@ -186,8 +186,9 @@ def test_a_copy_of_integers_holds_their_codes(bits: int | None, tmp_path: Path) 
     ("settings", "named"),
     [
         (section(num_bits=3), "num_bits 3"),
-        (section(symmetric=False), "symmetric False"),
-        (section(strategy="channel"), "strategy 'channel'"),
+        (section(symmetric=None), "symmetric None"),
+        (section(strategy="block"), "strategy 'block'"),
+        (section(group_size=None), "group_size None"),
         (section(group_size=16), "group_size 16"),
         (section(type="float"), "type 'float'"),
         (section(actorder="group"), "actorder 'group'"),
