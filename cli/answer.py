@@ -14,6 +14,7 @@ from mlxarch.cli.render import Silence, Writer
 if TYPE_CHECKING:
     from mlxarch.generation import Timings
     from mlxarch.language_model import LanguageModel, Piece
+    from mlxarch.streaming.rows import RowStats
 
 STOPPED = "stopped"  # the finish reason of an answer that Ctrl-C ended
 
@@ -88,24 +89,34 @@ def streaming_line(model: "LanguageModel") -> str | None:
     found = streaming_stats(model)
     if found is None:
         return None
-    seconds = f"{found['read_seconds']:.1f} s reading, {found['router_seconds']:.1f} s waiting for routers"
     planned = f" of {size(found['planned_bytes'])} planned" if found["planned_bytes"] else ""
+    memory = f"peak memory {size(found['peak_bytes'])}{planned}"
+    if model.streaming is None:
+        parts = [
+            f"per-layer embeddings from the disk: {found['bytes_per_token'] / 1000:.1f} kB a token",
+            f"{found['hit_rate']:.0%} were in memory, {found['recent_hit_rate']:.0%} of the last 64",
+            f"{found['read_seconds']:.2f} s reading",
+            memory,
+        ]
+        return " · ".join(parts)
+    seconds = f"{found['read_seconds']:.1f} s reading, {found['router_seconds']:.1f} s waiting for routers"
     parts = [
         f"experts from the disk: {size(found['bytes_per_token'])} a token",
         f"{found['hit_rate']:.0%} were in memory, {found['recent_hit_rate']:.0%} for the last 64 tokens",
         f"{seconds}, {found['expert_seconds']:.1f} s for experts",
-        f"peak memory {size(found['peak_bytes'])}{planned}",
+        memory,
     ]
     return " · ".join(parts)
 
 
 def streaming_stats(model: "LanguageModel") -> dict[str, Any] | None:
-    """The same for a program: None where all experts are in memory."""
-    if model.streaming is None:
-        return None
-    counted = model.streaming.stats
+    """The same for a program: None where nothing is read from the disk."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {
+    memory = {"peak_bytes": peak, "planned_bytes": model.plan.total if model.plan else None}
+    if model.streaming is None:
+        return _row_stats(model.streamed_rows.stats) | memory if model.streamed_rows else None
+    counted = model.streaming.stats
+    return memory | {
         "bytes_read": counted.bytes_read,
         "bytes_per_token": round(counted.bytes_per_token),
         "hit_rate": round(counted.hit_rate, 4),
@@ -114,8 +125,16 @@ def streaming_stats(model: "LanguageModel") -> dict[str, Any] | None:
         "router_seconds": round(counted.sync_seconds, 6),
         "expert_seconds": round(counted.compute_seconds, 6),
         "bank_bytes": model.streaming.nbytes,
-        "peak_bytes": peak,
-        "planned_bytes": model.plan.total if model.plan else None,
+    }
+
+
+def _row_stats(counted: "RowStats") -> dict[str, Any]:
+    return {
+        "bytes_read": counted.bytes_read,
+        "bytes_per_token": round(counted.bytes_read / max(counted.rows, 1)),
+        "hit_rate": round(counted.hit_rate, 4),
+        "recent_hit_rate": round(counted.steady_hit_rate, 4),
+        "read_seconds": round(counted.read_seconds, 6),
     }
 
 

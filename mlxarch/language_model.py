@@ -22,7 +22,9 @@ from mlxarch.progress import Progress, on_terminal
 from mlxarch.sampling import Sampling
 from mlxarch.slicing import Slice
 from mlxarch.stops import StopStrings
+from mlxarch.streaming.embeddings import cache_of
 from mlxarch.streaming.experts import Streaming
+from mlxarch.streaming.rows import RowCache
 from mlxarch.thinking import Segment, splitter
 from mlxarch.tokenizer import Tokenizer
 
@@ -164,6 +166,11 @@ class LanguageModel:
         return self.model.streaming
 
     @property
+    def streamed_rows(self) -> RowCache | None:
+        """The per-layer embeddings that are read from the disk, with ``stats``; None where all are in memory."""
+        return cache_of(self.model)
+
+    @property
     def recommended_sampling(self) -> Sampling:
         """What the model's makers advise, by generation_config.json or else the catalog; greedy without advice."""
         path = self.path / "generation_config.json"
@@ -235,7 +242,8 @@ class LanguageModel:
             raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
         chosen, tokens = _sampling(sampling, settings), self.tokens_of(prompt, template)
         reader = _Reader(self.tokenizer, tokens, stop)
-        return self._pieces(tokens, self._limit(tokens, max_tokens), chosen, reader, session or self.session())
+        session = session or Session(self.make_caches(), renew=self.make_caches, rewind=0)  # for this answer alone
+        return self._pieces(tokens, self._limit(tokens, max_tokens), chosen, reader, session)
 
     def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):

@@ -26,6 +26,11 @@ def tables_of(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if getattr(module, "streamable", False)]
 
 
+def cache_of(model: nn.Module) -> RowCache | None:
+    """The rows that a model reads from the disk, with ``stats``; None where it reads none."""
+    return next((module.cache for module in model.modules() if isinstance(module, StreamedEmbedding)), None)
+
+
 def attach_tables(
     model: nn.Module, parameters: Mapping[str, Tensor], dtype: mx.Dtype, verify: Verify = "first"
 ) -> frozenset[str]:

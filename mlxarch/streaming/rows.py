@@ -3,10 +3,10 @@
 import threading
 import time
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from mlxarch.tensors import Columns, Packed, SmallScales, Stored, Tensor
 THREADS = 8
 ALONE = 8  # so few rows are read without the threads, which take longer to wake up
 CACHE = 64 << 20  # bytes of rows that are kept
+STEADY = 64  # rows
 
 Runs = tuple[tuple[int, int], ...]
 Verify = Literal["first", "always", "never"]
@@ -128,9 +129,9 @@ class RowFile:
     def _places(self, stored: Stored) -> list[tuple[int, int, int]]:
         """(start and stop in a row of ``stored``, start in the record) of all runs of its fields."""
         places, at = [], 0
-        for field in self.fields:
-            for start, stop in field.runs:
-                if field.stored is stored:
+        for part in self.fields:
+            for start, stop in part.runs:
+                if part.stored is stored:
                     places.append((start, stop, at))
                 at += stop - start
         return places
@@ -191,6 +192,23 @@ class RowStats:
     hits: int = 0
     bytes_read: int = 0
     read_seconds: float = 0.0
+    _latest: deque[bool] = field(default_factory=lambda: deque(maxlen=STEADY))
+
+    def looked_up(self, hits: Sequence[bool], bytes_read: int, seconds: float) -> None:
+        """Rows were asked for, each of which was kept from before or not."""
+        self.rows, self.hits = self.rows + len(hits), self.hits + sum(hits)
+        self.bytes_read, self.read_seconds = self.bytes_read + bytes_read, self.read_seconds + seconds
+        self._latest.extend(hits)
+
+    @property
+    def hit_rate(self) -> float:
+        """Over the whole life of the model."""
+        return self.hits / self.rows if self.rows else 1.0
+
+    @property
+    def steady_hit_rate(self) -> float:
+        """Over the last 64 rows."""
+        return sum(self._latest) / len(self._latest) if self._latest else 1.0
 
 
 class RowCache:
@@ -211,8 +229,9 @@ class RowCache:
         """
         begin, records, missing = time.perf_counter(), np.empty((len(wanted), self.file.nbytes), np.uint8), []
         with self._lock:
+            hits = [row in self._held for row in wanted]
             for place, row in enumerate(wanted):
-                if row in self._held:
+                if hits[place]:
                     self._held.move_to_end(row)
                     records[place] = self._held[row]
                 else:
@@ -224,10 +243,7 @@ class RowCache:
                 self._held.move_to_end(row)
             while len(self._held) > self._room:
                 self._held.popitem(last=False)
-            self.stats.rows += len(wanted)
-            self.stats.hits += len(wanted) - len(missing)
-            self.stats.bytes_read += len(missing) * self.file.nbytes
-            self.stats.read_seconds += time.perf_counter() - begin
+            self.stats.looked_up(hits, len(missing) * self.file.nbytes, time.perf_counter() - begin)
         return records
 
     def _read(self, missing: Sequence[tuple[int, np.ndarray]]) -> None:

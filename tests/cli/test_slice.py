@@ -121,3 +121,12 @@ def test_other_models_have_no_slices(invoke, here, tiny):
     assert "only Gemma 3n" in invoke("slice", tiny, "--to", "e2b").stderr
     assert "only Gemma 3n" in invoke("run", tiny, "Hi", "--slice", "e2b").stderr
     assert invoke("slice", "./nowhere", "--to", "e2b").exit_code == 3
+
+
+def test_what_is_read_from_the_disk_is_told(invoke, here):
+    question = ("./whole", "Hi", "-n", "8", "--json", "--stats", "--temp", "0")
+    resident, streamed = (invoke("run", *question, "--ple", ple) for ple in ("memory", "ssd"))
+    answers = [json.loads(result.stdout) for result in (resident, streamed)]
+    assert answers[0]["text"] == answers[1]["text"] and "streaming" not in answers[0]
+    assert answers[1]["streaming"]["bytes_read"] > 0 and 0 <= answers[1]["streaming"]["recent_hit_rate"] <= 1
+    assert "per-layer embeddings from the disk: " in streamed.stderr and "from the disk" not in resident.stderr

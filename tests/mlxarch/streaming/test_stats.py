@@ -78,5 +78,5 @@ def test_a_person_and_a_program_see_it(folder: Path) -> None:
     assert line.startswith("experts from the disk: ") and "of 5.0 GB planned" in line
     assert found["bytes_read"] == model.streaming.stats.bytes_read and found["bank_bytes"] == model.streaming.nbytes
     assert found["peak_bytes"] > 10_000_000
-    shown.streaming = None
+    shown.streaming = shown.streamed_rows = None
     assert streaming_line(shown) is None and streaming_stats(shown) is None
