@@ -25,11 +25,8 @@ def words(codes: np.ndarray, bits: int) -> np.ndarray:
     """Neighbours on the last axis in 32 bits, the first in the lowest; missing ones are 0."""
     each = 32 // bits
     codes = np.pad(codes, [(0, 0), (0, -codes.shape[1] % each)]).reshape(len(codes), -1, each)
-    return (
-        sum(codes[..., i].astype(np.uint64) << np.uint64(bits * i) for i in range(each))
-        .astype(np.uint32)
-        .view(np.int32)
-    )
+    found = np.bitwise_or.reduce(codes.astype(np.uint32) << np.arange(0, 32, bits, dtype=np.uint32), axis=-1)
+    return found.view(np.int32)
 
 
 def made(bits: int, symmetric: bool, group: int | None, outputs: int = 40) -> tuple[Stored, np.ndarray]:
