@@ -127,7 +127,8 @@ def _pack_quantized(stored: Mapping[str, Tensor], bits: int, group: int | None, 
         scale = stored[f"{base}_scale"]
         if tensor.dtype != mx.int32 or not tensor.shape or not scale.shape:
             raise CheckpointError(f"tensor {name}: packed codes must be int32, found {tensor.dtype} {tensor.shape}")
-        parts = {"weight": Mapped(tensor, tensor.shape[-1], mx.uint32, lambda rows: rows.view(mx.uint32))}
+        weight = Mapped(tensor, tensor.shape[-1], mx.uint32, lambda rows: rows.view(mx.uint32))
+        parts: dict[str, Tensor] = {"weight": weight}
         if symmetric:
             parts["scales"] = scale
             parts["biases"] = Mapped(scale, scale.shape[-1], scale.dtype, lambda rows: rows * lowest)

@@ -22,7 +22,7 @@ from mlxarch.progress import Progress, silent
 from mlxarch.safetensors_header import read_header
 from mlxarch.tensor_parallel import check_slices, group_of, slice_name, sliced_files
 from mlxarch.tensors import DTYPES, Stored, Tensor
-from mlxarch.weights import Source, pack
+from mlxarch.weights import Source, notes_on, pack
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,9 @@ def open_remote(repository: Repository, progress: Progress = silent) -> Iterator
     fetcher, window = ShardFetcher(repository, folder, progress), _Window()
     shards, stored = _tensors(repository, fetcher, window, where.get(INDEX))
     sidecars = {name: path for name, path in where.items() if name not in ("config.json", INDEX)}
+    tensors = pack(stored, repository.config)
     try:
-        yield Source(dict(repository.config), pack(stored, repository.config), sidecars, tuple(shards))  # type: ignore[arg-type]
+        yield Source(dict(repository.config), tensors, sidecars, tuple(shards), notes_on(tensors))  # type: ignore[arg-type]
         window.close()
     except BaseException:
         for shard in window.current:
