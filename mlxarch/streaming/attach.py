@@ -48,14 +48,14 @@ def attach(resolved: Resolved, slots: Sequence[int], dtype: mx.Dtype, verify: Ve
             f"slots must have a number for each of {layers} layers, from 1 on for layers "
             f"{', '.join(map(str, experts))}, which have experts; found {tuple(slots)}"
         )
-    streaming, in_place = Streaming(), writes_in_place(mx.default_device())
+    streaming, device = Streaming(), mx.default_device()
     for layer, (path, module) in experts.items():
         parts = parts_of(path, resolved.tensors)
         if slots[layer] >= parts[0].tensor.shape[0]:
             continue
         records = Records(layer, parts, verify, files=streaming.files)
         settle(module, path, resolved.tensors)
-        bank = Bank(module, records.parts, slots[layer], dtype, in_place)
+        bank = Bank(module, parts, slots[layer], dtype, writes_in_place(device), join=device != mx.cpu)
         streaming.layers[layer] = StreamedExperts(layer, module, records, bank, streaming)
         module.streamed = streaming.layers[layer]
         streaming.parameters |= {name for name in resolved.tensors if name.startswith(f"{path}.")}

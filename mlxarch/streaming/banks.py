@@ -44,14 +44,23 @@ class Bank:
     into the arrays. Where a host pointer would move an array out of the GPU's memory, records are read beside it and
     copied in by MLX; so is what is held in another type than it is stored in.
 
+    Args:
+        experts: whose matrices get arrays of so many experts.
+        parts: what a record consists of.
+        dtype: that is computed in.
+        in_place: whether the arrays may be written to behind MLX's back, see ``writes_in_place``.
+        join: let the two matrices up be one product, where the loader joins them: on a GPU.
+
     Attributes:
         flight: records that may be read at a time.
     """
 
-    def __init__(self, experts: Experts, parts: Sequence[Part], slots: int, dtype: mx.Dtype, in_place: bool) -> None:
+    def __init__(
+        self, experts: Experts, parts: Sequence[Part], slots: int, dtype: mx.Dtype, in_place: bool, join: bool
+    ) -> None:
         self.slots, self.in_place = slots, in_place
         self._arrays: dict[str, mx.array] = {}
-        self._places = _lay_out(experts, parts, slots, dtype, self._arrays)
+        self._places = _lay_out(experts, parts, slots, dtype, join, self._arrays)
         mx.eval(self._arrays)
         # bytes (slots, …) of every array that may be written to directly
         self._memory = {name: _memory(array) for name, array in self._arrays.items()} if in_place else {}
@@ -98,16 +107,12 @@ class Bank:
 
 
 def _lay_out(
-    experts: Experts, parts: Sequence[Part], slots: int, dtype: mx.Dtype, arrays: dict[str, mx.array]
+    experts: Experts, parts: Sequence[Part], slots: int, dtype: mx.Dtype, join: bool, arrays: dict[str, mx.array]
 ) -> list[Place]:
-    """Give the matrices of ``experts`` arrays of ``slots`` experts, and say where each part goes.
-
-    On a GPU the two matrices up are one product, as the loader makes them where all experts are in memory.
-    """
+    """Give the matrices of ``experts`` arrays of ``slots`` experts, and say where each part goes."""
     up = {name: [p for p in parts if p.name.startswith(f"{name}.")] for name in ("gate_proj", "up_proj")}
     gate, other = ([(_leaf(p), p.dtype, p.shape[1:]) for p in group] for group in up.values())
-    joined = mx.default_device() != mx.cpu and gate == other
-    joined = joined and experts.gate_proj.quantization == experts.up_proj.quantization
+    joined = join and gate == other and experts.gate_proj.quantization == experts.up_proj.quantization
     places: list[Place] = []
     for part in parts:
         rows, form = part.shape[0], held_as(part, dtype)

@@ -1,6 +1,7 @@
 """A model whose experts are read from the disk computes what it computes with all of them in memory, bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from mlxarch.blocks import Quantization
 from mlxarch.execution import Execution
 from mlxarch.loading import load_model
+from mlxarch.streaming import attach
+from mlxarch.streaming.banks import Bank
 from streamed import fingerprint, load
 from tiny_moe import make_moe
 
@@ -54,3 +57,30 @@ def test_a_layer_with_a_slot_for_each_expert_is_not_streamed(tmp_path: Path) -> 
     model, _ = load_model(folder, execution=Execution(slots=(12, 0, 11)))
     assert list(model.streaming.layers) == [2]
     assert load(folder, 12).streaming is None
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("join", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_every_way_to_write_a_slot_gives_the_same_bits(
+    kind: str, join: bool, in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a GPU, too: joined matrices up, and slots that MLX copies records into."""
+
+    def bank(*arguments: Any, join_: bool = join, **_: object) -> Bank:
+        return Bank(*arguments[:4], in_place, join_)
+
+    folder = make_moe(tmp_path / "model", kind, packed=Quantization(4, 32), dtype=mx.bfloat16)
+    wanted = fingerprint(load(folder))
+    monkeypatch.setattr(attach, "Bank", bank)
+    models = {count: load(folder, count) for count in (1, 4, 11)}
+    assert {n: fingerprint(model) for n, model in models.items()} == dict.fromkeys(models, wanted)
+    experts = models[4].streaming.layers[0].experts
+    assert experts.gate_up.fused == join and experts.gate_proj["weight"].size == (0 if join else 4 * 64 * 8)
+    assert models[4].streaming.layers[0].bank.in_place == in_place
+
+
+def test_float_experts_in_other_types_than_they_are_computed_in(tmp_path: Path) -> None:
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        folder = make_moe(tmp_path / str(dtype), dtype=dtype, single=True)
+        assert fingerprint(load(folder, 4)) == fingerprint(load(folder))
