@@ -14,6 +14,9 @@ from mlxarch.streaming.embeddings import late_rows
 from mlxarch.streaming.prefill import prefill as prefill_by_layers
 from mlxarch.streaming.prefill import segments
 
+MARKS = 2  # states of the windows to which a session goes back: before the last prompt, and behind it
+REWIND = 2**27  # bytes that they take at most
+
 
 def prefill_chunk() -> int:
     """Tokens of a prompt that run at once: what bounds its activations. A CPU gains nothing from longer ones."""
@@ -67,9 +70,11 @@ class Session:
     Attributes:
         caches: one for each layer.
         tokens: what the caches hold.
-        renew: makes empty caches, for those that cannot go back as far as a prompt asks (a window has no past).
+        renew: makes empty caches, where what these hold cannot be computed.
         model: whose caches they are; None until the first turn.
         turn: counts the turns, so that an answer left unfinished notices that a later one has begun.
+        rewind: bytes for copies of windows, with which a replaced last turn needs no new start. A turn has up to two:
+            where its prompt begins to differ from what came before, and where its answer begins.
     """
 
     caches: list[Cache | None]
@@ -77,6 +82,7 @@ class Session:
     renew: Callable[[], list[Cache | None]] | None = None
     model: CausalLM | None = None
     turn: int = 0
+    rewind: int = REWIND
 
     def begin(self, model: CausalLM) -> int:
         """Start a turn, and return its number.
@@ -101,32 +107,46 @@ class Session:
     def settle(self) -> None:
         """After a pass that broke off: let the caches hold ``tokens`` and no more, with nothing left to compute."""
         try:
-            sound = self._truncate(len(self.tokens))
+            del self.tokens[self._go_back(len(self.tokens)) :]
             evaluate(self.caches)
         except RuntimeError:  # what they hold cannot be computed
-            sound = False
-        if not sound and self.renew is not None:
-            self.caches, self.tokens = self.renew(), []
+            if self.renew is not None:
+                self.caches, self.tokens = self.renew(), []
 
-    def _truncate(self, length: int) -> bool:
-        return all([cache.truncate(length) for cache in self.caches if cache is not None])
+    def _go_back(self, length: int) -> int:
+        """Let all caches forget down to the same number of tokens: the largest, up to ``length``, that they can."""
+        caches = [cache for cache in self.caches if cache is not None]
+        while (found := min((cache.reachable(length) for cache in caches), default=length)) < length:
+            length = found
+        for cache in caches:
+            cache.truncate(length)
+        return length
 
     def keep_common(self, prompt: Sequence[int]) -> int:
         """Forget all but what ``prompt`` begins with, and return how many tokens that is.
 
-        The last token of the prompt is never kept: its logits are needed.
+        Windows have no past: they go back to where ``mark`` was called, or else to the beginning. The last token of
+        the prompt is never kept: its logits are needed.
         """
         common = 0
         for held, wanted in zip(self.tokens, prompt[:-1], strict=False):
             if held != wanted:
                 break
             common += 1
-        if not self._truncate(common):
-            if self.renew is None:
-                raise InvalidInput("these caches cannot go back so far; begin a new session")
-            self.caches, common = self.renew(), 0
+        grows = common == len(self.tokens)
+        common = self._go_back(common)
         del self.tokens[common:]
+        if grows and common:
+            self.mark()
         return common
+
+    def mark(self) -> None:
+        """Let later prompts go back to what is held now, as far as ``rewind`` bytes suffice for it."""
+        size = sum(cache.mark_bytes for cache in self.caches if cache is not None)
+        keep = min(MARKS, self.rewind // size) if size else 0
+        for cache in self.caches:
+            if cache is not None:
+                cache.mark(keep)
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
@@ -233,7 +253,9 @@ def decode(
     timings = Timings(len(prompt), session.keep_common(prompt))
     sampler, late = Sampler(sampling, model.vocab_size, [prompt]), late_rows(model)
     try:
-        token, checked = _sample(sampler, prefill(model, session, prompt))
+        logits = prefill(model, session, prompt)
+        session.mark()
+        token, checked = _sample(sampler, logits)
         for index in range(limit):
             following = None
             if index + 1 < limit:

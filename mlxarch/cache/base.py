@@ -40,16 +40,15 @@ class Cache(ABC):
         return seen[0], seen[1]
 
     def _take(self, *news: mx.array) -> list[Held]:
-        seen: list[Held] = []
-        for index, new in enumerate(news):
-            packed = None if self.kv is None else pack(new, self.kv)
-            parts = (new,) if packed is None else packed.parts
-            pairs = [self._put(*pair) for pair in zip(self._held.get(index, (None,) * len(parts)), parts, strict=True)]
-            self._held[index] = tuple(held for held, _ in pairs)
-            found = tuple(found for _, found in pairs)
-            seen.append(found[0] if packed is None else packed.of(found))
+        packed = [None if self.kv is None else pack(new, self.kv) for new in news]
+        parts = [(new,) if some is None else some.parts for new, some in zip(news, packed, strict=True)]
+        held = [self._held.get(index, (None,) * len(some)) for index, some in enumerate(parts)]
+        pairs = [[self._put(*pair) for pair in zip(*both, strict=True)] for both in zip(held, parts, strict=True)]
+        # in this order, so that an interruption in between leaves nothing that passes for what it is not
         self._advance(news[0].shape[2])
-        return seen
+        self._held = {index: tuple(kept for kept, _ in some) for index, some in enumerate(pairs)}
+        seen = [tuple(found for _, found in some) for some in pairs]
+        return [found[0] if some is None else some.of(found) for some, found in zip(packed, seen, strict=True)]
 
     @abstractmethod
     def _put(self, held: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
@@ -69,9 +68,28 @@ class Cache(ABC):
         """The smallest of ``slots(length)``."""
         return 0
 
-    @abstractmethod
+    def reachable(self, length: int) -> int:
+        """The most tokens, of ``length`` at most, down to which it can forget: at worst none."""
+        return min(length, self.length)
+
     def truncate(self, length: int) -> bool:
         """Forget all but the first ``length`` tokens. Returns False, and changes nothing, where it cannot."""
+        if self.reachable(length) < min(length, self.length):
+            return False
+        self._go_back(min(length, self.length))
+        return True
+
+    def _go_back(self, length: int) -> None:
+        self.length = length
+
+    def mark(self, keep: int) -> None:
+        """Remember what is held now, so that it stays reachable; the last ``keep`` marks are kept."""
+        return  # a cache that lets go of nothing needs none
+
+    @property
+    def mark_bytes(self) -> int:
+        """Bytes that a mark takes."""
+        return 0
 
     def arrays(self) -> list[mx.array]:
         """What must be evaluated for the cache to be up to date."""

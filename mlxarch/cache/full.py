@@ -38,7 +38,3 @@ class FullCache(Cache):
 
     def slots(self, length: int) -> mx.array:
         return mx.arange(self.length + length)
-
-    def truncate(self, length: int) -> bool:
-        self.length = min(self.length, length)
-        return True

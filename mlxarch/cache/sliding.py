@@ -1,9 +1,21 @@
 """A cache that keeps the newest tokens only."""
 
+from copy import copy
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from mlxarch.cache.full import FullCache
 from mlxarch.packing import Quantization
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a ring held once: ``length`` tokens had been appended, those below slot ``lost`` written over."""
+
+    length: int
+    lost: int
+    held: dict[int, tuple[mx.array, ...]]
 
 
 class SlidingCache(FullCache):
@@ -16,6 +28,7 @@ class SlidingCache(FullCache):
         super().__init__(min(capacity, window) if capacity else None, kv)
         self.window = window
         self._lost = 0  # tokens below this slot were written over at some time
+        self._marks: list[Mark] = []  # the oldest first
 
     def _wanted(self, end: int, grows: bool) -> int:
         return min(super()._wanted(end, grows), self.window)
@@ -54,11 +67,39 @@ class SlidingCache(FullCache):
         places = mx.arange(self.window)
         return self.length - (self.length - places) % self.window
 
-    def truncate(self, length: int) -> bool:
-        if length >= self.length:
-            return True
-        # the token that follows sees window - 1 before it: all of these must still be there
-        if max(0, length + 1 - self.window) < self._lost:
-            return False
-        self.length = length
-        return True
+    def reachable(self, length: int) -> int:
+        length = min(length, self.length)
+        if self._whole(length, self._lost):
+            return length
+        known = [(min(length, mark.length), mark.lost) for mark in self._marks]
+        return max((found for found, lost in known if self._whole(found, lost)), default=0)
+
+    def _whole(self, length: int, lost: int) -> bool:
+        """Whether a token behind ``length`` finds the window - 1 before it, where those below ``lost`` are gone."""
+        return max(0, length + 1 - self.window) >= lost
+
+    def _go_back(self, length: int) -> None:
+        if not self._whole(length, self._lost):
+            fitting = [mark for mark in self._marks if mark.length >= length and self._whole(length, mark.lost)]
+            newest = fitting[-1] if fitting else Mark(0, 0, {})
+            self._lost, self._held = newest.lost, _handles(newest.held)
+        self._marks = [mark for mark in self._marks if mark.length <= length]
+        super()._go_back(length)
+
+    def mark(self, keep: int) -> None:
+        self._marks = [*self._marks, Mark(self.length, self._lost, _handles(self._held))][-keep:] if keep else []
+
+    @property
+    def mark_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays())
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(
+            array.nbytes for mark in self._marks for parts in mark.held.values() for array in parts
+        )
+
+
+def _handles(held: dict[int, tuple[mx.array, ...]]) -> dict[int, tuple[mx.array, ...]]:
+    """The same arrays under handles of their own: writing to one copies what the others share."""
+    return {index: tuple(map(copy, parts)) for index, parts in held.items()}
