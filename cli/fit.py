@@ -54,10 +54,12 @@ def fit_command(
     chosen = (plan if asked == "original" or blueprint.packed else best_plan)(blueprint, target, request)
     widths = [chosen.bits] if bits or asked or blueprint.packed else [b for b in BITS if b <= 8 or b == 16]
     contexts = [context] if context else [c for c in CONTEXTS if c <= blueprint.longest] or [blueprint.longest]
-    cells = [
-        [plan(blueprint, target, replace(request, bits=None if blueprint.packed else b, context=c)) for c in contexts]
-        for b in widths
-    ]
+
+    def cell(width: int, context: int) -> "Plan":
+        wanted = bits if blueprint.packed else width
+        return plan(blueprint, target, replace(request, bits=wanted, context=context), advise=False)
+
+    cells = [[cell(width, context) for context in contexts] for width in widths]
     if as_json:
         answer_json(_json(chosen, cells))
     else:
@@ -67,7 +69,7 @@ def fit_command(
 
 
 def _json(chosen: "Plan", cells: "list[list[Plan]]") -> dict[str, Any]:
-    from mlxarch.memory import FORMULA
+    from mlxarch.rates import FORMULA
 
     machine = chosen.machine
     return {
@@ -96,7 +98,7 @@ def _cell(plan: "Plan") -> dict[str, Any]:
 
 
 def _show(chosen: "Plan", cells: "list[list[Plan]]") -> None:
-    from mlxarch.memory import FORMULA
+    from mlxarch.rates import FORMULA
 
     kv = f", keys and values at {chosen.kv_bits}" if chosen.kv_bits else ""
     answer(f"{chosen.model} at {chosen.bits} bits{kv}, {chosen.context} tokens of context, on {chosen.machine.name}")

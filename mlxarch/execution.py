@@ -15,10 +15,12 @@ class Execution:
         slots: for each layer of the decoder, how many of its experts have a place in memory, the others being read
             from the disk; 0 for a layer without experts. None keeps all experts where the loader puts them.
         ple: where the table of per-layer embeddings is read from.
+        chunk: tokens of a prompt that pass at once, which bounds what a step takes; None: what suits the machine.
         verify: when the checksums of records read from the disk are checked.
     """
 
     kv: Quantization | None = None
     slots: tuple[int, ...] | None = None
     ple: Literal["memory", "ssd"] = "memory"
+    chunk: int | None = None
     verify: Literal["first", "always", "never"] = "first"

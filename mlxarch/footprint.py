@@ -1,7 +1,7 @@
 """What a model takes in memory, by kind, from its config and the shapes of its tensors: no weight is read."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, cast
@@ -15,7 +15,6 @@ from mlxarch.blocks import CausalLM, Chunked, Embedding, ExpertLinear, Quantizat
 from mlxarch.blocks.linear import Matrix
 from mlxarch.blocks.span import Latent
 from mlxarch.packing import vector_bytes
-from mlxarch.quantize.plan import make_plan
 from mlxarch.registry import architecture
 from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
 from mlxarch.tracing import trace
@@ -87,6 +86,7 @@ class Footprint:
         experts: one for each layer; None for a dense one.
         tied: whether the table of embeddings is the output head too.
         longest: context that it was made for, in tokens.
+        hidden: features of the residual stream.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Footprint:
     experts: tuple[Experts | None, ...]
     tied: bool
     longest: int
+    hidden: int
 
     @property
     def stored(self) -> int:
@@ -124,6 +125,11 @@ class Footprint:
             if cache:
                 total[cache.kind] += cache.nbytes(context, float_bytes, kv_bits)
         return dict(total)
+
+    def growth(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """What caches that grow by need take besides: an eighth to spare, and the largest while it is copied."""
+        sizes = [c.nbytes(context, float_bytes, kv_bits) for c in self.caches if c and c.window is None]
+        return sum(sizes) // 8 + max(sizes, default=0)
 
 
 # From a config, or from what is stored ------------------------------------------------------------------------------
@@ -198,19 +204,24 @@ class Blueprint:
         return self._widths[bits, group_size]
 
     def _at(self, bits: int | None, group_size: int) -> Footprint:
-        wanted = Quantization(bits, group_size) if bits and bits < 16 else None
-        tensors = self.tensors
-        if bits == 16:
-            tensors = {path: _plain(tensor) for path, tensor in tensors.items()}
+        if bits is None:
+            packed = Counter(t.settings.bits for t in self.tensors.values() if isinstance(t, Packed))
+            common = packed.most_common(1)[0][0] if packed else 16
+            return self._drawn(common, {path: _parts(tensor) for path, tensor in self.tensors.items()})
+        from mlxarch.quantize.plan import make_plan  # with all that can be done to weights
+
+        wanted = Quantization(bits, group_size) if bits < 16 else None
+        tensors = self.tensors if wanted else {path: _plain(tensor) for path, tensor in self.tensors.items()}
         plan = make_plan(tensors, self.matrices, wanted, None, exact=self.exact)
+        items = {path: [(i.shape, DTYPES[i.dtype]) for i in e.parts.values()] for path, e in plan.entries.items()}
+        return self._drawn(plan.common.bits if plan.common else 16, items)
+
+    def _drawn(self, bits: int, items: Mapping[str, Sequence[tuple[tuple[int, ...], mx.Dtype]]]) -> Footprint:
         weights = []
-        for path, entry in plan.entries.items():
-            kind, layer = self._kinds[path]
-            items = [(prod(item.shape), DTYPES[item.dtype]) for item in entry.parts.values()]
-            parts = tuple((count, dtype.size, dtype in FLOATS) for count, dtype in items)
-            weights.append(Weight(path, kind, layer, parts, path in self.exact))
-        common = plan.common
-        return replace(self._outline, weights=tuple(weights), bits=common.bits if common else 16)
+        for path, arrays in items.items():
+            parts = tuple((prod(shape), dtype.size, dtype in FLOATS) for shape, dtype in arrays)
+            weights.append(Weight(path, *self._kinds[path], parts, path in self.exact))
+        return replace(self._outline, weights=tuple(weights), bits=bits)
 
 
 def from_config(name: str, config: Mapping[str, Any]) -> Blueprint:
@@ -241,6 +252,12 @@ def _mxfp4(path: str, shape: tuple[int, ...]) -> Packed:
     settings = Quantization(4, 32, "mxfp4")
     parts: dict[str, Tensor] = {"weight": Unread(settings.packed_shape(shape), mx.uint32)}
     return Packed(path, parts | {"scales": Unread(settings.scales_shape(shape), mx.uint8)}, settings)
+
+
+def _parts(tensor: Tensor) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    """Shapes and types of the arrays that a tensor consists of in memory."""
+    stored = tensor.parts.values() if isinstance(tensor, Packed) else [tensor]
+    return [(part.shape, part.dtype) for part in stored]
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -278,9 +295,10 @@ def _outline(name: str, model: CausalLM) -> Footprint:
     layers = cast(list[Any], model.layers)
     spans = [getattr(layer.self_attn, "span", None) for layer in layers]
     experts, tied, longest = tuple(map(_experts, layers)), "lm_head" not in model, model.context_length
+    hidden = model.model.embed_tokens.weight.shape[1]
     traced = trace(model, 1)
     caches = tuple(_cache(span, cache) for span, cache in zip(spans, traced.caches, strict=True))
-    return Footprint(name, 16, (), caches, experts, tied, longest)
+    return Footprint(name, 16, (), caches, experts, tied, longest, hidden)
 
 
 def _experts(layer: nn.Module) -> Experts | None:

@@ -66,6 +66,7 @@ def load_model(
         for shard in source.shards:
             shard.close()
     source.check_unchanged()
+    resolved.model.chunk = execution.chunk
     return resolved.model, source.config
 
 

@@ -9,7 +9,7 @@ If the sum is more than the process may use, the per-layer embeddings go to the 
 many experts as must; a dense layer is needed for every token and never goes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,32 +19,21 @@ from mlxarch.execution import Execution
 from mlxarch.footprint import KV_GROUP, Blueprint, Footprint
 from mlxarch.machines import Machine
 from mlxarch.progress import gigabytes
+from mlxarch.rates import decode_rate, streaming_seconds
 from mlxarch.streaming.banks import STAGED
-from mlxarch.streaming.prefill import HELD
+from mlxarch.streaming.prefill import HELD, STATES
 from mlxarch.streaming.rows import CACHE
 
 MB = 10**6
 PROCESS = {"cpu": 200 * MB, "metal": 200 * MB, "cuda": 600 * MB}  # Python, libraries, tokenizer; CUDA's own buffers
 FREE = {"cpu": 32 * MB, "metal": 512 * MB, "cuda": 512 * MB}  # of let-go memory that MLX keeps for the next array
 HEADROOM = 0.03  # of what MLX counts: how far the plan may be off
-CHUNK = {"cpu": 512, "metal": 2048, "cuda": 2048}  # tokens of a prompt that pass at once, see generation
+CHUNKS = {"cpu": (512, 128), "metal": (2048, 512), "cuda": (2048, 512)}  # tokens of a prompt that pass at once
 ROWS = CACHE + 40 * MB  # of per-layer embeddings: those that are kept, and those of a step
 KV_BITS = (8, 4)
 SHORTEST = 4096  # tokens of context below which experts go to the disk first, where nobody said how many
 GRAIN = 1024  # tokens: a context that nobody named is a multiple
 Verdict = Literal["resident", "streamed", "does not fit"]
-
-# Decode rate: t = (core + experts + kv) / (ETA * bandwidth) + layers * T_LAYER
-#                  + streamed layers * T_SYNC + misses * expert / ssd
-ETA, T_LAYER, T_SYNC = 0.75, 0.12e-3, 0.4e-3
-SSD = 2.8e9  # bytes a second where nothing is known
-# share of the experts in memory -> share of those asked for that are there: the middle of what was reported elsewhere
-HITS = ((0, 0), (0.03, 0.14), (0.05, 0.29), (0.125, 0.56), (0.25, 0.71), (0.36, 0.78), (0.5, 0.855), (0.75, 0.935))
-HITS += ((0.9, 0.975), (1, 1))
-FORMULA = (
-    "seconds a token = (core + experts + kv) / (0.75 bandwidth) + 0.12 ms a layer"
-    " + 0.4 ms a streamed layer + misses x expert / ssd"
-)
 
 
 @dataclass(frozen=True)
@@ -167,8 +156,10 @@ class Request:
             raise InvalidInput(f"memory must be a whole number of bytes from 1 on, found {self.memory!r}")
 
 
-def plan(blueprint: Blueprint, machine: Machine, request: Request = Request()) -> Plan:
+def plan(blueprint: Blueprint, machine: Machine, request: Request = Request(), *, advise: bool = True) -> Plan:
     """Decide how a model runs. A plan that does not fit says so in its verdict: see ``Plan.require``.
+
+    ``advise``: look for what would make it fit.
 
     Raises:
         InvalidInput: a context longer than the model was made for.
@@ -180,9 +171,9 @@ def plan(blueprint: Blueprint, machine: Machine, request: Request = Request()) -
             raise InvalidInput(
                 f"context must lie in 1 … {longest}, what {blueprint.name} was made for; found {request.context!r}"
             )
-        return planner.at(request.context)
-    whole = planner.longest_resident()
-    return whole if whole is not None else planner.at(min(longest, SHORTEST))
+        found = planner.at(request.context)
+        return planner.refusal(found) if advise and found.verdict == "does not fit" else found
+    return planner.longest()
 
 
 def best_plan(blueprint: Blueprint, machine: Machine, request: Request = Request()) -> Plan:
@@ -194,6 +185,17 @@ def best_plan(blueprint: Blueprint, machine: Machine, request: Request = Request
         return plan(blueprint, machine, request)
     plans = [plan(blueprint, machine, replace(request, bits=bits)) for bits in (8, 4)]
     return next((p for p in plans if p.verdict == "resident"), plans[-1])
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run: what is asked of the machine, and what goes to the disk."""
+
+    context: int
+    grows: bool
+    chunk: int
+    ple_on_disk: bool
+    slots: tuple[int, ...] | None = None
 
 
 class _Planner:
@@ -210,39 +212,39 @@ class _Planner:
         self.expert = self.footprint.expert_bytes(self.float_bytes)
         self.has_ple = "per-layer embeddings" in self.held
 
-    def at(self, context: int) -> Plan:
-        """At this context: resident if it can be, else streamed, else not at all."""
-        first = self._plan(context, ple_on_disk=self.request.ple == "ssd")
-        if self._fits(first):
-            return first
-        last = first
-        if self.has_ple and self.request.ple == "auto":
-            last = self._plan(context, ple_on_disk=True)
-            if self._fits(last):
-                return last
-        if any(self.expert):
-            slots = self._slots(self.memory - last.total, last)
-            if slots:
-                return self._plan(context, last.execution.ple == "ssd", slots)
-        return self._refusal(last)
+    def at(self, context: int, grows: bool = False, short: bool = True) -> Plan:
+        """At this context: resident if it can be, else streamed, else not at all.
 
-    def longest_resident(self) -> Plan | None:
-        """With as much context as fits beside all weights; None if that is little."""
+        ``grows``: the caches take memory as they need it, and not at once; ``short``: prompts may pass in short chunks.
+        """
+        ple = {"ssd": (True,), "memory": (False,), "auto": (False, True)}[
+            self.request.ple if self.has_ple else "memory"
+        ]
+        usual, less = CHUNKS[self.machine.backend]
+        ways = [_Way(context, grows, usual, place) for place in ple]
+        ways += [_Way(context, grows, less, ple[-1])] if short else []
+        found = [self._plan(way) for way in ways]
+        best = next(filter(self._fits, found), None)
+        if best is None and any(self.expert):
+            streamed = (replace(way, slots=slots) for way in ways[-2:] if (slots := self._slots(way)))
+            best = next(map(self._plan, streamed), None)
+        return best or found[-1]
+
+    def longest(self) -> Plan:
+        """With as much context as fits beside all weights; if that is little, with a little and what is streamed."""
         longest = self.footprint.longest
         low, high = -(-min(longest, SHORTEST) // GRAIN), -(-longest // GRAIN)
 
         def resident(grains: int) -> Plan | None:
-            ple = self.request.ple
-            found = self._plan(min(grains * GRAIN, longest), ple == "ssd")
-            if not self._fits(found) and self.has_ple and ple == "auto":
-                found = self._plan(min(grains * GRAIN, longest), True)
-            return found if self._fits(found) else None
+            found = self.at(min(grains * GRAIN, longest), grows=True, short=False)
+            return found if found.verdict != "does not fit" and not found.execution.slots else None
 
-        best = resident(high)
-        if best is not None:
-            return best
-        best = resident(low)
-        while best is not None and low + 1 < high:
+        best = resident(high) or resident(low)
+        if best is None:
+            tried = [self.at(min(SHORTEST // part, longest), grows=True) for part in (1, 2, 4)]
+            return next((found for found in tried if found.verdict != "does not fit"), self.refusal(tried[0]))
+        low = -(-best.context // GRAIN)
+        while low + 1 < high:
             middle = (low + high) // 2
             found = resident(middle)
             low, high, best = (middle, high, found) if found else (low, middle, best)
@@ -251,53 +253,60 @@ class _Planner:
     def _fits(self, found: Plan) -> bool:
         return found.total <= self.memory
 
-    def _plan(self, context: int, ple_on_disk: bool, slots: tuple[int, ...] | None = None) -> Plan:
+    def _plan(self, way: "_Way") -> Plan:
         wide, backend = self.float_bytes, self.machine.backend
         weights, words = dict(self.held), []
-        ple = self.has_ple and ple_on_disk
+        ple, slots = self.has_ple and way.ple_on_disk, way.slots
         if ple:
             words.append(f"per-layer embeddings ({gigabytes(weights['per-layer embeddings'])}) from the disk")
             weights["per-layer embeddings"] = 0
         if slots:
             weights["experts"] = sum(n * size for n, size in zip(slots, self.expert, strict=True))
             words.append(self._slots_in_words(slots))
-        execution = Execution(kv=self.kv, slots=slots, ple="ssd" if ple else "memory")
-        kv = self.footprint.kv(context, wide, self.kv_bits)
-        step = self.blueprint.activations(context, CHUNK[backend], wide, backend != "cpu", self.kv)
+        kv = self.footprint.kv(way.context, wide, self.kv_bits)
+        kv |= {"growing": self.footprint.growth(way.context, wide, self.kv_bits)} if way.grows else {}
+        step = self.blueprint.activations(way.context, way.chunk, wide, backend != "cpu", self.kv)
+        usual = way.chunk == CHUNKS[backend][0]
         found = Plan(
             model=self.blueprint.name,
             machine=self.machine,
             memory=self.memory,
             bits=self.footprint.bits,
             kv_bits=self.kv_bits,
-            context=context,
-            execution=execution,
+            context=way.context,
+            execution=Execution(
+                kv=self.kv, slots=slots, ple="ssd" if ple else "memory", chunk=None if usual else way.chunk
+            ),
             weights=weights,
             kv=kv,
-            activations=step + (HELD if slots else 0),
-            free=FREE[backend],
+            activations=step + (min(HELD, way.context * self._held_of_a_token()) if slots else 0),
+            free=FREE[backend] if usual else FREE["cpu"],
             process=PROCESS[backend] + (ROWS if ple else 0) + (STAGED if slots else 0),
             verdict="streamed" if words else "resident",
             streamed=", ".join(words),
-            rate=self._rate(context, slots),
+            rate=decode_rate(self.footprint, self.machine, way.context, wide, self.kv_bits, slots),
         )
         return found if self._fits(found) else replace(found, verdict="does not fit")
 
     # What goes to the disk ----------------------------------------------------------------------------------------
 
-    def _slots(self, room: int, resident: Plan) -> tuple[int, ...] | None:
+    def _held_of_a_token(self) -> int:
+        """What of a prompt is held until all of it has passed a streamed layer: see ``streaming.prefill``."""
+        return (max(e.chosen for e in self.footprint.experts if e) + STATES) * self.footprint.hidden * 4
+
+    def _slots(self, way: "_Way") -> tuple[int, ...] | None:
         """Places for experts in each layer, for the fastest decode; None if those of one token do not fit.
 
         Whole layers come first, as they need not wait for their router; what is left is shared by the others.
         """
-        room += round(resident.weights["experts"] * (1 + HEADROOM))
-        budget = int(room / (1 + HEADROOM))
+        without = self._plan(replace(way, slots=(0,) * len(self.expert)))
+        budget = int((self.memory - without.total) / (1 + HEADROOM))
         layers = [n for n, e in enumerate(self.footprint.experts) if e]
         best: tuple[float, tuple[int, ...]] | None = None
         for whole in range(len(layers) + 1):
             slots = self._with_whole(layers, whole, budget)
             if slots is not None:
-                cost = self._streaming_seconds(slots)
+                cost = streaming_seconds(self.footprint, self.machine, self.float_bytes, slots)
                 best = min(best, (cost, slots)) if best else (cost, slots)
         return best[1] if best else None
 
@@ -322,66 +331,24 @@ class _Planner:
         words = f"{gigabytes(size)} of experts from the disk, {least} of {most} a layer in memory"
         return words + (f", all of them in {whole} layers" if whole else "")
 
-    # How fast ----------------------------------------------------------------------------------------------------
-
-    def _rate(self, context: int, slots: tuple[int, ...] | None) -> float | None:
-        if self.machine.bandwidth is None:
-            return None
-        looked_up = {"per-layer embeddings", "experts"} | (set() if self.footprint.tied else {"embeddings"})
-        core = sum(size for kind, size in self.held.items() if kind not in looked_up)
-        experts = sum(e.chosen * size for e, size in zip(self.footprint.experts, self.expert, strict=True) if e)
-        kv = sum(self.footprint.kv(context, self.float_bytes, self.kv_bits).values())
-        seconds = (core + experts + kv) / (ETA * self.machine.bandwidth) + len(self.expert) * T_LAYER
-        return 1 / (seconds + (self._streaming_seconds(slots) if slots else 0))
-
-    def _streaming_seconds(self, slots: tuple[int, ...]) -> float:
-        """What streaming adds to a token."""
-        total, ssd = 0.0, self.machine.ssd or SSD
-        for n, e, size in zip(slots, self.footprint.experts, self.expert, strict=True):
-            if e and n < e.count:
-                total += T_SYNC + (1 - hit_rate(n / e.count)) * e.chosen * size / ssd
-        return total
-
     # What to do ---------------------------------------------------------------------------------------------------
 
-    def _refusal(self, found: Plan) -> Plan:
+    def refusal(self, found: Plan) -> Plan:
         """With the ways to make it fit, the gentlest first."""
-        remedies = [words for words, request in self._gentler(found) if _tries(self.blueprint, self.machine, request)]
+        r = replace(self.request, context=found.context)
+        halves = [found.context >> n for n in range(1, 8) if found.context >> n >= GRAIN]
+        narrower = [bits for bits in (8, 6, 5, 4, 3, 2) if bits < found.bits]
+        ways = [
+            *([(f"--kv-bits {bits}", replace(r, kv_bits=bits))] for bits in KV_BITS if bits < (found.kv_bits or 16)),
+            [(f"--context {context}", replace(r, context=context)) for context in halves],
+            [(f"--bits {bits}", replace(r, bits=bits)) for bits in narrower],
+        ]
+        remedies = [name for way in ways if (name := next((n for n, request in way if self._would_fit(request)), None))]
         if not remedies:
             largest = max(found.terms.items(), key=lambda term: term[1])[0]
-            remedies = [f"The largest term is {largest}: take a smaller model, or a machine with more memory"]
-        return replace(found, remedies=tuple(remedies[:3]))
+            return replace(found, remedies=(f"The largest term is {largest}: take a smaller model or more memory",))
+        return replace(found, remedies=tuple(f"{name} makes it fit" for name in remedies))
 
-    def _gentler(self, found: Plan) -> Iterable[tuple[str, Request]]:
-        r = self.request
-        for bits in KV_BITS:
-            if found.kv_bits is None or bits < found.kv_bits:
-                yield f"--kv-bits {bits} makes it fit", replace(r, context=found.context, kv_bits=bits)
-        context = found.context // 2
-        while context >= GRAIN:
-            request = replace(r, context=context)
-            if _tries(self.blueprint, self.machine, request):
-                yield f"--context {context} makes it fit", request
-                break
-            context //= 2
-        for bits in (8, 6, 5, 4, 3, 2):
-            if bits < found.bits:
-                request = replace(r, context=found.context, bits=bits)
-                if _tries(self.blueprint, self.machine, request):
-                    yield f"--bits {bits} makes it fit", request
-                    break
-
-
-def _tries(blueprint: Blueprint, machine: Machine, request: Request) -> bool:
-    """Whether it would fit, streamed or not, remedies not asked for."""
-    planner = _Planner(blueprint, machine, request)
-    planner._refusal = lambda found: found  # type: ignore[method-assign]
-    return planner.at(request.context or SHORTEST).verdict != "does not fit"
-
-
-def hit_rate(share: float) -> float:
-    """Of the experts asked for, how many are there when ``share`` of all have a place in memory."""
-    for (low, below), (high, above) in zip(HITS, HITS[1:], strict=False):
-        if share <= high:
-            return below + (above - below) * (share - low) / (high - low)
-    return 1.0
+    def _would_fit(self, request: Request) -> bool:
+        planner = _Planner(self.blueprint, self.machine, request)
+        return planner.at(request.context or SHORTEST).verdict != "does not fit"

@@ -1,7 +1,7 @@
 """The frame that nearly every architecture shares: embed, run the layers, normalise, unembed."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +48,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.embed_scale, self.softcap = embed_scale, softcap
         self.vocab_size, self.context_length = c.vocab_size, c.max_position_embeddings
-        self.streaming: Any = None  # the loader sets it where layers read their experts from the disk
+        self.chunk, self.streaming = cast(int | None, None), cast(Any, None)  # see Execution: the loader sets them
         self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size)

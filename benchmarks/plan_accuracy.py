@@ -1,0 +1,204 @@
+"""Predicted against measured peak memory, on models of many kinds with random weights.
+
+    python benchmarks/plan_accuracy.py                 # all shapes, each in a process of its own
+    python benchmarks/plan_accuracy.py "dense, 1k"     # the shapes that are named
+
+The planner sees the folder of a checkpoint, a context and, for what is streamed, a limit. Then the model is loaded as
+planned, its caches are filled but for the last chunk of a prompt, that chunk is computed and some tokens are generated.
+Compared are MLX's own peak and the peak of the process (VmHWM of Linux). It exits with 1 where MLX's is off by more
+than 5 %, the process's by more than 10 %, or either exceeds what the model was allowed to use.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxarch.blocks import Quantization
+from mlxarch.blocks.linear import Matrix
+from mlxarch.blueprints import of_folder, plan_for
+from mlxarch.generation import Session, decode, prefill_chunk
+from mlxarch.limits import set_limits
+from mlxarch.loading import load_model
+from mlxarch.machines import parse_size
+from mlxarch.memory import Plan, Request
+from mlxarch.registry import architecture
+from mlxarch.sampling import Sampling
+
+MLX, PROCESS = 0.05, 0.10  # by how much a prediction may be off
+TOKENS = 4  # generated behind the prompt
+COMMON = dict(vocab_size=16_000, rms_norm_eps=1e-6, max_position_embeddings=65_536, rope_theta=1e6)
+QWEN3: dict[str, Any] = COMMON | dict(
+    model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=16,
+    num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, attention_bias=False,
+)  # fmt: skip
+LLAMA4: dict[str, Any] = COMMON | dict(
+    model_type="llama4_text", hidden_size=768, intermediate_size=1024, intermediate_size_mlp=2048, num_hidden_layers=4,
+    num_attention_heads=12, num_key_value_heads=4, head_dim=64, num_local_experts=8, attention_chunk_size=2048,
+    interleave_moe_layer_step=2, tie_word_embeddings=False,
+)  # fmt: skip
+GEMMA3: dict[str, Any] = COMMON | dict(
+    model_type="gemma3_text", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=64, query_pre_attn_scalar=64, sliding_window=1024, sliding_window_pattern=6,
+    rope_local_base_freq=1e4, tie_word_embeddings=True,
+)  # fmt: skip
+GEMMA2: dict[str, Any] = COMMON | dict(
+    model_type="gemma2", hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=64, query_pre_attn_scalar=64, sliding_window=1024, attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0, tie_word_embeddings=True,
+)  # fmt: skip
+DEEPSEEK: dict[str, Any] = COMMON | dict(
+    model_type="deepseek_v3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=16,
+    num_key_value_heads=16, q_lora_rank=384, kv_lora_rank=512, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
+    first_k_dense_replace=1, n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=4, n_group=1, topk_group=1,
+    moe_intermediate_size=512, norm_topk_prob=True, routed_scaling_factor=2.5, scoring_func="sigmoid",
+    tie_word_embeddings=False, hidden_act="silu", attention_bias=False, topk_method="noaux_tc", moe_layer_freq=1,
+)  # fmt: skip
+MOE: dict[str, Any] = COMMON | dict(
+    model_type="qwen3_moe", hidden_size=768, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=12,
+    num_key_value_heads=4, head_dim=64, moe_intermediate_size=384, num_experts=128, num_experts_per_tok=4,
+    norm_topk_prob=True, tie_word_embeddings=False, hidden_act="silu", attention_bias=False,
+)  # fmt: skip
+GPT_OSS: dict[str, Any] = COMMON | dict(
+    model_type="gpt_oss", hidden_size=768, intermediate_size=768, num_hidden_layers=6, num_attention_heads=12,
+    num_key_value_heads=4, head_dim=64, num_local_experts=32, num_experts_per_tok=2, sliding_window=128,
+    tie_word_embeddings=False, hidden_act="silu",
+)  # fmt: skip
+GEMMA3N: dict[str, Any] = COMMON | dict(
+    model_type="gemma3n_text", hidden_size=512, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=128, sliding_window=512, sliding_window_pattern=5, num_kv_shared_layers=5,
+    activation_sparsity_pattern=[0.0] * 10, altup_num_inputs=4, hidden_size_per_layer_input=256, laurel_rank=64,
+    vocab_size=65_536, vocab_size_per_layer_input=65_536, rope_local_base_freq=1e4, query_pre_attn_scalar=64,
+)  # fmt: skip
+
+# name: config, bits of the matrices (16: not packed), context, and what is asked for
+SHAPES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
+    "dense, 1k": (QWEN3, 16, 1024, {}),
+    "dense, 8k": (QWEN3, 16, 8192, {}),
+    "dense, 32k": (QWEN3, 16, 32_768, {}),
+    "dense, 8k, KV 8": (QWEN3, 16, 8192, {"kv_bits": 8}),
+    "dense, 32k, KV 4": (QWEN3, 16, 32_768, {"kv_bits": 4}),
+    "sliding, 8k": (GEMMA3, 16, 8192, {}),
+    "sliding, 32k, KV 8": (GEMMA3, 16, 32_768, {"kv_bits": 8}),
+    "soft cap, 4k": (GEMMA2, 16, 4096, {}),
+    "chunked, 8k": (LLAMA4, 16, 8192, {}),
+    "latent, 4k": (DEEPSEEK, 4, 4096, {}),
+    "latent, 16k": (DEEPSEEK, 4, 16_384, {}),
+    "latent, 8k, KV 8": (DEEPSEEK, 4, 8192, {"kv_bits": 8}),
+    "experts, 4k": (MOE, 4, 4096, {}),
+    "experts streamed, 4k": (MOE, 4, 4096, {"memory": "900MB"}),
+    "experts streamed, 16k, KV 4": (MOE, 4, 16_384, {"memory": "1200MB", "kv_bits": 4}),
+    "experts and sinks, 8k": (GPT_OSS, 4, 8192, {}),
+    "per-layer embeddings, 2k": (GEMMA3N, 8, 2048, {"ple": "memory"}),
+    "per-layer embeddings on the disk, 2k": (GEMMA3N, 8, 2048, {"ple": "ssd"}),
+}
+
+
+def write(config: dict[str, Any], bits: int, folder: Path) -> None:
+    """A checkpoint with random numbers, its matrices packed where ``bits`` are fewer than 16."""
+    found = architecture(config)
+    model, arrays = found.build(), dict[str, mx.array]()
+    modules = dict(model.named_modules())
+    for path, array in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
+        owner, name = modules[path.rpartition(".")[0]], found.published(path)
+        if bits < 16 and isinstance(owner, Matrix) and owner.quantizable and path.endswith(".weight"):
+            form, stem = Quantization(bits, 64), name.removesuffix("weight")
+            arrays[name] = mx.random.randint(0, 2**31, form.packed_shape(array.shape)).astype(mx.uint32)
+            shape = form.scales_shape(array.shape)
+            arrays[f"{stem}scales"] = mx.full(shape, 0.02 / 2**bits, mx.bfloat16)
+            arrays[f"{stem}biases"] = mx.full(shape, -0.01, mx.bfloat16)
+        else:
+            arrays[name] = (mx.random.normal(array.shape) * 0.02).astype(mx.bfloat16)
+        mx.eval(arrays)
+    folder.mkdir(parents=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    section = {"quantization": {"group_size": 64, "bits": bits}} if bits < 16 else {}
+    (folder / "config.json").write_text(json.dumps(config | section))
+
+
+def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]:
+    """Plan, load, fill the caches, run the last chunk and generate."""
+    asked = asked | ({"memory": parse_size(asked["memory"])} if "memory" in asked else {})
+    plan = plan_for(folder, Request(context=context, **asked)).require()
+    set_limits(plan)
+    model, _ = load_model(folder, execution=plan.execution)
+    session = Session(model.make_caches(context, kv=plan.execution.kv))
+    chunk = min(prefill_chunk(), context - TOKENS)
+    fill(folder, session, context - chunk - TOKENS, chunk)
+    prompt = [*session.tokens, *(token % 1000 for token in range(chunk))]
+    for _ in decode(model, session, prompt, Sampling(), TOKENS):
+        pass
+    allowed = asked.get("memory", 0)
+    return {
+        **_figures(plan),
+        "measured_mlx": mx.get_peak_memory(),
+        "measured_process": high_water(),
+        "allowed": allowed,
+    }
+
+
+def _figures(plan: Plan) -> dict[str, int]:
+    return {"mlx": plan.mlx, "process": plan.peak, "weights": sum(plan.weights.values())}
+
+
+def fill(folder: Path, session: Session, tokens: int, chunk: int) -> None:
+    """Let the caches of a session hold so many tokens, without computing what they would be."""
+    for cache, held in zip(session.caches, of_folder(folder).at().caches, strict=True):
+        for start in range(0, tokens if cache is not None and held is not None else 0, chunk):
+            count = min(chunk, tokens - start)
+            shapes = [(1, heads, count, size) for heads, size in held.vectors]
+            keys, values = mx.ones(shapes[0]) * 0.1, mx.ones(shapes[-1])
+            cache.append(keys, values)
+            mx.eval(cache.arrays())
+    session.tokens = [7] * tokens
+
+
+def high_water() -> int:
+    """The most memory that this process has had, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="SHAPE")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.write or options.measure:
+        config, bits, context, asked = SHAPES[options.names[0]]
+        if options.write:
+            write(config, bits, options.write)
+        else:
+            print(json.dumps(measure(options.measure, context, asked)))
+        return
+    print(f"MLX {mx.__version__}, {mx.default_device()}; MB and error for MLX's peak and for the process's")
+    failed = [name for name in options.names or SHAPES if not _compare(name)]
+    print(f"{len(failed)} off by more than {MLX:.0%}, {PROCESS:.0%}, or above the limit: {', '.join(failed)}")
+    sys.exit(bool(failed))
+
+
+def _compare(name: str) -> bool:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        for mode in ("--write", "--measure"):
+            command = [sys.executable, __file__, name, mode, str(folder)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    errors = [found[kind] / found[f"measured_{kind}"] - 1 for kind in ("mlx", "process")]
+    sizes = [f"{found[key] / 1e6:7.0f}" for key in ("mlx", "measured_mlx", "process", "measured_process")]
+    within = not found["allowed"] or found["measured_process"] <= found["allowed"]
+    sound = abs(errors[0]) <= MLX and abs(errors[1]) <= PROCESS and within
+    text = f"{sizes[0]} {sizes[1]} {errors[0]:+7.1%}  {sizes[2]} {sizes[3]} {errors[1]:+7.1%}"
+    print(f"{name:37} {text} {'' if sound else '  !'}", flush=True)
+    return sound
+
+
+if __name__ == "__main__":
+    main()
