@@ -67,8 +67,8 @@ def test_every_way_to_write_a_slot_gives_the_same_bits(
 ) -> None:
     """Those of a GPU, too: joined matrices up, and slots that MLX copies records into."""
 
-    def bank(*arguments: Any, join_: bool = join, **_: object) -> Bank:
-        return Bank(*arguments[:4], in_place, join_)
+    def bank(experts: Any, parts: Any, slots: int, dtype: mx.Dtype, *_: object, **__: object) -> Bank:
+        return Bank(experts, parts, slots, dtype, in_place, join)
 
     folder = make_moe(tmp_path / "model", kind, packed=Quantization(4, 32), dtype=mx.bfloat16)
     wanted = fingerprint(load(folder))
