@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.packing import Quantization
-from mlxarch.tensors import FLOATS, Packed, Tensor
+from mlxarch.tensors import FLOATS, Packed, Tensor, without_loss
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the first, second … of eight neighbouring outputs stands
 PANEL = 16 << 20  # bytes of a stored matrix that are held to be turned
@@ -126,10 +126,7 @@ def _matrix(grid: "_Grid") -> Tensor:
         "biases": _Part(grid, "biases", per_group, dtype),
     }
     matrix = Packed(grid.name, parts, quantization)
-    kept = "the scales' own type" if settings.symmetric else "float32"
-    matrix.origin = (
-        f"packed by {settings.method}, {settings.bits} bits: repacked without loss, scales and biases in {kept}"
-    )
+    matrix.origin = without_loss(f"packed by {settings.method}, {settings.bits} bits", dtype)
     return matrix
 
 
@@ -285,7 +282,9 @@ class _Unpacked(_Piecewise):
     def __init__(self, grid: _Grid) -> None:
         self.grid, self.shape = grid, grid.shape
         why = "the order of activations" if grid.settings.ordered else f"groups of {grid.group}"
-        self.origin = f"packed by {grid.settings.method} with {why}, which MLX's packing has not: unpacked to float32"
+        self.origin = (
+            f"packed by {grid.settings.method} with {why}, which MLX's packing cannot hold: unpacked to float32"
+        )
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from mlxarch import awq_gptq
 from mlxarch.blocks import Quantization
 from mlxarch.encodings import Fp8Blocks, Mapped, Words, ZeroPoints
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.tensors import Packed, Shaped, Tensor
+from mlxarch.tensors import Packed, Shaped, Tensor, without_loss
 
 KEPT_AS_THEY_ARE: tuple[str, ...] = ()  # formats that the rules of a model take apart by the tensors' names
 
@@ -140,10 +140,7 @@ def _pack_quantized(stored: Mapping[str, Tensor], bits: int, group: int | None, 
         if group is None and scale.shape[-1] == 1:
             parts |= {part: _spread(parts[part], inputs // size) for part in ("scales", "biases")}
         tensors[base] = Packed(base, parts, Quantization(bits, size))
-        kept = "the scales' own type" if symmetric else "float32"
-        tensors[
-            base
-        ].origin = f"packed by compressed-tensors, {bits} bits: repacked without loss, scales and biases in {kept}"
+        tensors[base].origin = without_loss(f"packed by compressed-tensors, {bits} bits", parts["scales"].dtype)
     return tensors
 
 

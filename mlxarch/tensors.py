@@ -141,6 +141,12 @@ def _unread_array(shard: Shard, name: str) -> mx.array:
     return _unread[shard].pop(name)
 
 
+def without_loss(origin: str, dtype: mx.Dtype) -> str:
+    """The ``origin`` of a matrix that is packed for MLX with scales and biases in ``dtype``."""
+    kept = f", scales and biases in {str(dtype).rpartition('.')[2]}" if dtype in FLOATS else ""
+    return f"{origin}, which MLX's packing holds without loss{kept}"
+
+
 class Packed(Tensor):
     """A quantized matrix: its rows are dequantized, its parts are what is stored.
 

@@ -16,7 +16,7 @@ from mlxarch.quantize.gguf_blocks import REPACKED, Layout
 from mlxarch.quantize.gguf_config import huggingface_name, llama3_scaling, model_config
 from mlxarch.quantize.gguf_tokenizer import Vocabulary, tokenizer_files
 from mlxarch.quantize.rounding import words_of
-from mlxarch.tensors import Packed, Tensor
+from mlxarch.tensors import Packed, Tensor, without_loss
 from mlxarch.weights import Source, notes_on
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _Dequantized(Tensor):
 
     def __init__(self, blocks: _Blocks):
         self.blocks, self.shape = blocks, blocks.shape
-        self.origin = f"stored as {blocks.info.dtype}, which MLX's packing has not: unpacked to float32"
+        self.origin = f"stored as {blocks.info.dtype}, which MLX's packing cannot hold: unpacked to float32"
 
     def rows(self, start: int, stop: int) -> mx.array:
         from mlxarch.quantize.gguf_reader import dequantize
@@ -183,8 +183,7 @@ class _Repacked(Packed):
         for part in ("scales", "biases") if settings.mode == "affine" else ("scales",):
             parts[part] = _Part(blocks, part, per_group, dtype)
         super().__init__(blocks.info.name, parts, settings)
-        kept = f", scales and biases in {str(dtype).rpartition('.')[2]}" if settings.mode == "affine" else ""
-        self.origin = f"stored as {blocks.info.dtype}: repacked without loss{kept}"
+        self.origin = without_loss(f"stored as {blocks.info.dtype}", dtype)
 
 
 def _scale_dtype(blocks: _Blocks, layout: Layout) -> mx.Dtype:

@@ -161,10 +161,11 @@ def test_a_packed_checkpoint_computes_what_its_codes_stand_for(name: str, tmp_pa
     summary = convert(folders["packed"], tmp_path / "copy", bits=None)
     assert np.array_equal(logits(tmp_path / "copy"), logits(folders["packed"]))
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    packed, held = f"packed by {WHOLE[name]['kind']}", "which MLX's packing holds without loss, scales and biases in"
     told = {
-        "awq": "packed by awq, 4 bits: repacked without loss, scales and biases in float32",
-        "gptq": "packed by gptq, 4 bits: repacked without loss, scales and biases in the scales' own type",
-        "act-order": "packed by gptq with the order of activations, which MLX's packing has not: unpacked to float32",
+        "awq": f"{packed}, 4 bits, {held} float32",
+        "gptq": f"{packed}, 4 bits, {held} float16",
+        "act-order": f"{packed} with the order of activations, which MLX's packing cannot hold: unpacked to float32",
     }
     assert summary.notes == [f"12 matrices {told[name]}"]
     assert ("quantization" in config) == (name != "act-order") and "quant_method" not in str(config)

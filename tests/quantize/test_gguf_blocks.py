@@ -50,7 +50,11 @@ def test_a_type_has_the_values_that_the_package_gives_by_pieces_and_whole(kind: 
     assert np.array_equal(np.array(tensor.load()), expected)
     pieces = [np.array(tensor.rows(a, b)) for a, b in ((0, 1), (1, 60), (60, HIDDEN))]
     assert np.array_equal(np.concatenate(pieces), expected)
-    became = "repacked without loss" if kind in BITS else "which MLX's packing has not: unpacked to float32"
+    became = (
+        "which MLX's packing holds without loss"
+        if kind in BITS
+        else "which MLX's packing cannot hold: unpacked to float32"
+    )
     assert len(source.notes) == 1 and source.notes[0].startswith(f"1 matrices stored as {kind}")
     assert became in source.notes[0]
 
