@@ -1,0 +1,187 @@
+"""The planner: known sizes of published models, what goes to the disk, and what is refused."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mlxarch import catalog, machines
+from mlxarch.checkpoint import read_json
+from mlxarch.errors import InvalidInput, MemoryBudgetError
+from mlxarch.footprint import Blueprint, from_config
+from mlxarch.machines import Machine
+from mlxarch.memory import Plan, Request, best_plan, plan
+from mlxarch.rates import decode_rate, hit_rate
+
+LARGE = Machine("large", 10**13, "metal", 273e9, 5e9)
+CONTEXT = 32_768
+
+
+@functools.cache
+def blueprint(name: str) -> Blueprint:
+    return from_config(name, read_json(catalog.entries()[name].config))
+
+
+def planned(name: str, machine: str | Machine = LARGE, **asked: Any) -> Plan:
+    return plan(blueprint(name), machines.named(machine) if isinstance(machine, str) else machine, Request(**asked))
+
+
+# What it takes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_bits", "gigabytes"),
+    [
+        ("gemma3-27b", None, 3.12),
+        ("gemma3-27b", 8, 1.66),
+        ("qwen3-30b-a3b", None, 3.22),
+        ("qwen3-30b-a3b", 8, 1.71),
+        ("gpt-oss-120b", None, 1.21),
+        ("glm4.5-air", None, 6.17),
+        ("deepseek-v3", None, 2.30),
+    ],
+)
+def test_keys_and_values_of_published_models(name: str, kv_bits: int | None, gigabytes: float) -> None:
+    kv = blueprint(name).at(4).kv(CONTEXT, 2, kv_bits)
+    assert sum(kv.values()) / 1e9 == pytest.approx(gigabytes, abs=0.006)
+
+
+def test_windows_cap_what_the_caches_hold() -> None:
+    footprint = blueprint("gemma3-27b").at(4)
+    near, far = footprint.kv(1024, 2), footprint.kv(CONTEXT, 2)
+    assert far["sliding"] == near["sliding"] and far["full"] == 32 * near["full"]
+    unbounded = replace(footprint, caches=tuple(c and replace(c, window=None) for c in footprint.caches))
+    assert sum(unbounded.kv(CONTEXT, 2).values()) / 1e9 == pytest.approx(16.6, abs=0.1)
+
+
+@pytest.mark.parametrize(("bits", "gigabytes"), [(8, 28.7), (4, 15.2), (3, 11.8), (2, 8.4)])
+def test_weights_of_gemma3_27b(bits: int, gigabytes: float) -> None:
+    assert sum(blueprint("gemma3-27b").at(bits).held(2).values()) / 1e9 == pytest.approx(gigabytes, abs=0.06)
+
+
+def test_a_cpu_holds_floats_in_four_bytes_and_codes_as_they_are() -> None:
+    weights = blueprint("qwen3-0.6b").at(4)
+    elements = sum(w.parts[0][0] * 8 for w in weights.weights if len(w.parts) == 3)
+    more = sum(weights.held(4).values()) - sum(weights.held(2).values())
+    plain = sum(2 * w.parts[0][0] for w in weights.weights if len(w.parts) == 1)
+    assert more == 2 * 2 * elements // 64 + plain
+
+
+def test_the_terms_add_up_and_name_every_kind() -> None:
+    found = planned("gemma3n-e4b", bits=4, context=8192, ple="memory")
+    assert sum(found.terms.values()) == found.total and found.verdict == "resident"
+    kinds = {"attention", "feed-forward", "embeddings", "per-layer embeddings", "others"}
+    assert {f"weights: {kind}" for kind in kinds} <= found.terms.keys()
+    # 262,144 rows of 35 layers with 256 features each, as published for the E4B
+    assert found.weights["per-layer embeddings"] == 262_144 * 35 * 256 * 4.5 / 8
+
+
+def test_experts_published_in_mxfp4_stay_so() -> None:
+    at_four, at_three = (blueprint("gpt-oss-20b").at(bits).held(2)["experts"] for bits in (4, 3))
+    stacks = 24 * 32 * 3 * 2880 * 2880
+    biases = 24 * 32 * (2 * 2880 + 2880)
+    assert at_four == stacks * 4.25 / 8 + 2 * biases
+    assert at_three < 0.9 * at_four
+
+
+# What is decided -----------------------------------------------------------------------------------------------------
+
+
+def test_experts_go_to_the_disk_where_they_do_not_fit_and_the_budget_is_kept() -> None:
+    whole = planned("qwen3-30b-a3b", bits=4, context=4096)
+    assert whole.verdict == "resident" and whole.execution.slots is None
+    for memory in (5, 8, 12, 16):
+        found = planned("qwen3-30b-a3b", bits=4, context=4096, memory=memory * 10**9)
+        slots = found.execution.slots
+        assert found.verdict == "streamed" and found.total <= memory * 10**9
+        assert slots is not None and len(slots) == 48 and all(8 <= count <= 128 for count in slots)
+        # so much as one more place in every layer would not have fitted
+        assert found.total + 48 * 2_654_208 > memory * 10**9
+
+
+def test_layers_are_whole_where_most_experts_fit() -> None:
+    slots = planned("qwen3-30b-a3b", "m4-pro-24gb", bits=4, context=4096).execution.slots
+    assert slots is not None and slots.count(128) >= 12
+    scarce = planned("qwen3-30b-a3b", bits=4, context=4096, memory=4 * 10**9).execution.slots
+    assert scarce is not None and 128 not in scarce
+
+
+def test_per_layer_embeddings_go_to_the_disk_first() -> None:
+    room = planned("gemma3n-e4b", bits=4, context=4096).total - 10**8
+    found = planned("gemma3n-e4b", bits=4, context=4096, memory=room)
+    assert found.execution.ple == "ssd" and found.verdict == "streamed" and "1.3 GB" in found.streamed
+    kept = planned("gemma3n-e4b", bits=4, context=4096, memory=room, ple="memory")
+    assert kept.execution.ple == "memory"
+    assert planned("gemma3n-e4b", bits=4, context=4096, ple="ssd").execution.ple == "ssd"
+    assert planned("qwen3-0.6b", bits=4, context=4096, ple="ssd").verdict == "resident", "it has none"
+
+
+def test_without_a_context_as_much_is_planned_as_fits() -> None:
+    assert planned("qwen3-0.6b", bits=4).context == 40_960
+    tight = planned("qwen3-0.6b", bits=4, memory=2 * 10**9)
+    assert tight.verdict == "resident" and 4096 <= tight.context < 40_960 and tight.total <= 2 * 10**9
+    more = planned("qwen3-0.6b", bits=4, memory=2 * 10**9, context=tight.context + 4096)
+    assert more.verdict == "does not fit" or more.execution.chunk, "only in short chunks"
+
+
+def test_short_chunks_of_the_prompt_are_a_way_to_fit() -> None:
+    found = planned("gemma3-27b", "m4-24gb", bits=4, context=4096)
+    assert found.verdict == "resident" and found.execution.chunk == 512
+    assert planned("gemma3-27b", "m4-32gb", bits=4, context=4096).execution.chunk is None
+
+
+def test_the_largest_of_8_and_4_bits_is_taken_that_stays_in_memory() -> None:
+    model = blueprint("qwen3-8b")
+    assert best_plan(model, machines.named("m4-pro-48gb")).bits == 8
+    small = machines.named("m1-8gb")
+    assert best_plan(model, small).bits == 4 and best_plan(model, small).verdict == "resident"
+    assert best_plan(model, small, Request(bits=3)).bits == 3
+    assert best_plan(blueprint("llama3.3-70b"), machines.named("m4-32gb")).verdict == "does not fit"
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic_and_a_way_out() -> None:
+    found = planned("gemma3-27b", "m4-24gb", bits=4, context=CONTEXT)
+    with pytest.raises(MemoryBudgetError) as caught:
+        found.require()
+    message = str(caught.value)
+    for term in ("weights: feed-forward", "keys and values: full layers", "activations", "together"):
+        assert f"GB  {term}" in message
+    assert "--context 4096 makes it fit" in message and "--bits 3 makes it fit" in message
+    assert planned("gemma3-27b", "m4-24gb", bits=3, context=CONTEXT).require().verdict == "resident"
+    hopeless = planned("llama3.3-70b", "m1-8gb", bits=2, context=4096)
+    assert "The largest term is weights: feed-forward" in hopeless.remedies[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"kv_bits": 3}, "kv_bits must be 16, 8 or 4"),
+        ({"ple": "disk"}, "ple must be"),
+        ({"memory": 0}, "memory must be"),
+        ({"memory": 1.5}, "memory must be"),
+        ({"context": 0}, "context must lie in 1 … 40960"),
+        ({"context": 50_000}, "context must lie in 1 … 40960"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(asked: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        planned("qwen3-0.6b", **asked)
+
+
+# How fast ------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_of_resident_models_are_those_that_were_measured() -> None:
+    machine = machines.named("m4-pro-64gb")
+    for name, measured in (("gemma3-27b", 13.24), ("qwen3-30b-a3b", 70.55)):
+        rate = decode_rate(blueprint(name).at(4), machine, 100, 2)
+        assert rate == pytest.approx(measured, rel=0.08)
+    assert decode_rate(blueprint("qwen3-0.6b").at(4), replace(machine, bandwidth=None), 100, 2) is None
+
+
+def test_rates_of_streamed_models_lie_within_what_was_estimated() -> None:
+    small = planned("qwen3-30b-a3b", "m4-16gb", bits=4, context=4096)
+    assert small.rate is not None and 9.0 <= small.rate <= 14.5
+    assert [hit_rate(share) for share in (0, 0.5, 1)] == [0, 0.855, 1]
+    assert hit_rate(0.3) < hit_rate(0.31)
