@@ -21,8 +21,9 @@ from mlxarch.streaming.records import Records
 from mlxarch.streaming.stats import Stats
 
 THREADS = 4  # more gain nothing on any disk that was measured
-GEMM_ROWS = 16  # of one call, and
-GEMM_ROWS_EACH = 4  # for each expert in the stack: from here on MLX on Metal multiplies sorted rows in tiles
+# Rows for each expert of a packed stack from which MLX on Metal multiplies sorted rows in tiles, and in larger ones;
+# and rows in all
+TILED, LARGE_TILED, LEAST_TILED = 4, 64, 16
 
 
 class Streaming:
@@ -90,7 +91,7 @@ class StreamedExperts:
 
     A row's result does not depend on which other rows are computed with it nor on the slot that its expert is in, so
     that it is the same, bit for bit, whatever the number of slots; where MLX chooses another kernel by these numbers,
-    the choice is made as if all experts were in memory (``tiled``).
+    the choice is made as if all experts were in memory (``_kind``).
     """
 
     def __init__(self, layer: int, experts: Experts, records: Records, bank: Bank, shared: Streaming) -> None:
@@ -165,7 +166,7 @@ class StreamedExperts:
         order = np.argsort(places, kind="stable") if call.size >= SORT_FROM else None
         places = places if order is None else places[order]
         tokens = (np.arange(call.size) if order is None else order) // k
-        y = self._rows(call.x.reshape(-1, call.x.shape[-1]), tokens, places, self._tiled(call))
+        y = self._rows(call.x.reshape(-1, call.x.shape[-1]), tokens, places, self._kind(call))
         y = y if order is None else y[mx.array(np.argsort(order))]
         return y.reshape(*call.chosen.shape, -1)
 
@@ -173,18 +174,19 @@ class StreamedExperts:
         """The results of all rows of all calls: (rows, dim). While a wave computes, the next one's experts are read."""
         x = [call.x.reshape(-1, call.x.shape[-1]) for call in calls]
         x, k = x[0] if len(x) == 1 else mx.concatenate(x), calls[0].chosen.shape[-1]
-        tiled = np.repeat([self._tiled(call) for call in calls], [call.size for call in calls])
+        kinds = np.repeat([self._kind(call) for call in calls], [call.size for call in calls])
         most = max(call.size for call in calls)  # rows at a time: as many as a call has
         y, flying = mx.zeros((len(ids), x.shape[-1]), x.dtype), set[int]()
         for wave in self._waves(counts):
             self._admit(wave, flying)
             members = np.zeros(len(counts), bool)
             members[wave] = True
-            for kind in (True, False):
-                rows = np.flatnonzero(members[ids] & (tiled == kind))
+            for kind in np.unique(kinds).tolist():
+                rows = np.flatnonzero(members[ids] & (kinds == kind))
                 rows = rows[np.argsort(self._place[ids[rows]], kind="stable")]
-                for start in range(0, len(rows), most):
-                    some, begin = rows[start : start + most], time.perf_counter()
+                at_once = min(most, LARGE_TILED * self.bank.slots - 1) if kind == TILED else most
+                for start in range(0, len(rows), at_once):
+                    some, begin = rows[start : start + at_once], time.perf_counter()
                     self.shared.finish()
                     self.shared.stats.compute_seconds += time.perf_counter() - begin
                     y[mx.array(some)] = self._rows(x, some // k, self._place[ids[some]], kind)
@@ -209,17 +211,22 @@ class StreamedExperts:
         ends = np.cumsum([call.size for call in calls])[:-1].tolist()
         return [part.reshape(*c.chosen.shape, -1) for part, c in zip(mx.split(y, ends), calls, strict=True)]
 
-    def _rows(self, x: mx.array, tokens: np.ndarray, places: np.ndarray, tiled: bool) -> mx.array:
-        """(rows, dim) of the results for rows ``tokens`` of x by the experts at ``places``."""
-        count = len(tokens)
-        least = max(GEMM_ROWS, GEMM_ROWS_EACH * self.bank.slots)
-        if tiled and count < least and mx.metal.is_available():
+    def _rows(self, x: mx.array, tokens: np.ndarray, places: np.ndarray, kind: int) -> mx.array:
+        """(rows, dim) of the results for rows ``tokens`` of x by the experts at ``places``; see ``_kind``."""
+        count, least = len(tokens), max(LEAST_TILED, kind * self.bank.slots) if kind > 1 else 0
+        if count < least and mx.metal.is_available():
             tokens, places = (np.pad(a, (0, least - count), mode="edge") for a in (tokens, places))
-        return self.experts.rows(x[mx.array(tokens)][:, None], mx.array(places), tiled)[:count, 0]
+        return self.experts.rows(x[mx.array(tokens)][:, None], mx.array(places), kind > 0)[:count, 0]
 
-    def _tiled(self, call: Call) -> bool:
-        """Whether MLX is to be told that the rows are sorted: where it would use it if all experts were in memory."""
-        return call.size >= max(SORT_FROM, GEMM_ROWS, GEMM_ROWS_EACH * self.records.count)
+    def _kind(self, call: Call) -> int:
+        """The kernel that the call would run on if all experts were in memory: 0 where MLX is not told that its rows
+        are sorted, or has no use for it; else, for packed experts, the rows for each expert that the kernel asks for.
+        """
+        if call.size < SORT_FROM:
+            return 0
+        each = call.size // self.records.count
+        packed = self.experts.down_proj.quantization is not None
+        return (LARGE_TILED if each >= LARGE_TILED else TILED if each >= TILED else 0) if packed else 1
 
     # What is in memory ------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlxarch.blocks import Quantization
@@ -84,3 +85,20 @@ def test_float_experts_in_other_types_than_they_are_computed_in(tmp_path: Path) 
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         folder = make_moe(tmp_path / str(dtype), dtype=dtype, single=True)
         assert fingerprint(load(folder, 4)) == fingerprint(load(folder))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_shapes_give_the_same_bits(seed: int, tmp_path: Path) -> None:
+    draw = np.random.default_rng(seed)
+    count = int(draw.integers(2, 40))
+    k, prompt = int(draw.integers(1, min(count, 9))), int(draw.integers(8, 120))
+    kind = str(draw.choice(["qwen3_moe", "gpt_oss"]))
+    names = {"qwen3_moe": ("num_experts", "moe_intermediate_size")}
+    names |= {"gpt_oss": ("num_local_experts", "intermediate_size")}
+    sizes = dict(zip(names[kind], (count, 32 * int(draw.integers(1, 5))), strict=True))
+    shape = {"hidden_size": 32 * int(draw.integers(1, 6)), "num_experts_per_tok": k, **sizes}
+    mode = MODES[int(draw.integers(6, len(MODES)))]
+    folder = make_moe(tmp_path / "model", kind, packed=mode, dtype=mx.bfloat16, seed=seed, **shape)
+    slots = {1, k, min(2 * k, count - 1), count // 2 or 1, count - 1}
+    wanted = fingerprint(load(folder), prompt)
+    assert {n: fingerprint(load(folder, n), prompt) for n in slots} == dict.fromkeys(slots, wanted)
