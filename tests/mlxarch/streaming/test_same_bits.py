@@ -96,7 +96,7 @@ def test_random_shapes_give_the_same_bits(seed: int, tmp_path: Path) -> None:
     names = {"qwen3_moe": ("num_experts", "moe_intermediate_size")}
     names |= {"gpt_oss": ("num_local_experts", "intermediate_size")}
     sizes = dict(zip(names[kind], (count, 32 * int(draw.integers(1, 5))), strict=True))
-    shape = {"hidden_size": 32 * int(draw.integers(1, 6)), "num_experts_per_tok": k, **sizes}
+    shape: dict[str, Any] = {"hidden_size": 32 * int(draw.integers(1, 6)), "num_experts_per_tok": k, **sizes}
     mode = MODES[int(draw.integers(6, len(MODES)))]
     folder = make_moe(tmp_path / "model", kind, packed=mode, dtype=mx.bfloat16, seed=seed, **shape)
     slots = {1, k, min(2 * k, count - 1), count // 2 or 1, count - 1}
