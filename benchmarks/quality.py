@@ -144,10 +144,10 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         print(f"\n{original}\n\n| variant | bits/weight | KL, nats/token | top-1 | perplexity ratio | seconds |")
         print("|---|---|---|---|---|---|")
         for name, row in sorted(rows.items(), key=lambda item: item[1]["bits_per_weight"]):
-            kl, top, ratio = (row["all"][key] for key in ("kl_mean", "top1_agreement", "perplexity_ratio"))
+            kl, top, perplexity = (row["all"][key] for key in ("kl_mean", "top1_agreement", "perplexity_ratio"))
             print(
                 f"| {name} | {row['bits_per_weight']:.2f} | {kl['value']:.4f} ± {kl['error']:.4f} | "
-                f"{100 * top['value']:.1f} % | {ratio['value']:.3f} | {row['seconds']:.0f} |"
+                f"{100 * top['value']:.1f} % | {perplexity['value']:.3f} | {row['seconds']:.0f} |"
             )
     print("\n| claim | must be | mean | " + " | ".join(results) + " |\n|---|---|---|" + "---|" * len(results))
     for claim, one, other, mean, each in CLAIMS:
