@@ -141,7 +141,7 @@ def random_bytes(kind: str, nbytes: int, seed: int) -> Iterator[memoryview]:
     """Weights with a standard deviation of about 0.02, whatever they are packed as."""
     pool, start = make_pool(kind), seed * 7919 * 64 % (POOL // 2)
     while nbytes:
-        piece = memoryview(pool[start : start + min(nbytes, POOL // 2)])
+        piece = pool[start : start + min(nbytes, POOL // 2)].data
         yield piece
         nbytes, start = nbytes - piece.nbytes, (start + 12345 * 64) % (POOL // 2)
 
@@ -185,7 +185,7 @@ def generate(folder: Path, execution: Execution, prompt: int, tokens: int) -> tu
     steps = list(decode(model, session, ids, Sampling(), tokens))
     held = hashlib.sha256()
     for array in (array for layer in session.caches if layer for array in layer.arrays()):
-        held.update(np.asarray(array.view(mx.uint8)))
+        held.update(np.asarray(array.view(mx.uint8)).tobytes())
     return model, [token for token, _ in steps], steps[-1][1], held.hexdigest()
 
 
@@ -210,7 +210,7 @@ def run(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
 def reads(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
     """Interleaved: a group of records as the model reads it, then the same group by plain reads, both cold."""
     model, _ = load_model(folder, execution=execution)
-    [*files] = model.streaming.files.values()
+    [*files] = model.streaming.shared.files.values()
     layers = list(model.streaming.layers.values())
     draw, threads = np.random.default_rng(1), ThreadPoolExecutor(THREADS)
     seconds = {"model": 0.0, "plain": 0.0}

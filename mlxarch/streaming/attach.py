@@ -53,10 +53,10 @@ def attach(resolved: Resolved, slots: Sequence[int], dtype: mx.Dtype, verify: Ve
         parts = parts_of(path, resolved.tensors)
         if slots[layer] >= parts[0].tensor.shape[0]:
             continue
-        records = Records(layer, parts, verify, files=streaming.files)
+        records = Records(layer, parts, verify, files=streaming.shared.files)
         settle(module, path, resolved.tensors)
         bank = Bank(module, parts, slots[layer], dtype, writes_in_place(device), join=device != mx.cpu)
-        streaming.layers[layer] = StreamedExperts(layer, module, records, bank, streaming)
+        streaming.layers[layer] = StreamedExperts(module, records, bank, streaming.shared, not streaming.layers)
         module.streamed = streaming.layers[layer]
         streaming.parameters |= {name for name in resolved.tensors if name.startswith(f"{path}.")}
     if not streaming.layers:

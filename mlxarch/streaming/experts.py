@@ -2,12 +2,14 @@
 
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -26,29 +28,21 @@ THREADS = 4  # more gain nothing on any disk that was measured
 TILED, LARGE_TILED, LEAST_TILED = 4, 64, 16
 
 
-class Streaming:
+class Shared:
     """What the streamed layers of a model share.
 
     Attributes:
-        layers: by their number in the decoder.
-        files: that their experts are read from.
-        parameters: paths of the model's parameters that are not loaded.
         stats: counters.
         lock: held while a layer's bank is in use; two threads may generate, and take turns.
+        readers: threads that read, and never call MLX.
+        files: that the experts are read from.
     """
 
     def __init__(self) -> None:
-        self.layers: dict[int, StreamedExperts] = {}
-        self.files: dict[Shard, RecordFile] = {}
-        self.parameters: set[str] = set()
         self.stats, self.lock = Stats(), threading.RLock()
-        self.readers = ThreadPoolExecutor(THREADS, "expert-reader")  # they never call MLX
+        self.readers = ThreadPoolExecutor(THREADS, "expert-reader")
+        self.files: dict[Shard, RecordFile] = {}
         self._pending: mx.array | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Of all banks."""
-        return sum(layer.bank.nbytes for layer in self.layers.values())
 
     def begin(self, result: mx.array) -> None:
         """Start computing a result from a bank; it is finished before any bank is written to again."""
@@ -61,10 +55,32 @@ class Streaming:
             mx.eval(self._pending)
             self._pending = None
 
+
+class Streaming:
+    """The layers of a model whose experts are read from the disk, by their number in the decoder.
+
+    Attributes:
+        parameters: paths of the model's parameters that are not loaded.
+    """
+
+    def __init__(self) -> None:
+        self.shared, self.parameters = Shared(), set[str]()
+        self.layers: dict[int, StreamedExperts] = {}
+
+    @property
+    def stats(self) -> Stats:
+        """What it costs."""
+        return self.shared.stats
+
+    @property
+    def nbytes(self) -> int:
+        """Of all banks."""
+        return sum(layer.bank.nbytes for layer in self.layers.values())
+
     def close(self) -> None:
         """Stop the threads and close the files. The model cannot run afterwards."""
-        self.readers.shutdown(cancel_futures=True)
-        for file in self.files.values():
+        self.shared.readers.shutdown(cancel_futures=True)
+        for file in self.shared.files.values():
             file.close()
 
 
@@ -92,10 +108,15 @@ class StreamedExperts:
     A row's result does not depend on which other rows are computed with it nor on the slot that its expert is in, so
     that it is the same, bit for bit, whatever the number of slots; where MLX chooses another kernel by these numbers,
     the choice is made as if all experts were in memory (``_kind``).
+
+    Args:
+        first: of the model's streamed layers: it counts the tokens.
     """
 
-    def __init__(self, layer: int, experts: Experts, records: Records, bank: Bank, shared: Streaming) -> None:
-        self.layer, self.experts, self.records, self.bank, self.shared = layer, experts, records, bank, shared
+    def __init__(self, experts: Experts, records: Records, bank: Bank, shared: Shared, first: bool) -> None:
+        # the experts hold this object: a reference back would keep both, and the bank, until a garbage collection
+        self.experts = cast(Experts, weakref.proxy(experts))
+        self.records, self.bank, self.shared, self._first = records, bank, shared, first
         self._slots: OrderedDict[int, int] = OrderedDict()  # expert -> slot, the least recently used first
         self._free = list(range(bank.slots))
         self._place = np.full(records.count, -1)  # slot of an expert
@@ -147,7 +168,7 @@ class StreamedExperts:
         self.shared.finish()
         ids = np.concatenate([call.ids for call in calls])
         stats.sync_seconds += time.perf_counter() - begin
-        if decoding and self.layer == min(self.shared.layers):
+        if decoding and self._first:
             stats.token(calls[0].chosen.shape[0])
         counts = np.bincount(ids, minlength=self.records.count)
         needed = np.flatnonzero(counts)

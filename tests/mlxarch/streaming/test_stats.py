@@ -1,9 +1,12 @@
 """What is counted while a model streams is what happens."""
 
+import gc
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -80,3 +83,19 @@ def test_a_person_and_a_program_see_it(folder: Path) -> None:
     assert found["peak_bytes"] > 10_000_000
     shown.streaming = shown.streamed_rows = None
     assert streaming_line(shown) is None and streaming_stats(shown) is None
+
+
+def test_a_model_that_is_let_go_of_takes_its_banks_and_files_with_it(folder: Path) -> None:
+    gc.collect()
+    gc.disable()  # nothing must wait for a collection
+    try:
+        before, files = mx.get_active_memory(), len(os.listdir("/proc/self/fd"))
+        model = load(folder, 8)
+        generate(model, 3)
+        assert mx.get_active_memory() - before > model.streaming.nbytes
+        assert len(os.listdir("/proc/self/fd")) > files
+        del model
+        assert mx.get_active_memory() - before < 10_000
+        assert len(os.listdir("/proc/self/fd")) == files
+    finally:
+        gc.enable()
