@@ -23,7 +23,7 @@ help:
 	@echo "Settings: PYTHON=python3.12  BACKEND=cpu|cuda|metal (now $(BACKEND))  MODEL=NAME  PROMPT='...'"
 
 demo: $(READY)-gguf
-	$(BIN)/mlxarch pull $(MODEL) --bits 8 --yes </dev/null
+	$(BIN)/mlxarch pull $(MODEL) --bits 8 --no-eval --yes </dev/null
 	$(BIN)/mlxarch run $(MODEL) --bits 8 --stats --seed 0 --max-tokens 200 "$(PROMPT)" </dev/null
 
 test: $(READY)-test

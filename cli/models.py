@@ -21,17 +21,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.argument("model", required=False)
 @options.model_option
 @options.bits_option
+@click.option("--no-eval", is_flag=True, help="Do not measure what was quantized against its source.")
 @options.yes_option
-def pull_command(model: str | None, named: str | None, bits: str | None, yes: bool) -> None:
+def pull_command(model: str | None, named: str | None, bits: str | None, no_eval: bool, yes: bool) -> None:
     """Download a model, quantized on the way where need be.
 
     A short name comes at the largest of 8 and 4 bits that fits this machine, a repository as it is published; --bits
-    asks for others. What it takes is said before it begins, and asked above 5 GB. The folder is printed.
+    asks for others. What it takes is said before it begins, and asked above 5 GB. The folder is printed. What was
+    quantized from a source that stays here is measured against it; `mlxarch show` tells the result.
     """
     from mlxarch.backend import require_backend
 
     require_backend()
-    answer(str(options.obtain(options.the_model(named, model), bits, yes, refresh=True)))
+    answer(str(options.obtain(options.the_model(named, model), bits, yes, refresh=True, evaluate=not no_eval)))
 
 
 @click.command("list")

@@ -165,14 +165,22 @@ def asked(*, memory: int | None, context: int | None, kv_bits: str | None, ple: 
     return Request(memory=memory, context=context, kv_bits=int(kv_bits) if kv_bits else None, ple=ple)
 
 
-def obtain(name: str, bits: str | None, yes: bool, *, refresh: bool = False, request: "Request | None" = None) -> Path:
+def obtain(
+    name: str,
+    bits: str | None,
+    yes: bool,
+    *,
+    refresh: bool = False,
+    request: "Request | None" = None,
+    evaluate: bool = False,
+) -> Path:
     """The folder of a model; what it takes is said before it begins, and asked where it is much."""
     from mlxarch import store
     from mlxarch.progress import on_terminal
 
     how: Any = {"bits": parsed_bits(bits), "confirm": _confirm(yes), "refresh": refresh, "request": request}
     with on_terminal(None) as progress:
-        return store.obtain(name, progress=progress, **how)
+        return store.obtain(name, progress=progress, evaluate=evaluate, **how)
 
 
 def _confirm(yes: bool) -> "Callable[[Plan], bool]":

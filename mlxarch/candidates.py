@@ -43,8 +43,8 @@ class Candidate(Protocol):
         """Find out what it takes. Small files may be fetched for that; see ``hub.look_up`` for what is raised."""
         ...
 
-    def run(self, progress: Progress) -> Path:
-        """Do it, and return the folder."""
+    def run(self, progress: Progress, evaluate: bool = False) -> Path:
+        """Do it, and return the folder; ``evaluate`` what is quantized, if its source stays here."""
         ...
 
 
@@ -68,7 +68,7 @@ class Download:
         description = f"download {repository.repo}, {gigabytes(missing)}"
         return Plan(self.name, description, missing, missing, hub.cache_folder(), repository.config)
 
-    def run(self, progress: Progress) -> Path:
+    def run(self, progress: Progress, evaluate: bool = False) -> Path:
         """See Candidate."""
         return hub.download(self._repository or _look_up(self.source), progress)
 
@@ -105,10 +105,10 @@ class Conversion:
             self.target.name, description, missing, output + repository.most_at_once, self.target, repository.config
         )
 
-    def run(self, progress: Progress) -> Path:
+    def run(self, progress: Progress, evaluate: bool = False) -> Path:
         """See Candidate."""
         if self._here is not None:
-            return _convert(self._here, self.target, self.bits, progress)
+            return _convert(self._here, self.target, self.bits, progress, evaluate=evaluate)
         from mlxarch.quantize import Origin
         from mlxarch.remote import open_remote
 
@@ -148,7 +148,7 @@ class Import:
             description = f"download {file}, {gigabytes(download)}, and import it, {_how(self.bits)}"
         return Plan(self.target.name, description, download, output + download + (size if download else 0), self.target)
 
-    def run(self, progress: Progress) -> Path:
+    def run(self, progress: Progress, evaluate: bool = False) -> Path:
         """See Candidate."""
         from mlxarch.quantize import Origin
         from mlxarch.quantize.gguf import open_gguf
@@ -159,18 +159,19 @@ class Import:
         try:
             source = replace(source, notes=(*source.notes, f"imported from {file.name}{package}"))
             origin = Origin(self.base or file.stem, fields=_licence(self.licence))
-            return _convert(source, self.target, self.bits, progress, origin=origin)
+            return _convert(source, self.target, self.bits, progress, evaluate=evaluate, origin=origin)
         finally:
             for shard in source.shards:
                 shard.close()
 
 
-def _convert(source: Any, target: Path, bits: Bits, progress: Progress, **options: Any) -> Path:
+def _convert(source: Any, target: Path, bits: Bits, progress: Progress, evaluate: bool = False, **options: Any) -> Path:
     from mlxarch.quantize import convert
 
+    width = bits if isinstance(bits, int) else None
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        convert(source, target, bits=bits if isinstance(bits, int) else None, progress=progress, **options)
+        convert(source, target, bits=width, evaluate=evaluate and width is not None, progress=progress, **options)
     except OutputError:
         if not hub.is_complete(target):  # otherwise another process was faster
             raise

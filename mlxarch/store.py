@@ -45,6 +45,7 @@ def obtain(
     confirm: Confirm | None = None,
     refresh: bool = False,
     request: "Request | None" = None,
+    evaluate: bool = False,
 ) -> Path:
     """The folder of a model, made or downloaded first where it is not here.
 
@@ -60,6 +61,7 @@ def obtain(
         confirm: asked before anything large happens; None agrees. False raises Declined.
         request: how it is to run; what does not fit so is not downloaded. None obtains it all the same.
         refresh: look for a newer revision of a repository that is here but not pinned to a commit.
+        evaluate: measure what is quantized here against its source, where that stays here.
 
     Raises:
         ModelNotFound, GatedModel, OfflineError, DownloadError: it cannot be had.
@@ -72,7 +74,7 @@ def obtain(
         reference = Reference("path", os.fspath(name), path=Path(name).expanduser())
     wanted = _wanted(reference, bits)
     if reference.path is not None:
-        return _from_path(reference.path, wanted, progress, confirm)
+        return _from_path(reference.path, wanted, progress, confirm, evaluate)
     if reference.entry is not None:
         wanted = wanted or fitting_bits(reference.entry, request)
         here = find(reference.entry.name, wanted)
@@ -90,7 +92,7 @@ def obtain(
     def agreed(plan: Plan) -> bool:
         return confirm is None or confirm(replace(plan, verdict=_verdict(reference.entry, plan, request, wanted)))
 
-    return _first_that_works(candidates, progress, agreed, reference.name)
+    return _first_that_works(candidates, progress, agreed, reference.name, evaluate)
 
 
 def fitting_bits(entry: Entry, request: "Request | None" = None) -> int:
@@ -160,13 +162,14 @@ def _own_name(reference: Reference) -> str:
     return str(reference.repo) + ("" if revision == "main" else f"@{revision[:12].replace('/', '-')}")
 
 
-def _from_path(path: Path, bits: Bits | None, progress: Progress, confirm: Confirm | None) -> Path:
+def _from_path(path: Path, bits: Bits | None, progress: Progress, confirm: Confirm | None, evaluate: bool) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         status = path.stat()
         facts = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         name = f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
         importing = Import(name, bits or "original", path)
-        return find(name, importing.bits) or _first_that_works([importing], progress, confirm, str(path))
+        here = find(name, importing.bits)
+        return here or _first_that_works([importing], progress, confirm, str(path), evaluate)
     if not path.is_dir():
         raise ModelNotFound(f"{path}: there is no such folder; name one with config.json and safetensors files")
     if bits not in (None, "original") and stored_bits(read_json(path / "config.json")) != bits:
@@ -174,7 +177,9 @@ def _from_path(path: Path, bits: Bits | None, progress: Progress, confirm: Confi
     return path
 
 
-def _first_that_works(candidates: list[Candidate], progress: Progress, confirm: Confirm | None, name: str) -> Path:
+def _first_that_works(
+    candidates: list[Candidate], progress: Progress, confirm: Confirm | None, name: str, evaluate: bool
+) -> Path:
     failures: list[MlxArchError] = []
     for candidate in candidates:
         if candidate.online and any(isinstance(failure, OfflineError) for failure in failures):
@@ -188,7 +193,7 @@ def _first_that_works(candidates: list[Candidate], progress: Progress, confirm: 
         if confirm is not None and not confirm(plan):
             raise Declined(f"{plan.name}: not agreed to; nothing was downloaded")
         try:
-            return candidate.run(progress)
+            return candidate.run(progress, evaluate)
         except (ModelNotFound, OfflineError) as failure:
             failures.append(failure)
     raise _joined(failures, name)

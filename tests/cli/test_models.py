@@ -10,6 +10,7 @@ import pytest
 from mlxarch import catalog, store
 from mlxarch.cli import options
 from mlxarch.errors import Declined
+from mlxarch.progress import silent
 from mlxarch.store import Plan
 
 
@@ -145,3 +146,30 @@ def test_a_stream_that_is_closed_is_no_terminal():
     stream = io.StringIO()
     stream.close()
     assert not is_terminal(stream) and not is_terminal(None)
+
+
+def test_pull_measures_what_it_quantized_unless_told_otherwise(invoke, home, monkeypatch):
+    seen = []
+
+    def obtain(name: str, *, evaluate: bool, **_: object) -> Path:
+        seen.append(evaluate)
+        return home
+
+    monkeypatch.setattr(store, "obtain", obtain)
+    for arguments in ([], ["--no-eval"]):
+        invoke("pull", "smollm2-135m", *arguments)
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize(("bits", "measured"), [(4, True), ("original", False)])
+def test_what_is_quantized_from_a_source_that_stays_is_measured(home, tmp_path, monkeypatch, bits, measured):
+    from mlxarch import candidates
+    from mlxarch.catalog import HubSource
+
+    seen = []
+    monkeypatch.setattr("mlxarch.quantize.convert", lambda *_, evaluate, **__: seen.append(evaluate))
+    way = candidates.Conversion("org/model", bits, HubSource("org/model", "main"))
+    way._here = tmp_path
+    way.run(silent, True)
+    way.run(silent)
+    assert seen == [measured, False]
