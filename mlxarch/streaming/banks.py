@@ -1,5 +1,6 @@
 """Room in memory for some of a layer's experts: arrays that its matrices compute with, whose rows are written over."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -8,7 +9,7 @@ from math import prod
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.blocks import ExpertLinear, Experts
+from mlxarch.blocks import Experts
 from mlxarch.streaming.records import Part
 from mlxarch.tensors import FLOATS, Packed, Tensor
 
@@ -59,9 +60,12 @@ class Bank:
         self, experts: Experts, parts: Sequence[Part], slots: int, dtype: mx.Dtype, in_place: bool, join: bool
     ) -> None:
         self.slots, self.in_place = slots, in_place
-        self._arrays: dict[str, mx.array] = {}
-        self._places = _lay_out(experts, parts, slots, dtype, join, self._arrays)
+        self._places = _places(experts, parts, dtype, join)
+        rows = {place.array: place.stop for place in self._places}
+        shapes = {place.array: (slots, rows[place.array], *place.part.shape[1:]) for place in self._places}
+        self._arrays = {place.array: mx.zeros(shapes[place.array], place.dtype) for place in self._places}
         mx.eval(self._arrays)
+        _give(experts, self._places, self._arrays)
         # bytes (slots, …) of every array that may be written to directly
         self._memory = {name: _memory(array) for name, array in self._arrays.items()} if in_place else {}
         self._staged = [place for place in self._places if not self._direct(place)]
@@ -106,36 +110,32 @@ class Bank:
             mx.eval(self._arrays)
 
 
-def _lay_out(
-    experts: Experts, parts: Sequence[Part], slots: int, dtype: mx.Dtype, join: bool, arrays: dict[str, mx.array]
-) -> list[Place]:
-    """Give the matrices of ``experts`` arrays of ``slots`` experts, and say where each part goes."""
-    up = {name: [p for p in parts if p.name.startswith(f"{name}.")] for name in ("gate_proj", "up_proj")}
-    gate, other = ([(_leaf(p), p.dtype, p.shape[1:]) for p in group] for group in up.values())
-    joined = join and gate == other and experts.gate_proj.quantization == experts.up_proj.quantization
-    places: list[Place] = []
+def _places(experts: Experts, parts: Sequence[Part], dtype: mx.Dtype, join: bool) -> list[Place]:
+    """Where each part goes: in an array of its own, or both matrices up in one, the gate's rows first."""
+    gate, up = ([p for p in parts if p.name.startswith(name)] for name in ("gate_proj.", "up_proj."))
+    alike = [(_leaf(p), p.dtype) for p in gate] == [(_leaf(p), p.dtype) for p in up]
+    join = join and alike and experts.gate_proj.quantization == experts.up_proj.quantization
+    places, rows = list[Place](), Counter[str]()
     for part in parts:
-        rows, form = part.shape[0], held_as(part, dtype)
-        projection: ExpertLinear = getattr(experts, part.name.partition(".")[0])
-        is_up = joined and part.name.startswith("up_proj.")
-        if joined and projection is not experts.down_proj:
-            start = experts.gate_proj["weight"].shape[1] if is_up else 0
-            name, total = f"gate_up.{_leaf(part)}", rows + experts.up_proj["weight"].shape[1]
-        else:
-            start, name, total = 0, part.name, rows
-        if name not in arrays:
-            arrays[name] = mx.zeros((slots, total, *part.shape[1:]), form)
-        places.append(Place(part, name, start, start + rows, form))
-        if name == part.name:
-            projection[_leaf(part)] = arrays[name]
-    if joined:
-        leaves = {_leaf(p): arrays[f"gate_up.{_leaf(p)}"] for p in up["gate_proj"]}
-        ends = [experts.gate_proj["weight"].shape[1], leaves["weight"].shape[1]]
-        for projection in (experts.gate_proj, experts.up_proj):
-            for leaf in leaves:
-                projection[leaf] = mx.zeros((0,))
-        experts.gate_up.adopt(leaves, ends)
+        array = f"gate_up.{_leaf(part)}" if join and part in [*gate, *up] else part.name
+        places.append(Place(part, array, rows[array], rows[array] + part.shape[0], held_as(part, dtype)))
+        rows[array] += part.shape[0]
     return places
+
+
+def _give(experts: Experts, places: Sequence[Place], arrays: dict[str, mx.array]) -> None:
+    """Let the matrices compute with the arrays."""
+    joined: dict[str, mx.array] = {}
+    ends: list[int] = []
+    for place in places:
+        projection, _, leaf = place.part.name.partition(".")
+        own = place.array == place.part.name
+        getattr(experts, projection)[leaf] = arrays[place.array] if own else mx.zeros((0,))
+        if not own:
+            joined[leaf] = arrays[place.array]
+            ends += [place.stop] if leaf == "weight" else []
+    if joined:
+        experts.gate_up.adopt(joined, ends)
 
 
 def _leaf(part: Part) -> str:
