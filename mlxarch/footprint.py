@@ -87,6 +87,7 @@ class Footprint:
         tied: whether the table of embeddings is the output head too.
         longest: context that it was made for, in tokens.
         hidden: features of the residual stream.
+        vocabulary: tokens that there are.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Footprint:
     tied: bool
     longest: int
     hidden: int
+    vocabulary: int
 
     @property
     def stored(self) -> int:
@@ -298,7 +300,7 @@ def _outline(name: str, model: CausalLM) -> Footprint:
     hidden = model.model.embed_tokens.weight.shape[1]
     traced = trace(model, 1)
     caches = tuple(_cache(span, cache) for span, cache in zip(spans, traced.caches, strict=True))
-    return Footprint(name, 16, (), caches, experts, tied, longest, hidden)
+    return Footprint(name, 16, (), caches, experts, tied, longest, hidden, model.vocab_size)
 
 
 def _experts(layer: nn.Module) -> Experts | None:

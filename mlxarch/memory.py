@@ -25,7 +25,8 @@ from mlxarch.streaming.prefill import HELD, STATES
 from mlxarch.streaming.rows import CACHE
 
 MB = 10**6
-PROCESS = {"cpu": 200 * MB, "metal": 200 * MB, "cuda": 600 * MB}  # Python, libraries, tokenizer; CUDA's own buffers
+PROCESS = {"cpu": 60 * MB, "metal": 150 * MB, "cuda": 500 * MB}  # Python and libraries
+TOKEN = 1100  # bytes that a tokenizer takes for each entry of its vocabulary
 FREE = {"cpu": 32 * MB, "metal": 512 * MB, "cuda": 512 * MB}  # of let-go memory that MLX keeps for the next array
 HEADROOM = 0.03  # of what MLX counts: how far the plan may be off
 CHUNKS = {"cpu": (512, 128), "metal": (2048, 512), "cuda": (2048, 512)}  # tokens of a prompt that pass at once
@@ -50,7 +51,7 @@ class Plan:
         weights, kv: bytes by kind; what is read from the disk counts with its place in memory.
         activations: bytes of the largest step.
         free: bytes that MLX may keep for the next array.
-        process: bytes of Python and its libraries.
+        process: bytes of Python, its libraries and the tokenizer; what streaming reads into is in it.
         verdict: whether it fits, and how.
         streamed: in words, what is read from the disk.
         rate: tokens a second with a full context, estimated; None where nobody knows how fast the memory is.
@@ -100,7 +101,7 @@ class Plan:
         found = {f"weights: {kind}": size for kind, size in self.weights.items()}
         found |= {f"keys and values: {kind} layers": size for kind, size in self.kv.items()}
         found |= {"activations": self.activations, "MLX's free memory": self.free}
-        return found | {"Python and libraries": self.process, "headroom": self.headroom}
+        return found | {"Python, libraries, tokenizer": self.process, "headroom": self.headroom}
 
     @property
     def words(self) -> str:
@@ -281,7 +282,10 @@ class _Planner:
             kv=kv,
             activations=step + (min(HELD, way.context * self._held_of_a_token()) if slots else 0),
             free=FREE[backend] if usual else FREE["cpu"],
-            process=PROCESS[backend] + (ROWS if ple else 0) + (STAGED if slots else 0),
+            process=PROCESS[backend]
+            + TOKEN * self.footprint.vocabulary
+            + (ROWS if ple else 0)
+            + (STAGED if slots else 0),
             verdict="streamed" if words else "resident",
             streamed=", ".join(words),
             rate=decode_rate(self.footprint, self.machine, way.context, wide, self.kv_bits, slots),
