@@ -68,7 +68,7 @@ def settings_of(section: Mapping[str, Any]) -> Settings:
     known = KNOWN[method] | COMMON
     found = {key: allowed[0] if section.get(key) is None else section[key] for key, allowed in known.items()}
     group = section.get("group_size", 128)
-    wrong = [f"{key} {value!r}" for key, value in found.items() if not _among(value, known[key])]
+    wrong = [f"{key} {value!r}" for key, value in found.items() if not is_one_of(value, known[key])]
     if type(group) is not int or (group != -1 and not 8 <= group <= 1 << 20):
         wrong.append(f"group_size {group!r}")
     if wrong:
@@ -83,7 +83,8 @@ def settings_of(section: Mapping[str, Any]) -> Settings:
     return Settings(method, found["bits"], group, plus, found["sym"], found["desc_act"])
 
 
-def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
+def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether it is there, type and all: 4.0 is not 4, and 1 is not True."""
     return any(type(value) is type(each) and value == each for each in allowed)
 
 

@@ -59,7 +59,7 @@ def unpack_foreign(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
         return _float_quantized(stored, "channel")
     if method == "mxfp4":
         return _mxfp4(stored)
-    if method in awq_gptq.KNOWN:
+    if isinstance(method, str) and method in awq_gptq.KNOWN:
         return awq_gptq.unpack(stored, awq_gptq.settings_of(foreign))
     if method and method not in KEPT_AS_THEY_ARE:
         raise ConfigError(
@@ -182,7 +182,9 @@ def _weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     kind = settings.get("format")
     known = FORMATS.get(kind) if isinstance(kind, str) else None
     wrong = [] if known else [f"format {kind!r}"]
-    wrong += [f"{key} {first.get(key)!r}" for key, allowed in (known or {}).items() if first.get(key) not in allowed]
+    for key, allowed in (known or {}).items():
+        if not awq_gptq.is_one_of(first.get(key), allowed):
+            wrong.append(f"{key} {first.get(key)!r}")
     if first.get("strategy") == "group" and first.get("group_size") in (None, -1):
         wrong.append(f"group_size {first.get('group_size')!r}")
     wrong += ["several kinds of weights"] if any(other != first for other in weights) else []

@@ -186,6 +186,8 @@ def test_a_copy_of_integers_holds_their_codes(bits: int | None, tmp_path: Path) 
     ("settings", "named"),
     [
         (section(num_bits=3), "num_bits 3"),
+        (section(num_bits=4.0), r"num_bits 4\.0"),
+        (section(symmetric=1), "symmetric 1"),
         (section(symmetric=None), "symmetric None"),
         (section(strategy="block"), "strategy 'block'"),
         (section(group_size=None), "group_size None"),
@@ -205,6 +207,12 @@ def test_other_kinds_of_compressed_tensors_are_refused_by_name(settings: dict[st
     unpack_foreign({}, {"quantization_config": SECTION})
     with pytest.raises(ConfigError, match=f"packed by 'compressed-tensors' with .*{named}"):
         unpack_foreign({}, {"quantization_config": settings})
+
+
+@pytest.mark.parametrize("method", [["gptq"], {"awq": 4}, 4, True, 0.5])
+def test_a_method_that_is_no_name_is_refused(method: Any) -> None:
+    with pytest.raises(ConfigError, match="which mlxarch does not read"):
+        unpack_foreign({}, {"quantization_config": {"quant_method": method}})
 
 
 @pytest.mark.parametrize("part", ["packed", "scale", "shape"])
