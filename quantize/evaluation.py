@@ -22,6 +22,8 @@ from mlxarch.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 PRECISION = 0.01  # of the mean divergence: how far what is not kept of the original may put it off
+NOTHING = 1e-6  # nats: less than two roundings of one model differ, so that it need not be known any better
+MOST = 1 << 30  # bytes of what is kept
 WORST = 10  # tokens that are shown
 
 
@@ -156,10 +158,14 @@ class _Reader:
                 parts.append(compare(rows, part.logits, part.targets))
             found = joined(parts)
             assert isinstance(found, Comparison)
-            if kept.whole or bound(found) <= PRECISION * found.divergence.mean():
+            if kept.whole or bound(found) <= max(PRECISION * found.divergence.mean(), NOTHING):
                 return kept, found
-            self.settings = replace(self.settings, kept=8 * self.settings.kept)
-            logger.info("the estimate is not precise enough: %d tokens are kept now", self.settings.kept)
+            more = 8 * self.settings.kept
+            if 8 * len(kept.top) * min(more, subject.vocabulary) > MOST:
+                logger.warning("the mean divergence is known to %.1g nats only: take fewer tokens", bound(found))
+                return kept, found
+            self.settings = replace(self.settings, kept=more)
+            logger.info("the estimate is not precise enough: %d tokens are kept now", more)
 
     def _reference(self, original: Subject) -> Kept:
         name = references.key(

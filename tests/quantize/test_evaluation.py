@@ -13,7 +13,7 @@ from tiny_chat import make_chat_model
 
 from mlxarch.errors import InvalidInput, NonFiniteLogits, TokenizerError
 from mlxarch.loading import load_model
-from mlxarch.quantize import convert, references, scoring
+from mlxarch.quantize import convert, evaluation, references, scoring
 from mlxarch.quantize.corpus import DOMAINS, Text, bundled, passages, read_texts
 from mlxarch.quantize.evaluation import Evaluation, Settings, evaluate
 from mlxarch.tokenizer import Tokenizer
@@ -93,6 +93,20 @@ def test_what_is_kept_of_the_original_grows_until_the_mean_is_precise(original, 
     assert part.settings.kept > 4, "four of a hundred tokens, where all are about as likely, are too few"
     assert part.all.kl_bound is not None and part.all.kl_bound <= 0.01 * kl(part)
     assert abs(kl(part) - kl(everything)) <= part.all.kl_bound
+
+
+def test_no_more_is_kept_where_there_is_nothing_to_tell_apart_or_no_room(
+    original, variants, tmp_path, monkeypatch, caplog
+):
+    weights = load_file(original / "model.safetensors")
+    weights["lm_head.weight"][0] *= np.float32(1.0001)
+    make_chat_model(tmp_path / "near")
+    save_file(weights, tmp_path / "near" / "model.safetensors")
+    near = judged(tmp_path / "near", original, replace(SMALL, kept=4))
+    assert 0 < kl(near) < 1e-6 and near.settings.kept == 4
+    monkeypatch.setattr(evaluation, "MOST", 8 * 1000)
+    assert judged(variants[4], original, replace(SMALL, kept=4)).settings.kept == 4
+    assert "take fewer tokens" in caplog.text
 
 
 def test_an_evaluation_says_what_it_rests_on(original, variants):
