@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"mlxarch/py.typed", "mlxarch/catalog.toml", "mlxarch/cli/main.py", "mlxarch/quantize/__init__.py"}
 REQUIRED |= {f"mlxarch/configs/{path.name}" for path in (ROOT / "mlxarch" / "configs").glob("*.json")}
+REQUIRED |= {f"mlxarch/quantize/texts/{path.name}" for path in (ROOT / "quantize" / "texts").iterdir()}
 FOREIGN = {"torch", "transformers", "mlx-lm", "mlx_lm"}
 
 

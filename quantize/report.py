@@ -64,7 +64,7 @@ def sentences(evaluation: Evaluation) -> list[str]:
         + (f", {packed:.2f} in the quantized matrices" if packed else ", nothing quantized")
         + (f"; the original {evaluation.original_size.bytes / 1e6:.1f} MB" if evaluation.original_size else "")
     ]
-    how = f"at most {settings.tokens} tokens of each text, {settings.context} at a time"
+    how = f"At most {settings.tokens} tokens of each text, {settings.context} at a time"
     if evaluation.against is not None:
         how += f"; KL(original ‖ model) in nats per token, {precision(evaluation.all, settings.kept)}"
     return [*found, how]
