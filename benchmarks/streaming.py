@@ -15,11 +15,10 @@ import hashlib
 import json
 import os
 import resource
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -212,10 +211,11 @@ def reads(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
     model, _ = load_model(folder, execution=execution)
     [*files] = model.streaming.shared.files.values()
     layers = list(model.streaming.layers.values())
+    room = np.ones((max(layer.bank.slots for layer in layers), layers[0].records.nbytes), np.uint8)
     draw, threads = np.random.default_rng(1), ThreadPoolExecutor(THREADS)
-    seconds = {"model": 0.0, "plain": 0.0}
+    seconds: dict[str, list[float]] = {"model": [], "plain": []}
     nbytes = 0
-    for number in range(4 * len(layers)):
+    for number in range(max(4 * len(layers), 48)):
         layer = layers[number % len(layers)]
         records, missing = layer.records, [e for e in draw.permutation(layer.records.count) if layer._place[e] < 0]
         group = [int(expert) for expert in missing[: layer.bank.slots // 2]]
@@ -226,28 +226,27 @@ def reads(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
             if kind == "model":
                 layer._admit(group, set())
             else:
-                list(threads.map(lambda expert, r=records: plain(r, expert), group))
-            seconds[kind] += time.perf_counter() - begin
+                list(threads.map(partial(plain, records, room), range(len(group)), group))
+            seconds[kind].append(time.perf_counter() - begin)
         nbytes += len(group) * records.nbytes
-    rates = {kind: nbytes / spent / 1e9 for kind, spent in seconds.items()}
+    rates = {kind: nbytes / sum(spent) / 1e9 for kind, spent in seconds.items()}
+    ratio = np.median(np.array(seconds["plain"]) / np.array(seconds["model"]))
     print(f"{nbytes / 1e9:.2f} GB: by the model {rates['model']:.2f} GB/s, plain {rates['plain']:.2f} GB/s", end=", ")
-    print(f"ratio {rates['model'] / rates['plain']:.3f}")
+    print(f"ratio {rates['model'] / rates['plain']:.3f}, median of {len(seconds['plain'])} groups {ratio:.3f}")
 
 
-def plain(records: Records, expert: int) -> None:
-    """The record's bytes into memory that is there already, by as few reads as there are runs of bytes."""
-    buffer = memoryview(BUFFERS.setdefault(threading.get_ident(), bytearray(records.nbytes)))
+def plain(records: Records, room: np.ndarray, number: int, expert: int) -> None:
+    """The record's bytes into the ``number``-th row of memory, by as few reads as there are runs of bytes."""
     runs: list[tuple[Shard, int, int]] = []
     for place in (found for part in records.parts for found in extents(part.tensor, expert)):
         if runs and runs[-1][0] is place.shard and sum(runs[-1][1:]) == place.start:
             runs[-1] = place.shard, runs[-1][1], runs[-1][2] + place.nbytes
         else:
             runs.append((place.shard, place.start, place.nbytes))
+    done = 0
     for shard, start, nbytes in runs:
-        os.preadv(records.files[shard]._fd, [buffer[:nbytes]], start)
-
-
-BUFFERS: dict[int, bytearray] = {}
+        os.preadv(records.files[shard]._fd, [room[number, done : done + nbytes].data], start)
+        done += nbytes
 
 
 if __name__ == "__main__":

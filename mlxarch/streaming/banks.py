@@ -1,7 +1,7 @@
 """Room in memory for some of a layer's experts: arrays that its matrices compute with, whose rows are written over."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -37,13 +37,18 @@ class Place:
     stop: int
     dtype: mx.Dtype
 
+    @property
+    def kept_or_widened(self) -> bool:
+        """Whether the bank holds the numbers as they are stored, or in a type that has room for all of them."""
+        return self.dtype == self.part.dtype or (self.dtype == mx.float32 and self.part.dtype.size == 2)
+
 
 class Bank:
     """``slots`` places for experts of one layer.
 
     How a slot is written depends on the back end. Where the processor and the GPU share memory, threads read straight
     into the arrays. Where a host pointer would move an array out of the GPU's memory, records are read beside it and
-    copied in by MLX; so is what is held in another type than it is stored in.
+    copied in by MLX; so is what is held in a narrower type than it is stored in.
 
     Args:
         experts: whose matrices get arrays of so many experts.
@@ -68,7 +73,7 @@ class Bank:
         _give(experts, self._places, self._arrays)
         # bytes (slots, …) of every array that may be written to directly
         self._memory = {name: _memory(array) for name, array in self._arrays.items()} if in_place else {}
-        self._staged = [place for place in self._places if not self._direct(place)]
+        self._staged = [place for place in self._places if not (in_place and place.kept_or_widened)]
         self._beside: dict[str, np.ndarray] = {}
         staged = sum(place.part.nbytes for place in self._staged)
         self.flight = min(IN_FLIGHT, max(STAGED // staged, 4)) if staged else IN_FLIGHT
@@ -78,16 +83,29 @@ class Bank:
         """Of its arrays."""
         return sum(array.nbytes for array in self._arrays.values())
 
-    def _direct(self, place: Place) -> bool:
-        return self.in_place and place.dtype == place.part.dtype
+    def prepare(self, count: int) -> None:
+        """Make room beside the bank for what of so many records is not read straight into it."""
+        self._beside = {p.part.name: np.empty((count, p.part.nbytes), np.uint8) for p in self._staged}
 
-    def buffers(self, slots: Sequence[int]) -> list[list[np.ndarray]]:
-        """For each of the slots a buffer of bytes for every part, valid until ``commit``."""
-        self._beside = {p.part.name: np.empty((len(slots), p.part.nbytes), np.uint8) for p in self._staged}
-        return [[self._buffer(place, slot, row) for place in self._places] for row, slot in enumerate(slots)]
-
-    def _buffer(self, place: Place, slot: int, row: int) -> np.ndarray:
-        return self._span(place)[slot] if self._direct(place) else self._beside[place.part.name][row]
+    def fill(self, slot: int, row: int, read: Callable[[Sequence[np.ndarray]], None]) -> None:
+        """Let ``read`` fill a slot, as the ``row``-th record since ``prepare``. Any thread may: MLX is not called."""
+        buffers, widened = list[np.ndarray](), list[tuple[np.ndarray, np.ndarray, Place]]()
+        for place in self._places:
+            if place.part.name in self._beside:
+                buffers.append(self._beside[place.part.name][row])
+            elif place.dtype == place.part.dtype:
+                buffers.append(self._span(place)[slot])
+            else:
+                buffers.append(np.empty(place.part.nbytes, np.uint8))
+                widened.append((buffers[-1], self._span(place)[slot], place))
+        read(buffers)
+        for narrow, wide, place in widened:
+            if place.part.dtype == mx.float16:
+                wide.view(np.float32)[:] = narrow.view(np.float16)
+            else:  # bfloat16 is the upper half of float32
+                words = wide.view(np.uint32)
+                words[:] = narrow.view(np.uint16)
+                words <<= 16
 
     def _span(self, place: Place) -> np.ndarray:
         """The bytes (slots, n) of a place in every slot."""
@@ -96,7 +114,7 @@ class Bank:
         return memory[:, place.start * unit : place.stop * unit]
 
     def commit(self, slots: Sequence[int]) -> None:
-        """Take the filled buffers in. Nothing that was computed from the bank may be under way."""
+        """Take in what was read beside. Nothing that was computed from the bank may be under way."""
         for place in self._staged:
             part = place.part
             words = self._beside[part.name].view(f"u{part.dtype.size}").reshape(len(slots), *part.shape)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 import mlx.core as mx
@@ -285,8 +285,10 @@ class StreamedExperts:
         try:
             for _ in batch:
                 slots.append(self._take_slot(wanted, flying))
-            for expert, buffers in zip(batch, self.bank.buffers(slots), strict=True):
-                futures.append(self.shared.readers.submit(self.records.read, expert, buffers))
+            self.bank.prepare(len(batch))
+            for row, (expert, slot) in enumerate(zip(batch, slots, strict=True)):
+                read = partial(self.records.read, expert)
+                futures.append(self.shared.readers.submit(self.bank.fill, slot, row, read))
             wait(futures)
             for future in futures:
                 future.result()
