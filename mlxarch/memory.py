@@ -30,7 +30,6 @@ TOKEN = 1100  # bytes that a tokenizer takes for each entry of its vocabulary
 FREE = {"cpu": 32 * MB, "metal": 512 * MB, "cuda": 512 * MB}  # of let-go memory that MLX keeps for the next array
 HEADROOM = 0.03  # of what MLX counts: how far the plan may be off
 CHUNKS = {"cpu": (512, 128), "metal": (2048, 512), "cuda": (2048, 512)}  # tokens of a prompt that pass at once
-ROWS = CACHE + 40 * MB  # of per-layer embeddings: those that are kept, and those of a step
 KV_BITS = (8, 4)
 SHORTEST = 4096  # tokens of context below which experts go to the disk first, where nobody said how many
 GRAIN = 1024  # tokens: a context that nobody named is a multiple
@@ -185,7 +184,8 @@ def best_plan(blueprint: Blueprint, machine: Machine, request: Request = Request
     if request.bits is not None:
         return plan(blueprint, machine, request)
     plans = [plan(blueprint, machine, replace(request, bits=bits)) for bits in (8, 4)]
-    return next((p for p in plans if p.verdict == "resident"), plans[-1])
+    enough = min(blueprint.longest, request.context or SHORTEST)
+    return next((p for p in plans if p.verdict == "resident" and p.context >= enough), plans[-1])
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class _Planner:
             free=FREE[backend] if usual else FREE["cpu"],
             process=PROCESS[backend]
             + TOKEN * self.footprint.vocabulary
-            + (ROWS if ple else 0)
+            + (self._rows(way) if ple else 0)
             + (STAGED if slots else 0),
             verdict="streamed" if words else "resident",
             streamed=", ".join(words),
@@ -293,6 +293,11 @@ class _Planner:
         return found if self._fits(found) else replace(found, verdict="does not fit")
 
     # What goes to the disk ----------------------------------------------------------------------------------------
+
+    def _rows(self, way: "_Way") -> int:
+        """Rows of per-layer embeddings beside the model: those that are kept, and those of a step."""
+        row = self.held["per-layer embeddings"] // self.footprint.vocabulary
+        return min(CACHE, way.context * row) + 2 * way.chunk * row
 
     def _held_of_a_token(self) -> int:
         """What of a prompt is held until all of it has passed a streamed layer: see ``streaming.prefill``."""
