@@ -70,11 +70,19 @@ def stats_line(timings: "Timings", *, long: bool = False) -> str:
     return " · ".join([*parts, f"prefill {timings.prefill_rate:.0f} tokens/s"] if long else parts)
 
 
+def left_out(timings: "Timings") -> str | None:
+    """What is to be said where the context was full."""
+    if not timings.dropped_tokens:
+        return None
+    return f"the context was full: {timings.dropped_tokens} tokens behind the opening are left out"
+
+
 def stats(timings: "Timings") -> dict[str, Any]:
     """The same for a program: counts of tokens, seconds, and tokens per second."""
     return {
         "prompt_tokens": timings.prompt_tokens,
         "reused_tokens": timings.reused_tokens,
+        "dropped_tokens": timings.dropped_tokens,
         "generated_tokens": timings.generated_tokens,
         "time_to_first_token": round(timings.time_to_first_token, 6),
         "prefill_seconds": round(timings.prefill_seconds, 6),

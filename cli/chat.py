@@ -9,7 +9,7 @@ import click
 
 from mlxarch import paths
 from mlxarch.cli import options
-from mlxarch.cli.answer import STOPPED, Answer, stats_line
+from mlxarch.cli.answer import STOPPED, Answer, left_out, stats_line
 from mlxarch.cli.conversation import Conversation
 from mlxarch.cli.editor import Editor, Interrupted, Lines, editor
 from mlxarch.cli.output import is_terminal, say
@@ -40,6 +40,7 @@ def chat_command(model: str | None, named: str | None, **given: Any) -> None:
     chosen = replace(loaded.recommended_sampling, **sampling)
     talk = Conversation(loaded, name, chosen, given["system"], given["max_tokens"])
     talk.stop, talk.think, talk.effort = list(given["stop"]), given["think"], given["effort"]
+    talk.overflow = given["overflow"]
     source = editor(paths.state() / "history", [*COMMANDS, *ALIASES])
     stats = given["stats"] or is_terminal(sys.stderr)
     chat = Chat(talk, source, stats=stats, plain=given["plain"], hide_thinking=given["hide_thinking"])
@@ -107,6 +108,8 @@ class Chat:
         notes = []
         if answer.finish_reason == STOPPED:
             notes.append("stopped; the answer is kept as far as it came")
+        if note := left_out(answer.timings):
+            notes.append(note)
         if answer.finish_reason == "length":
             full = self.conversation.max_tokens is None
             why = "the context is full, /clear or /undo makes room" if full else "max_tokens"

@@ -82,6 +82,7 @@ class Conversation:
         system: the system prompt, or None.
         messages: of user and assistant, in turns.
         sampling, max_tokens, stop, think, effort: the settings.
+        overflow: see ``LanguageModel.stream``.
         file: where it was saved or loaded last, or None.
         timings: of every answer, also of those that were taken back.
     """
@@ -93,6 +94,7 @@ class Conversation:
         self.stop: list[str] = []
         self.think: bool | None = None
         self.effort: str | None = None
+        self.overflow: Literal["refuse", "keep-ends"] = "refuse"
         self.messages: list[Message] = []
         self.file: Path | None = None
         self.timings: list[Timings] = []
@@ -142,7 +144,7 @@ class Conversation:
 
     def _answer(self, writer: Writer, thoughts: Writer | None) -> Answer:
         settings: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": self.stop, "sampling": self.sampling}
-        settings["template"] = self.switches().variables
+        settings |= {"template": self.switches().variables, "overflow": self.overflow}
         pieces = self.model.stream(self.prompt(), session=self._session, **settings)
         try:
             return receive(pieces, writer, thoughts)

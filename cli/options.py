@@ -53,6 +53,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 ASK_ABOVE = 5 * 10**9  # bytes
 KV_BITS = ("16", "8", "4")
 PLE = ("auto", "ssd", "memory")
+OVERFLOW = ("refuse", "keep-ends")
 EFFORTS = ("low", "medium", "high")
 
 
@@ -79,6 +80,12 @@ answer_options = _combined(
     [
         click.option("-s", "--system", "--system-prompt", "system", metavar="TEXT", help="A system prompt."),
         click.option("-n", "--max-tokens", type=click.IntRange(1), help="At most; else until it ends."),
+        click.option(
+            "--overflow",
+            type=click.Choice(OVERFLOW),
+            default="refuse",
+            help="Where the context is too short; keep-ends: leave out the middle.",
+        ),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
         click.option("--stats", "--verbose", is_flag=True, help="Tell how fast it was, on standard error."),
         click.option("--plain", is_flag=True, help="Do not render Markdown."),
@@ -114,7 +121,7 @@ loading_options = _combined(
         bits_option,
         click.option("--dtype", type=click.Choice(DTYPES), help="To compute in; else what suits the machine."),
         click.option(
-            *("-c", "--ctx", "--ctx-size", "--context-length", "context"),
+            *("-c", "--ctx", "--ctx-size", "--context-length", "--max-context", "context"),
             type=Tokens(),
             metavar="TOKENS",
             envvar="MLXARCH_CONTEXT",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxarch.cli import options
-from mlxarch.cli.answer import STOPPED, Answer, receive, stats, stats_line, streaming_line, streaming_stats
+from mlxarch.cli.answer import STOPPED, Answer, left_out, receive, stats, stats_line, streaming_line, streaming_stats
 from mlxarch.cli.output import answer_json, is_terminal, say
 from mlxarch.cli.render import Silence, thoughts, writer
 from mlxarch.errors import InvalidInput, ModelNotFound
@@ -64,6 +64,7 @@ def run_command(
         template=switched.variables,
         max_tokens=given["max_tokens"],
         stop=given["stop"],
+        overflow=given["overflow"],
         sampling=replace(model.recommended_sampling, **sampling),
     )
     out = Silence() if as_json else writer(given["plain"])
@@ -75,6 +76,8 @@ def run_command(
         say(stats_line(answer.timings, long=True), dim=True)
         if streamed := streaming_line(model):
             say(streamed, dim=True)
+    if note := left_out(answer.timings):
+        say(f"mlxarch: {note}", dim=True)
     if answer.finish_reason == "length":
         limit = "--max-tokens" if given["max_tokens"] else f"the context of {model.context_length} tokens"
         what = "thinking" if answer.thinking and not answer.text else "answer"

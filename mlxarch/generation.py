@@ -33,6 +33,7 @@ class Timings:
         generated_tokens: sampled, the end token included.
         prefill_seconds: until the first token was known.
         decode_seconds: from then to the last token.
+        dropped_tokens: of prompt and answer, left out of a context that was full.
     """
 
     prompt_tokens: int = 0
@@ -40,6 +41,7 @@ class Timings:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    dropped_tokens: int = 0
 
     def record(self, index: int, seconds: float, rows: int = 1) -> None:
         """Note that the ``index``-th token of each row is known, ``seconds`` after the call."""
@@ -188,7 +190,7 @@ def evaluate(caches: Sequence[Cache | None]) -> None:
 
 def prefill(model: CausalLM, session: Session, prompt: Sequence[int]) -> mx.array:
     """Feed what the session does not hold yet of ``prompt``, and return the logits (1, V) behind its last token."""
-    chunks = [mx.array([chunk]) for chunk in _chunks(prompt[len(session.tokens) :])]
+    chunks = [mx.array([chunk]) for chunk in _chunks(model, prompt[len(session.tokens) :])]
 
     def taken(count: int) -> None:
         session.tokens += prompt[len(session.tokens) :][:count]
@@ -221,9 +223,9 @@ def _pass(model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache | 
     return model.states(chunks[0], caches) if len(chunks) == 1 else prefill_by_layers(model, chunks, caches)
 
 
-def _chunks(tokens: Sequence[int]) -> list[list[int]]:
+def _chunks(model: CausalLM, tokens: Sequence[int]) -> list[list[int]]:
     """What of a prompt runs at once."""
-    rest, size, chunks = list(tokens), prefill_chunk(), []
+    rest, size, chunks = list(tokens), model.chunk or prefill_chunk(), []
     # a pass for the caches alone skips what its last layer makes of them: where a pass for one token costs little,
     # all tokens but the last go that way
     last = 1 if mx.default_device() == mx.cpu else size
@@ -301,7 +303,7 @@ def decode_batch(
     caches = model.make_caches(padding=padding, kv=kv)
     sampler = Sampler(sampling, model.vocab_size, prompts)
     tokens = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
-    size = prefill_chunk()
+    size = model.chunk or prefill_chunk()
     chunks = [tokens[:, start : start + size] for start in range(0, longest, size)]
     for index in range(limit):
         state = _feed(model, chunks, caches)

@@ -18,6 +18,7 @@ from mlxarch.limits import set_limits
 from mlxarch.loading import load_model
 from mlxarch.machines import parse_size
 from mlxarch.memory import Plan, Request
+from mlxarch.overflow import Overflow, check_overflow, decode_ends, opening
 from mlxarch.progress import Progress, on_terminal
 from mlxarch.sampling import Sampling
 from mlxarch.slicing import Slice
@@ -220,6 +221,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         session: Session | None = None,
         template: Mapping[str, Any] | None = None,
+        overflow: Overflow = "refuse",
         **settings: Any,
     ) -> Iterator[Piece]:
         """Generate, piece by piece. Closing the iterator stops it.
@@ -231,6 +233,8 @@ class LanguageModel:
             sampling: how tokens are chosen; greedy unless given.
             session: of the conversation; only what differs from what it holds is computed.
             template: variables for the chat template, such as ``{"enable_thinking": False}``.
+            overflow: where the context is too short, "refuse", or "keep-ends" and leave out the middle: what stands
+                behind the instructions, as much as must be. ``max_tokens`` is then one context by default.
             **settings: fields of Sampling, which replace those of ``sampling``.
 
         Raises:
@@ -243,17 +247,23 @@ class LanguageModel:
         chosen, tokens = _sampling(sampling, settings), self.tokens_of(prompt, template)
         reader = _Reader(self.tokenizer, tokens, stop)
         session = session or Session(self.make_caches(), renew=self.make_caches, rewind=0)  # for this answer alone
-        return self._pieces(tokens, self._limit(tokens, max_tokens), chosen, reader, session)
+        check_overflow(overflow)
+        limit = self._limit(tokens, max_tokens, overflow)
+        if overflow == "refuse":
+            return self._pieces(decode(self.model, session, tokens, chosen, limit), limit, reader)
+        first = opening(prompt, tokens, lambda messages: self.tokens_of(messages, template))
+        steps = decode_ends(self.model, session, tokens, chosen, limit, self.context_length, first)
+        return self._pieces(steps, limit, reader)
 
-    def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
+    def _limit(self, tokens: Sequence[int], max_tokens: int | None, overflow: Overflow = "refuse") -> int:
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise InvalidInput(f"max_tokens must be a whole number from 1 on, found {max_tokens!r}")
+        if overflow == "keep-ends":
+            return max_tokens or self.context_length
         return room(len(tokens), max_tokens, self.context_length)
 
-    def _pieces(
-        self, tokens: list[int], limit: int, sampling: Sampling, reader: "_Reader", session: Session
-    ) -> Iterator[Piece]:
-        for count, (token, timings) in enumerate(decode(self.model, session, tokens, sampling, limit), 1):
+    def _pieces(self, steps: Iterator[tuple[int, Timings]], limit: int, reader: "_Reader") -> Iterator[Piece]:
+        for count, (token, timings) in enumerate(steps, 1):
             segments, reason = reader.add(token), None
             if reader.ended or count == limit:
                 segments += reader.finish()

@@ -66,7 +66,7 @@ def test_json_has_text_reason_and_timings(invoke, tiny):
     assert (report["model"], report["finish_reason"]) == (tiny, "length")
     timings = report["timings"]
     assert set(timings) == {
-        *("prompt_tokens", "reused_tokens", "generated_tokens", "time_to_first_token"),
+        *("prompt_tokens", "reused_tokens", "dropped_tokens", "generated_tokens", "time_to_first_token"),
         *("prefill_seconds", "decode_seconds", "prefill_rate", "decode_rate"),
     }
     assert (timings["generated_tokens"], timings["reused_tokens"], timings["prompt_tokens"]) == (5, 0, 4)
