@@ -295,11 +295,19 @@ class StreamedExperts:
             if not self.bank.in_place:
                 self.shared.finish()  # or MLX would copy the bank that is still in use
             self.bank.commit(slots)
+            for expert, slot in zip(batch, slots, strict=True):
+                self._slots[expert], self._place[expert] = slot, slot
         except BaseException:
             for future in futures:
                 future.cancel()
             wait(futures)  # nobody may write to a slot that is given away
-            self._free += slots
+            self._forget(batch)
             raise
-        for expert, slot in zip(batch, slots, strict=True):
-            self._slots[expert], self._place[expert] = slot, slot
+
+    def _forget(self, batch: Sequence[int]) -> None:
+        """After an error or an interruption: these experts have no slots, and all others are where they were."""
+        for expert in batch:
+            self._slots.pop(expert, None)
+        self._place[:] = -1
+        self._place[list(self._slots)] = list(self._slots.values())
+        self._free = sorted(set(range(self.bank.slots)) - set(self._slots.values()))

@@ -24,6 +24,7 @@ from mlxarch.generation import Session, decode
 from mlxarch.loading import load_model
 from mlxarch.quantize.pack import pack
 from mlxarch.sampling import Sampling
+from mlxarch.streaming.experts import StreamedExperts
 from streamed import slots
 from tiny_moe import make_moe
 
@@ -269,3 +270,28 @@ def test_a_second_thread_may_generate(folders: dict[str, Path]) -> None:
     with ThreadPoolExecutor(3) as threads:
         found = [threads.submit(ask, model) for _ in range(9)]
         assert [future.result() for future in found] == [wanted] * 9
+
+
+def test_an_interruption_anywhere_leaves_the_slots_sound(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folders["packed"])
+    wanted = ask(model)
+    for name in ("_take_slot", "_read", "_rows", "_at_once"):
+        for moment in range(1, 6):
+            real, left = getattr(StreamedExperts, name), [moment]
+
+            def interrupted(*arguments: Any, real: Any = real, left: list[int] = left) -> Any:
+                found = real(*arguments)  # the worst moment: what it did is done, and nobody was told
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                return found
+
+            monkeypatch.setattr(StreamedExperts, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ask(model)
+            monkeypatch.undo()
+            for layer in model.streaming.layers.values():
+                assert sorted([*layer._slots.values(), *layer._free]) == list(range(4))
+            assert ask(model) == wanted
