@@ -123,6 +123,7 @@ def make_plan(
     dtype: mx.Dtype | None,
     shard_bytes: int = SHARD_BYTES,
     exact: Collection[str] = (),
+    chosen: Mapping[str, Quantization] | None = None,
 ) -> Plan:
     """Decide for each parameter and lay out the files.
 
@@ -133,14 +134,16 @@ def make_plan(
         dtype: of what is not quantized, and of affine scales; None keeps the source's.
         shard_bytes: a file ends before the parameter that would make it larger.
         exact: the paths that keep the source's type whatever ``dtype`` is.
+        chosen: settings of single matrices, in place of ``wanted``.
     """
+    chosen = chosen or {}
     entries = []
     for path in sorted(parameters, key=_natural):
         tensor = parameters[path]
         kind = None if path in exact else dtype
-        entries.append(_entry(path, tensor, wanted if path in matrices else None, kind))
+        entries.append(_entry(path, tensor, chosen.get(path, wanted) if path in matrices else None, kind))
     found = Counter(entry.quantization for entry in entries if entry.quantization)
-    common = wanted if wanted in found or wanted is None else None
+    common = wanted if wanted is None or (wanted in found and not chosen) else None
     if found and common is None:
         common = min(found, key=lambda q: (-found[q], q.bits, q.group_size, q.mode))
     unquantized = [e.path for e in entries if e.path in matrices and e.quantization is None] if common else []
@@ -243,7 +246,7 @@ def _notes(
         yield f"already packed as {in_words(found)} in the source and taken as they are: {_some(group)}"
     smaller: dict[Quantization, list[Entry]] = {}
     for entry in entries:
-        if entry.treatment == "quantized" and entry.quantization and entry.quantization != wanted:
+        if entry.treatment == "quantized" and entry.quantization and entry.quantization.group_size < wanted.group_size:
             smaller.setdefault(entry.quantization, []).append(entry)
     for used, group in sorted(smaller.items(), key=lambda pair: -pair[0].group_size):
         yield f"rows that {wanted.group_size} does not divide, in groups of {used.group_size} instead: {_some(group)}"

@@ -26,7 +26,8 @@ from mlxarch.tensors import FLOATS
 from mlxarch.weights import Resolved
 
 ROWS = 64  # of a matrix, that stand for all of them
-LOGITS = 64 << 20  # of them at once
+LOGITS = 16 << 20  # of them at once
+WIDEST = 1 << 15  # outputs of a matrix, of which the pull at every token is kept
 
 Rounded = Callable[[str, mx.array, np.ndarray, Quantization], mx.array]
 """Rows (R, in) of the matrix at a path, with inputs that they get (T, in), as they come back from being packed."""
@@ -60,19 +61,22 @@ class _Use:
 
     Attributes:
         squares: sum of g² over the tokens, of each row.
-        inputs: what the rows are multiplied by, (tokens, in); a list of such arrays for each matrix of the stack.
+        inputs: what the rows are multiplied by, (tokens, in), for each matrix of the stack.
+        pulls: g of each token, (tokens, rows), likewise; None where a token pulls as hard as another.
         rows: indices of the rows, where these are not all of them in order.
     """
 
     squares: np.ndarray
-    inputs: list[list[np.ndarray]]
+    inputs: list[np.ndarray]
+    pulls: list[np.ndarray] | None = None
     rows: np.ndarray | None = None
 
     def join(self, other: "_Use") -> None:
         """Add what more tokens bring."""
         self.squares = self.squares + other.squares
-        for own, more in zip(self.inputs, other.inputs, strict=True):
-            own += more
+        self.inputs = [np.concatenate(pair) for pair in zip(self.inputs, other.inputs, strict=True)]
+        if self.pulls and other.pulls:
+            self.pulls = [np.concatenate(pair) for pair in zip(self.pulls, other.pulls, strict=True)]
 
 
 class Pass:
@@ -179,7 +183,7 @@ class Pass:
         for (path, table, usual), gradient in zip(tables, found, strict=True):
             table.lookup = usual
             often = np.bincount(np.asarray(asked[path]).ravel(), minlength=table.weight.shape[0])
-            self._add(path, _Use(often, [[np.asarray(gradient).reshape(-1, gradient.shape[-1])]]))
+            self._add(path, _Use(often, [np.asarray(gradient).reshape(-1, gradient.shape[-1])]))
 
     def _backward(
         self, run: Callable[..., list[mx.array]], inputs: list[mx.array], pulls: list[mx.array]
@@ -248,24 +252,25 @@ class Pass:
             self._add(path, heard)
         self._heard.clear()
 
-    def _add(self, path: str, heard: _Use) -> None:
+    def _add(self, path: str, use: _Use) -> None:
         """Add what one way of using a matrix costs; a tied table is used in two."""
-        pull, inputs = heard.squares / self._count, [np.concatenate(parts) for parts in heard.inputs]
+        pull, tensor = use.squares / self._count, self._tensors[path]
         own = self._costs.setdefault(path, dict.fromkeys(self._candidates, 0.0))
         if not pull.any():
             return
-        drawn, tensor = _drawn(pull), self._tensors[path]
-        expert = drawn // (len(pull) // len(inputs))
-        for index in np.unique(expert).tolist():
-            these = drawn[expert == index] if heard.rows is None else heard.rows[drawn[expert == index]]
-            rows = mx.concatenate([tensor.rows(row, row + 1) for row in these.tolist()])
-            rows = rows.astype(mx.float32)
+        drawn, high = _drawn(pull), len(pull) // len(use.inputs)
+        for index in np.unique(drawn // high).tolist():
+            these, x = drawn[drawn // high == index], use.inputs[index]
+            ids = these if use.rows is None else use.rows[these]
+            rows = mx.concatenate([tensor.rows(row, row + 1) for row in ids.tolist()]).astype(mx.float32)
+            weights = np.square(use.pulls[index][:, these % high]) if use.pulls else np.ones((len(x), 1), np.float32)
+            share = pull.sum() / len(drawn) / weights.sum(0)
             for to in self._candidates:
                 if (fit := fitting(to, rows.shape[-1])) is None:
                     continue  # stays as it is
-                change = np.asarray(self._rounded(path, rows, inputs[index], fit) - rows)
-                moved = np.square(inputs[index] @ change.T).mean(0, dtype=np.float64)
-                own[to] += 0.5 * float(pull.sum() * moved.sum() / len(drawn))
+                change = np.asarray(self._rounded(path, rows, x, fit) - rows)
+                moved = (weights * np.square(x @ change.T)).sum(0, dtype=np.float64)
+                own[to] += 0.5 * float((share * moved).sum())
 
 
 def _drawn(pull: np.ndarray) -> np.ndarray:
@@ -278,15 +283,16 @@ def _drawn(pull: np.ndarray) -> np.ndarray:
 def _by_row(x: mx.array, pull: np.ndarray, transpose: bool) -> _Use:
     left, right = pull.reshape(-1, pull.shape[-1]), np.asarray(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     left, right = (left, right) if transpose else (right, left)
-    return _Use(np.square(left).sum(0, dtype=np.float64), [[right]])
+    pulls = [left] if left.shape[-1] <= WIDEST else None
+    return _Use(np.square(left).sum(0, dtype=np.float64), [right], pulls)
 
 
 def _by_head(x: mx.array, pull: np.ndarray, transpose: bool, rows: np.ndarray) -> _Use:
     """Of a matrix for each head: x (B, 1 or H, L, ...), pull (B, H, L, ...)."""
     wide = np.broadcast_to(np.asarray(x.astype(mx.float32)), (*pull.shape[:-1], x.shape[-1]))
     heads = [_by_row(mx.array(wide[:, head]), pull[:, head], transpose) for head in range(pull.shape[1])]
-    squares = np.concatenate([head.squares for head in heads])
-    return _Use(squares, [part for head in heads for part in head.inputs], rows)
+    squares, pulls = np.concatenate([head.squares for head in heads]), [p for head in heads for p in head.pulls or ()]
+    return _Use(squares, [x for head in heads for x in head.inputs], pulls, rows)
 
 
 def _by_expert(x: mx.array, pull: np.ndarray, chosen: mx.array, experts: int) -> _Use:
@@ -294,8 +300,9 @@ def _by_expert(x: mx.array, pull: np.ndarray, chosen: mx.array, experts: int) ->
     ids = np.asarray(chosen).ravel()
     wide = mx.broadcast_to(x, (*chosen.shape, *x.shape[-2:]))
     right, left = np.asarray(wide.astype(mx.float32)).reshape(len(ids), -1), pull.reshape(len(ids), -1)
-    squares = np.concatenate([np.square(left[ids == e]).sum(0, dtype=np.float64) for e in range(experts)])
-    return _Use(squares, [[right[ids == e]] for e in range(experts)])
+    pulls = [left[ids == expert] for expert in range(experts)]
+    squares = np.concatenate([np.square(part).sum(0, dtype=np.float64) for part in pulls])
+    return _Use(squares, [right[ids == expert] for expert in range(experts)], pulls)
 
 
 def _floats(shared: dict[Hashable, Any]) -> list[mx.array]:
