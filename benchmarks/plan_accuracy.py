@@ -71,7 +71,7 @@ GPT_OSS: dict[str, Any] = COMMON | dict(
     tie_word_embeddings=False, hidden_act="silu",
 )  # fmt: skip
 GEMMA3N: dict[str, Any] = COMMON | dict(
-    model_type="gemma3n_text", hidden_size=512, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=4,
+    model_type="gemma3n_text", hidden_size=512, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=4,
     num_key_value_heads=2, head_dim=128, sliding_window=512, sliding_window_pattern=5, num_kv_shared_layers=5,
     activation_sparsity_pattern=[0.0] * 10, altup_num_inputs=4, hidden_size_per_layer_input=256, laurel_rank=64,
     vocab_size=65_536, vocab_size_per_layer_input=65_536, rope_local_base_freq=1e4, query_pre_attn_scalar=64,
@@ -95,8 +95,8 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "experts streamed, 4k": (MOE, 4, 4096, {"memory": "900MB"}),
     "experts streamed, 16k, KV 4": (MOE, 4, 16_384, {"memory": "1200MB", "kv_bits": 4}),
     "experts and sinks, 8k": (GPT_OSS, 4, 8192, {}),
-    "per-layer embeddings, 2k": (GEMMA3N, 8, 2048, {"ple": "memory"}),
-    "per-layer embeddings on the disk, 2k": (GEMMA3N, 8, 2048, {"ple": "ssd"}),
+    "per-layer embeddings, 2k": (GEMMA3N, 16, 2048, {"ple": "memory"}),
+    "per-layer embeddings on the disk, 2k": (GEMMA3N, 16, 2048, {"ple": "ssd"}),
 }
 
 

@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlxarch.blocks import CausalLM, Step
 from mlxarch.cache import Cache
 
-# MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then: about
-# this many, at ten dispatches a task, two dispatches an operation and ten tasks under way
-AHEAD = 56
+# MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then. It waits
+# when more than ten tasks of ten parts are under way; an operation has two parts, one that only views an array has one.
+PARTS_AHEAD = 110
 # MLX gives these the memory of what they are made of
 VIEWS = {
     "AsStrided",
@@ -80,12 +80,12 @@ class _Memory:
             self.active -= self.size.pop(buffer, 0)
 
 
-def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip = lambda shape: False) -> int:
+def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = PARTS_AHEAD, skip: Skip = lambda shape: False) -> int:
     """The most that the arrays of a list from ``mx.export_function`` take at once, its first inputs included.
 
     Args:
         items: as the callback got them. Constants are weights, and count nothing.
-        ahead: operations that MLX prepares before the first of them has run.
+        ahead: parts of operations that MLX prepares before the first of them has run.
         skip: shapes of arrays that another back end would not make.
     """
     memory, outputs, steps = _Memory(), [], []
@@ -100,9 +100,9 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip =
                 steps.append(item)
     steps = in_order(steps, outputs)
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
-    under_way: deque[set[str]] = deque()
-    marks: list[int] = []  # where arrays were waited for: only what stands behind the last but one is under way
-    for done, step in enumerate(steps, 1):
+    under_way: deque[tuple[int, set[str]]] = deque()  # parts that were prepared up to here, and buffers to be read
+    marks, parts = [0, 0], 0  # where arrays were waited for: only what stands behind the last but one is under way
+    for step in steps:
         read, made = [name for name, *_ in step["inputs"]], step["outputs"]
         taken = _taken_over(step, uses, memory)
         for name, shape, dtype in made:
@@ -120,12 +120,11 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = AHEAD, skip: Skip =
         for name, *_ in made:
             if not uses[name]:
                 memory.forget(name)
-        under_way.append(held)
-        if step["name"] == MARK:
-            marks.append(done)
-        oldest = max(done - ahead, marks[-2] if len(marks) > 1 else 0)
-        while len(under_way) > done - oldest:
-            for buffer in under_way.popleft():
+        parts += 1 if step["name"] in VIEWS else 2
+        under_way.append((parts, held))
+        marks += [parts] if step["name"] == MARK else []
+        while under_way and under_way[0][0] <= max(parts - ahead, marks[-2]):
+            for buffer in under_way.popleft()[1]:
                 memory.pending[buffer] -= 1
                 memory.release(buffer)
     return memory.peak
