@@ -52,29 +52,32 @@ def quality(folder: Path, text: Path | None, count: int) -> bool:
     files = [text] if text else sorted(Path(__file__).parents[1].glob("docs/**/*.md"))
     ids = Tokenizer.from_folder(folder).encode("\n".join(file.read_text() for file in files))[:count]
     model, _ = load_model(folder)
-    wanted = log_chances(model, ids, 16)
-    print(f"{folder.name}, {len(ids)} tokens, MLX {mx.__version__}, {mx.default_device()}")
-    print("bits  mean KL    largest KL  same likeliest token")
-    means = {}
-    for bits in BITS[1:]:
-        found = log_chances(model, ids, bits)
-        divergence = (np.exp(wanted) * (wanted - found)).sum(-1)
-        same = (wanted.argmax(-1) == found.argmax(-1)).mean()
-        means[bits] = divergence.mean()
-        print(f"{bits:4d}  {means[bits]:.2e}   {divergence.max():.2e}    {same:.4f}", flush=True)
-    return means[8] <= 1e-3
-
-
-def log_chances(model: CausalLM, ids: list[int], bits: int) -> np.ndarray:
-    """(tokens, V), in float64 so that small divergences are no rounding."""
-    caches, rows, at = model.make_caches(len(ids), kv=packing(bits)), [], 0
+    caches, at = {bits: model.make_caches(len(ids), kv=packing(bits)) for bits in BITS}, 0
+    found: dict[int, list[tuple[float, bool]]] = {bits: [] for bits in BITS[1:]}
     while at < len(ids):
         length = max(min(prefill_chunk(), len(ids) - ONE_BY_ONE - at), 1)
-        logits = np.array(model(mx.array([ids[at : at + length]]), caches)[0].astype(mx.float32), np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        rows.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+        logits = {
+            bits: np.array(model(mx.array([ids[at : at + length]]), caches[bits])[0].astype(mx.float32))
+            for bits in BITS
+        }
+        for row in range(length):
+            wanted = log_chances(logits[16][row])
+            for bits in BITS[1:]:
+                other = log_chances(logits[bits][row])
+                found[bits].append((float(np.exp(wanted) @ (wanted - other)), wanted.argmax() == other.argmax()))
         at += length
-    return np.concatenate(rows)
+    print(f"{folder.name}, {len(ids)} tokens, MLX {mx.__version__}, {mx.default_device()}")
+    print("bits  mean KL    largest KL  same likeliest token")
+    for bits, rows in found.items():
+        divergence, same = np.array(rows).T
+        print(f"{bits:4d}  {divergence.mean():.2e}   {divergence.max():.2e}    {same.mean():.4f}")
+    return float(np.mean([divergence for divergence, _ in found[8]])) <= 1e-3
+
+
+def log_chances(logits: np.ndarray) -> np.ndarray:
+    """In float64, so that small divergences are no rounding."""
+    logits = logits.astype(np.float64)
+    return logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
