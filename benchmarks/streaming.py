@@ -150,8 +150,10 @@ def make_pool(kind: str) -> np.ndarray:
     draw = np.random.default_rng(0)
     if kind in ("codes", "exponents"):
         return draw.integers(*((0, 256) if kind == "codes" else (119, 122)), POOL, np.uint8)  # 2^-8 … 2^-6
-    step = {"4": 0.02 / 4.6, "8": 0.02 / 74}.get(kind[-1], 1.0)
-    level = {"ones": 1.0, "scales": step, "biases": -step * 2.0 ** (int(kind[-1]) - 1) if kind[-1].isdigit() else 0}
+    bits = int(kind[-1]) if kind[-1].isdigit() else 4
+    step = 2.0 ** -(4 + bits)
+    # the codes' mean is exactly zero: any other would grow from layer to layer, and send all tokens to the same experts
+    level = {"ones": 1.0, "scales": step, "biases": -step * (2**bits - 1) / 2}
     floats = np.full(POOL // 2, level.get(kind.rstrip("48"), 0.0), np.float32)
     if kind == "small":
         floats = draw.normal(0, 0.02, POOL // 2).astype(np.float32)

@@ -51,9 +51,9 @@ class Shared:
 
     def finish(self) -> None:
         """Wait for what ``begin`` began."""
-        if self._pending is not None:
-            mx.eval(self._pending)
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            mx.eval(pending)
 
 
 class Streaming:
