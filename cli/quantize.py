@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlxarch.weights import Source
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+METHODS = ("search", "gptq", "round")
 
 
 @click.command("quantize")
@@ -25,6 +26,8 @@ MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 @click.option("--bits", "--q-bits", type=click.Choice(options.BITS), help="4 unless the mode has others.")
 @click.option("--group-size", "--q-group-size", type=int, help="Weights that share a scale: 32, 64 or 128.")
 @click.option("--mode", "--q-mode", type=click.Choice(MODES), default="affine", show_default=True)
+@click.option("--method", type=click.Choice(METHODS), help="How scales are chosen; search below 8 bits, else round.")
+@click.option("--calibration", metavar="FILE", help="A text that tells which weights matter; else random tokens.")
 @click.option("--dtype", type=click.Choice(options.DTYPES), help="Of what is not quantized; else as in the source.")
 @click.option("-o", "--output", "--mlx-path", metavar="DIR", help="The folder to make; else ./NAME-BITSbit.")
 @click.option(
@@ -39,6 +42,8 @@ def quantize_command(
     bits: str | None,
     group_size: int | None,
     mode: str,
+    method: str | None,
+    calibration: str | None,
     dtype: str | None,
     output: str | None,
     experts: str,
@@ -59,13 +64,14 @@ def quantize_command(
     from mlxarch.progress import on_terminal
     from mlxarch.quantize import prepare
     from mlxarch.quantize.formats import default_bits, settings
+    from mlxarch.quantize.methods import checked
     from mlxarch.streaming.attach import experts_of
 
     wanted = options.parsed_bits(bits) or default_bits(mode)
     width = None if wanted == "original" else int(wanted)
     try:
-        if width is not None:
-            settings(width, group_size, mode)
+        packed = None if width is None else settings(width, group_size, mode)
+        chosen = checked(method, packed, calibration)
     except QuantizationError as error:
         raise click.UsageError(str(error)) from error
     label = dtype or "copy" if width is None else f"{width}bit" if mode == "affine" else mode
@@ -73,7 +79,16 @@ def quantize_command(
     output = output or f"{name}-{label}"
     # packed experts are laid out anew from an ordinary folder, which is removed in the end
     ordinary = f"{output.rstrip('/')}.stacked" if experts == "packed" else output
-    conversion = prepare(opened, ordinary, bits=width, group_size=group_size, mode=mode, dtype=dtype)
+    conversion = prepare(
+        opened,
+        ordinary,
+        bits=width,
+        group_size=group_size,
+        mode=mode,
+        dtype=dtype,
+        method=chosen,
+        calibration=calibration,
+    )
     if experts == "packed" and not experts_of(conversion.resolved):
         raise click.UsageError(f"{source} has no experts; leave out --experts packed")
     try:

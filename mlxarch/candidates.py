@@ -116,7 +116,8 @@ class Conversion:
         stated = tuple((file.name, file.sha256) for file in repository.weights.values() if file.sha256)
         origin = Origin(repository.repo, repository.revision, _licence(self.licence), files=stated)
         with open_remote(repository, progress) as source:
-            return _convert(source, self.target, self.bits, progress, origin=origin)
+            # a search looks at some files twice, and only one is here at a time
+            return _convert(source, self.target, self.bits, progress, origin=origin, method="round")
 
 
 @dataclass

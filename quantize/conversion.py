@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,15 +19,18 @@ from mlxarch.blocks import Quantization
 from mlxarch.checkpoint import INDEX, Shard, child
 from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
 from mlxarch.progress import Progress, silent
+from mlxarch.quantize.calibration import Calibration
 from mlxarch.quantize.card import Origin, card, origin_of
 from mlxarch.quantize.disk import Disk, as_output_error, size
 from mlxarch.quantize.evaluation import Evaluation
 from mlxarch.quantize.formats import as_config, in_words, settings
 from mlxarch.quantize.journal import Workspace
+from mlxarch.quantize.methods import METHODS, Method, checked, in_turn
 from mlxarch.quantize.plan import SHARD_BYTES, Plan, make_plan
 from mlxarch.quantize.receipt import hashes_of, judge, make
 from mlxarch.quantize.report import markdown
 from mlxarch.quantize.rows import Loss, chunks, converted
+from mlxarch.quantize.summary import Fact, Summary, notes
 from mlxarch.quantize.writer import Writer
 from mlxarch.receipts import RECEIPT, sha256
 from mlxarch.weights import Resolved, Source, open_source, resolve
@@ -35,7 +38,6 @@ from mlxarch.weights import Resolved, Source, open_source, resolve
 logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-Losses = dict[str, float | None]  # path -> relative squared error, None of what was not quantized
 _FILE_BLOCK = 4096  # what file systems allocate by
 
 
@@ -48,32 +50,14 @@ class Limits:
     shard: int = SHARD_BYTES
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion made.
-
-    Attributes:
-        source_bytes, output_bytes: of the weights.
-        tensors: parameters of the model; ``quantized`` of them are packed.
-        bits_per_weight: of all parameters, those left as floats and all scales included.
-        notes: sentences about what is not as one might expect.
-    """
-
-    output: Path
-    source_bytes: int
-    output_bytes: int
-    tensors: int
-    quantized: int
-    bits_per_weight: float
-    notes: list[str]
-
-
 @dataclass
 class Conversion:
     """A conversion that is decided on and has not begun. ``convert`` makes one and runs it.
 
     Attributes:
         plan: what becomes of every parameter.
+        chosen: the method; ``calibration`` are the tokens that it looks at.
+        facts: what is learned on the way, by parameter.
         needed: bytes that the output takes on the disk.
     """
 
@@ -86,13 +70,16 @@ class Conversion:
     dtype: str | None
     limits: Limits = Limits()
     disk: Disk = field(default_factory=Disk)
+    chosen: Method = "round"
+    calibration: Calibration | None = None
+    facts: dict[str, Fact] = field(default_factory=dict)
 
     @property
     def needed(self) -> int:
         """Bytes that the output takes on the disk; the journal's while it is made included."""
         files = [shard.size for shard in self.plan.shards] + [_length(data) for data in self._small_files.values()]
-        journal = sum(len(path) + 28 for path in self.plan.entries) + 1024
-        receipt = len(self._receipt(dict.fromkeys(self.plan.entries, 0.00123456), "", "0" * 64))
+        journal = sum(len(path) + 96 for path in self.plan.entries) + 1024
+        receipt = len(self._receipt(dict.fromkeys(self.plan.entries, Fact(0.00123456, 0.123456)), "", "0" * 64))
         return sum(-(-count // _FILE_BLOCK) * _FILE_BLOCK for count in [*files, journal, receipt])
 
     @property
@@ -101,7 +88,8 @@ class Conversion:
         if self.wanted is None:
             return "weights copied without loss" if self.dtype is None else f"weights cast to {self.dtype}"
         floats = f", the rest in {self.dtype}" if self.dtype else ""
-        return f"quantized to {in_words(self.wanted)}, rounded to nearest{floats}"
+        known = f" (inputs of {self.calibration.words})" if self.calibration else ""
+        return f"quantized to {in_words(self.wanted)}, {METHODS[self.chosen]}{known}{floats}"
 
     @property
     def summary(self) -> Summary:
@@ -114,7 +102,7 @@ class Conversion:
             tensors=len(entries),
             quantized=sum(entry.quantization is not None for entry in entries),
             bits_per_weight=8 * self.plan.weight_bytes / max(self.plan.elements, 1),
-            notes=[*self.source.notes, *self.plan.notes],
+            notes=[*self.source.notes, *self.plan.notes, *notes(self.facts)],
         )
 
     def run(self, *, force: bool = False, evaluate: bool = False, progress: Progress = silent) -> Summary:
@@ -126,14 +114,15 @@ class Conversion:
                 workspace.check_target(force)
                 done = workspace.resume(self._identity)
                 with Writer(self.plan, workspace.model, self.disk) as writer:
-                    done = {path: done[path] for path in done if path in self.plan.entries and writer.holds(path)}
+                    held = (path for path in done if path in self.plan.entries and writer.holds(path))
+                    self.facts = {path: Fact.read(done[path]) for path in held}
                     self._check_space(workspace.model)
-                    losses = self._write_weights(workspace, writer, done, progress)
+                    self._write_weights(workspace, writer, progress)
                 for shard in self.source.shards:
                     shard.check_unchanged()
                 for name, data in self._small_files.items():
                     self.disk.write_file(workspace.model / name, data if isinstance(data, bytes) else data.read_bytes())
-                self._conclude(workspace.model, losses, evaluate, progress)
+                self._conclude(workspace.model, evaluate, progress)
                 workspace.publish([*(shard.file for shard in self.plan.shards), *self._small_files, RECEIPT])
         except OSError as error:
             raise as_output_error(error, self.output, *self._space(workspace.model)) from error
@@ -147,41 +136,42 @@ class Conversion:
         for shard in self.source.shards:
             shard.close()
 
-    def _conclude(self, model: Path, losses: Losses, evaluate: bool, progress: Progress) -> None:
+    def _conclude(self, model: Path, evaluate: bool, progress: Progress) -> None:
         """Judge what was written to ``model``, tell of it in the card, and write the receipt of it all."""
         outcome = "it was not asked for"
         if evaluate:
             outcome = judge(model, self._title, self.source, self.resolved, self.origin, progress)
-        if isinstance(outcome, Evaluation):
-            self.disk.write_file(model / "README.md", self._card(markdown(outcome)))
-        receipt = self._receipt(losses, outcome, model)
-        self.disk.write_file(model / RECEIPT, receipt)
+        measured = markdown(outcome) if isinstance(outcome, Evaluation) else ""
+        self.disk.write_file(model / "README.md", self._card(measured))
+        self.disk.write_file(model / RECEIPT, self._receipt(self.facts, outcome, model))
 
-    def _write_weights(self, workspace: Workspace, writer: Writer, done: Losses, progress: Progress) -> Losses:
-        """Returns what was lost of each parameter, those ``done`` by an earlier run included."""
+    def _write_weights(self, workspace: Workspace, writer: Writer, progress: Progress) -> None:
         parameters, entries = self.resolved.published, self.plan.entries
         # they stand in the source's order, so that a source that comes file by file is passed once
-        todo = [path for path in parameters if path not in done]
-        total, finished = self.summary.source_bytes, sum(entries[path].source_bytes for path in done)
+        todo = [path for path in parameters if path not in self.facts]
+        total, finished = self.summary.source_bytes, sum(entries[path].source_bytes for path in self.facts)
         label = "copying" if self.wanted is None else "quantizing"
-        unsynced, new = 0, {}
+        unsynced, new = 0, dict[str, Fact]()
         progress(label, finished, total)
-        for path in todo:
+        batches = self.calibration.batches if self.calibration else ()
+        for path, pack, unreached in in_turn(self.resolved, self.chosen, batches, todo, progress):
             entry, tensor, loss = entries[path], parameters[path], Loss()
             for start, stop in chunks(tensor, self.limits.chunk):
-                for part, values in converted(entry, tensor, start, stop, loss).items():
+                for part, values in converted(entry, tensor, start, stop, loss, pack).items():
                     writer.put(path, entry.parts[part], start, values)
                 progress(label, finished + entry.source_bytes * stop // max(tensor.row_count, 1), total)
             finished, unsynced = finished + entry.source_bytes, unsynced + entry.nbytes
-            new[path] = loss.relative
+            new[path] = Fact.of(loss, unreached if entry.treatment == "quantized" else [])
             if unsynced >= self.limits.sync:
-                writer.sync()
-                workspace.record(new)
-                done, unsynced, new = done | new, 0, {}
+                self._record(workspace, writer, new)
+                unsynced, new = 0, {}
+        self._record(workspace, writer, new)
+
+    def _record(self, workspace: Workspace, writer: Writer, new: dict[str, Fact]) -> None:
         writer.sync()
         if new:
-            workspace.record(new)
-        return done | new
+            workspace.record({path: fact.record() for path, fact in new.items()})
+        self.facts |= new
 
     def _check_space(self, folder: Path) -> None:
         needed, free = self._space(folder)
@@ -225,7 +215,7 @@ class Conversion:
     def _card(self, measured: str = "") -> bytes:
         return card(self._title, self.origin, self.method, tuple(self.summary.notes), _versions(), measured).encode()
 
-    def _receipt(self, losses: Losses, outcome: Evaluation | str, model: Path | str) -> bytes:
+    def _receipt(self, facts: Mapping[str, Fact], outcome: Evaluation | str, model: Path | str) -> bytes:
         """With the hashes of what lies in ``model``; a text stands for all of them, to see how long it will be."""
         names = [shard.file for shard in self.plan.shards] + list(self._small_files)
         if isinstance(model, str):
@@ -237,7 +227,7 @@ class Conversion:
             origin=self.origin,
             source_files=source_files,
             plan=self.plan,
-            losses=losses,
+            facts=facts,
             notes=self.summary.notes,
             outcome=outcome,
             versions=_versions(),
@@ -250,6 +240,7 @@ class Conversion:
         return {
             "source": _fingerprint(self.source),
             "settings": as_config(self.wanted) if self.wanted else None,
+            "method": [self.chosen, self.calibration.digest if self.calibration else None],
             "plan": self.plan.digest,
             "device": str(mx.default_device()),
             **_versions(),
@@ -264,12 +255,15 @@ def prepare(
     group_size: int | None = None,
     mode: str = "affine",
     dtype: str | None = None,
+    method: Method | None = None,
+    calibration: str | Path | None = None,
     origin: Origin | None = None,
     limits: Limits = Limits(),
     disk: Disk | None = None,
 ) -> Conversion:
     """Check everything that can be checked without reading weights or writing; arguments and errors as ``convert``."""
     wanted = None if bits is None else settings(bits, group_size, mode)
+    chosen = checked(method, wanted, calibration)
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise InvalidInput(f"dtype {dtype!r} is none of {', '.join(DTYPE_NAMES)}")
     if isinstance(source, Source):
@@ -288,7 +282,10 @@ def prepare(
     kind = DTYPE_NAMES[dtype] if dtype else None
     matrices, exact = resolved.published_matrices, resolved.published_exact
     plan = make_plan(resolved.published, matrices, wanted, kind, limits.shard, exact)
-    return Conversion(opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk())
+    tokens = None
+    if chosen != "round":
+        tokens = Calibration.text(calibration, opened, resolved) if calibration else Calibration.random(resolved)
+    return Conversion(opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk(), chosen, tokens)
 
 
 def convert(
@@ -299,6 +296,8 @@ def convert(
     group_size: int | None = None,
     mode: str = "affine",
     dtype: str | None = None,
+    method: Method | None = None,
+    calibration: str | Path | None = None,
     origin: Origin | None = None,
     force: bool = False,
     evaluate: bool = False,
@@ -318,6 +317,10 @@ def convert(
             that it does not divide take a smaller group or stay as they are, and the notes say so.
         mode: affine, or mxfp4, mxfp8, nvfp4, whose bits and group size are given.
         dtype: float32, float16 or bfloat16, of what is not packed and of affine scales; None keeps the source's.
+        method: "round" to the nearest level of grids from the smallest to the largest weight; "search" for grids that
+            fit the weights that matter; "gptq", which also lets later columns make up for earlier ones, and holds the
+            square of a row of a matrix in memory. None is "search" below 8 bits in mode affine, else "round".
+        calibration: a text file, whose beginning tells a method which weights matter; None takes random tokens.
         origin: what the model card says of the source; None reads it from the folder.
         force: replace an output that exists; it is removed when the new one is complete.
         evaluate: end by measuring the output against the source, which then is read once more; see ``evaluation``. The
@@ -330,7 +333,17 @@ def convert(
         DiskSpaceError: the disk has less room than is needed; nothing is lost.
         OutputError: the output exists, is being written by another process, or cannot be written.
     """
-    conversion = prepare(source, output, bits=bits, group_size=group_size, mode=mode, dtype=dtype, origin=origin)
+    conversion = prepare(
+        source,
+        output,
+        bits=bits,
+        group_size=group_size,
+        mode=mode,
+        dtype=dtype,
+        method=method,
+        calibration=calibration,
+        origin=origin,
+    )
     try:
         return conversion.run(force=force, evaluate=evaluate, progress=progress)
     finally:

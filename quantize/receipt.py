@@ -18,6 +18,7 @@ from mlxarch.quantize.evaluation import Evaluation, Settings, evaluate
 from mlxarch.quantize.formats import as_config
 from mlxarch.quantize.plan import Plan
 from mlxarch.quantize.subject import Subject, identity, size_of
+from mlxarch.quantize.summary import Fact
 from mlxarch.weights import Resolved, Source
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def make(
     origin: Origin,
     source_files: Mapping[str, str],
     plan: Plan,
-    losses: Mapping[str, float | None],
+    facts: Mapping[str, Fact],
     notes: list[str],
     outcome: Evaluation | str,
     versions: Mapping[str, str],
@@ -66,7 +67,7 @@ def make(
     """The contents of receipt.json; docs/receipt.md describes its keys. The same arguments give the same bytes.
 
     Args:
-        losses: path -> relative squared error, of what was quantized.
+        facts: by parameter.
         outcome: an evaluation, or why there is none.
         files: name -> SHA-256, of all others in the folder.
     """
@@ -74,12 +75,13 @@ def make(
         path: {
             **as_config(entry.quantization),
             "bits_per_weight": 8 * entry.nbytes / entry.elements,
-            "error": losses.get(path),
+            "error": facts[path].error if path in facts else None,
+            "against_rounding": facts[path].against_rounding if path in facts else None,
         }
         for path, entry in plan.entries.items()
         if entry.quantization is not None
     }
-    facts = {
+    contents = {
         "format": FORMAT,
         "method": method,
         "notes": notes,
@@ -91,7 +93,7 @@ def make(
         "not_evaluated": outcome if isinstance(outcome, str) else None,
         "files": dict(sorted(files.items())),
     }
-    return (json.dumps(_rounded(facts), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(_rounded(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def hashes_of(source: Source, origin: Origin) -> dict[str, str]:

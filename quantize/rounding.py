@@ -26,15 +26,19 @@ def quantize(rows: mx.array, to: Quantization, dtype: mx.Dtype) -> dict[str, mx.
     if to.mode != "affine":
         return dict(zip(("weight", "scales"), mx.quantize(rows, to.group_size, to.bits, to.mode), strict=True))
     groups = mx.unflatten(rows, -1, (-1, to.group_size))
-    scales, biases = _grid(groups, to.bits)
-    scales, biases = scales.astype(dtype), biases.astype(dtype)
+    return affine(groups, grid_of(groups, to.bits), to.bits, dtype)
+
+
+def affine(groups: mx.array, grid: tuple[mx.array, mx.array], bits: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Pack groups (R, groups, group_size) with the scales and biases (R, groups, 1) of a grid."""
+    scales, biases = (part.astype(dtype) for part in grid)
     step = scales.astype(mx.float32)
     codes = (groups - biases.astype(mx.float32)) / mx.where(step == 0, 1, step)  # float16 may have flushed it to zero
-    codes = mx.clip(mx.round(codes), 0, 2**to.bits - 1).astype(mx.uint8)
-    return {"weight": words_of(codes.flatten(1), to.bits), "scales": scales.squeeze(-1), "biases": biases.squeeze(-1)}
+    codes = mx.clip(mx.round(codes), 0, 2**bits - 1).astype(mx.uint8)
+    return {"weight": words_of(codes.flatten(1), bits), "scales": scales.squeeze(-1), "biases": biases.squeeze(-1)}
 
 
-def _grid(groups: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+def grid_of(groups: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     """Scale and bias (R, groups, 1) of evenly spaced levels over each group: one end is met exactly, and so is zero.
 
     Source: ``affine_quantize`` in MLX.

@@ -1,6 +1,6 @@
 """A tensor as it passes through: a few rows at a time, checked on the way in and on the way out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -27,11 +27,23 @@ class Loss:
 
     squared_error: float = 0.0
     squares: float = 0.0
+    weighted_error: float = 0.0
+    weighted_rounded: float = 0.0
 
     @property
     def relative(self) -> float | None:
         """Squared error over squares; None where nothing was added."""
         return self.squared_error / self.squares if self.squares else None
+
+    @property
+    def against_rounding(self) -> float | None:
+        """What a method made of the errors by its own measure, over what rounding makes of them; None of rounding."""
+        return self.weighted_error / self.weighted_rounded if self.weighted_rounded else None
+
+    def add_weighted(self, error: np.ndarray, rounded: np.ndarray) -> None:
+        """Errors as a method weighs them: its own, and those of rounding."""
+        self.weighted_error += float(error.sum(dtype=np.float64))
+        self.weighted_rounded += float(rounded.sum(dtype=np.float64))
 
     def add(self, original: mx.array, stored: mx.array) -> None:
         """Rows as they were, and as they are."""
@@ -41,7 +53,18 @@ class Loss:
         self.squares += float(np.square(exact).sum(dtype=np.float64))
 
 
-def converted(entry: Entry, tensor: Tensor, start: int, stop: int, loss: Loss) -> dict[str, mx.array]:
+Pack = Callable[[mx.array, int, Quantization, mx.Dtype, Loss], dict[str, mx.array]]
+"""Rows of a matrix, from the given one on, as they are stored: with affine scales of a dtype."""
+
+
+def round_rows(rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
+    """The Pack that needs to know nothing."""
+    return quantize(rows, to, dtype)
+
+
+def converted(
+    entry: Entry, tensor: Tensor, start: int, stop: int, loss: Loss, pack: Pack = round_rows
+) -> dict[str, mx.array]:
     """Some rows of a parameter, evaluated: part -> rows as they are stored. What is quantized is added to ``loss``.
 
     Raises:
@@ -54,7 +77,7 @@ def converted(entry: Entry, tensor: Tensor, start: int, stop: int, loss: Loss) -
     _check_finite(entry, rows, "NaN or infinity; take an intact copy of the source")
     if entry.treatment == "quantized" and entry.quantization:
         weight, scales = rows["weight"], DTYPES[entry.parts["scales"].dtype]
-        rows = quantize(weight, entry.quantization, scales)
+        rows = pack(weight, start, entry.quantization, scales, loss)
         mx.eval(rows)
         loss.add(weight, _unpacked(rows, entry.quantization))
     else:

@@ -20,8 +20,8 @@ from mlxarch.weights import Resolved
 CHUNK = 8 << 20  # bytes of a matrix, in float32, that are read at once
 
 Observer = Callable[[str, mx.array, mx.array | None], None]
-"""Told of each product before it is computed: the path of the matrix, its input (..., in), and of experts the chosen
-(...). Projections that share an input get the same array, one after the other."""
+"""Told of each product before it is computed: the path of the matrix, its input (..., in), and of experts, whose input
+is (..., 1, in), the chosen (...). Projections that share an input get the same array, one after the other."""
 
 
 def _ignore(path: str, x: mx.array, chosen: mx.array | None) -> None:
@@ -109,7 +109,7 @@ class Walk:
             return Product(tensor)(x)
 
         def products(x: mx.array, chosen: mx.array, sorted: bool, arrays: object) -> mx.array:
-            self.observe(path, x[..., 0, :], chosen)
+            self.observe(path, x, chosen)
             return Product(tensor, np.asarray(chosen).ravel())(x)
 
         usual = matrix.product

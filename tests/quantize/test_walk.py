@@ -63,7 +63,7 @@ def test_the_input_of_every_matrix_is_told(name: str) -> None:
 
     def observe(path: str, x: mx.array, chosen: mx.array | None) -> None:
         assert x.shape[-1] == resolved.parameters[path].shape[-1]
-        assert chosen is None or chosen.shape == x.shape[:-1]
+        assert chosen is None or chosen.shape == x.shape[:-2]
         seen[path] = x.shape
 
     walk = Walk(resolved, some_tokens(walk_module.Walk(resolved, []).model.vocab_size, 1), observe)
@@ -95,7 +95,7 @@ def test_rows_of_experts_are_those_that_reach_them() -> None:
 
     def observe(path: str, x: mx.array, chosen: mx.array | None) -> None:
         if chosen is not None:
-            seen[path.split(".")[-2]] = (np.array(x), np.array(chosen))
+            seen[path.split(".")[-2]] = (np.array(x[..., 0, :]), np.array(chosen))
 
     resolved = opened("qwen3_moe")
     walk = Walk(resolved, some_tokens(32, 1), observe)

@@ -1,0 +1,69 @@
+"""The tokens whose way through a model tells which of its channels matter."""
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxarch.quantize.corpus import read_texts
+from mlxarch.quantize.importance import random_tokens, text_tokens
+from mlxarch.tokenizer import Tokenizer
+from mlxarch.weights import Resolved, Source
+
+MOST = 8192  # tokens of a text
+BYTES = 16 * MOST  # of a text that are looked at for them
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of tokens (B, L), and where they are from."""
+
+    batches: tuple[mx.array, ...]
+    words: str
+
+    @classmethod
+    def random(cls, resolved: Resolved) -> "Calibration":
+        """No text at all; every token is as likely."""
+        model = resolved.model
+        return cls._of(random_tokens(model.vocab_size, model.context_length), "random tokens")
+
+    @classmethod
+    def text(cls, file: str | Path, source: Source, resolved: Resolved) -> "Calibration":
+        """The beginning of a text file, by the source's tokenizer.
+
+        Raises:
+            InvalidInput: the file cannot be read, or is no text.
+            TokenizerError: the source has no tokenizer.
+        """
+        [text] = read_texts([file])
+        ids = tokenizer_of(source).encode(text.content[:BYTES])[:MOST]
+        return cls._of(text_tokens(ids, resolved.model.context_length), f"tokens of {Path(file).name}")
+
+    @classmethod
+    def _of(cls, batches: list[mx.array], what: str) -> "Calibration":
+        return cls(tuple(batches), f"{sum(batch.size for batch in batches):,} {what}")
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any token."""
+        facts = repr([batch.tolist() for batch in self.batches])
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def tokenizer_of(source: Source) -> Tokenizer:
+    """The tokenizer that comes with a source.
+
+    Raises:
+        TokenizerError: none does, or it is not sound.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, at in source.sidecars.items():
+            if isinstance(at, Path):
+                shutil.copyfile(at, Path(folder) / name)
+            else:
+                (Path(folder) / name).write_bytes(at)
+        return Tokenizer.from_folder(Path(folder))

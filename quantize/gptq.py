@@ -1,0 +1,93 @@
+"""Error feedback: what a column loses when it is packed, the columns behind it make up for as well as they can.
+
+How well is told by H, the second moments of the inputs: the expected squared error of a product is d H dᵀ for a row
+that is off by d. Source: arXiv:2210.17323. Its grids are those of ``search``, found group by group for the weights as
+the feedback has left them; with grids from the smallest to the largest weight, feedback can do worse than rounding.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from mlxarch.blocks import Quantization
+from mlxarch.quantize.rounding import affine, grid_of
+from mlxarch.quantize.search import Grid, search
+
+DAMPING = 0.1  # of the mean of H's diagonal, added to it: few tokens tell less of pairs of channels than of each
+
+
+class Feedback:
+    """What the inputs (T, in) of a matrix say about all its rows.
+
+    Args:
+        evenly: added to the square of every channel, the mean being 1.
+    """
+
+    def __init__(self, inputs: np.ndarray, evenly: float = 0) -> None:
+        self.moments = inputs.T @ inputs / np.float32(max(len(inputs), 1))
+        diagonal = self.moments.diagonal()
+        np.fill_diagonal(self.moments, diagonal + np.float32(evenly) * diagonal.mean())
+        self.importance = mx.array(np.ascontiguousarray(self.moments.diagonal()))
+        self.steps = _steps(self.moments)
+
+    def pack(
+        self, rows: mx.array, to: Quantization, dtype: mx.Dtype
+    ) -> tuple[dict[str, mx.array], np.ndarray, np.ndarray]:
+        """Pack rows (R, in) as affine codes; a row that rounding serves better is rounded.
+
+        Returns:
+            The parts; the expected squared errors (R,) of the rows, and what they are rounded.
+        """
+        exact = np.array(rows.astype(mx.float32))
+        plain = _values(mx.array(exact), to, dtype)
+        grid, codes = self._fed_back(exact.copy(), to, dtype)
+        scales, biases = (np.repeat(np.asarray(part[..., 0]), to.group_size, 1) for part in grid)
+        error, rounded = self._error(codes * scales + biases - exact), self._error(plain[2] - exact)
+        better = (mx.array(error) < mx.array(rounded))[:, None, None]
+        grid = Grid(*(mx.where(better, a, b) for a, b in zip(grid, plain[:2], strict=True)))
+        values = mx.where(better[..., 0], mx.array(codes * scales + biases), mx.array(plain[2]))
+        parts = affine(mx.unflatten(values, -1, (-1, to.group_size)), grid, to.bits, dtype)
+        return parts, np.minimum(error, rounded), rounded
+
+    def _fed_back(self, left: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
+        """Grids, and codes (R, in); ``left`` is what is left to be packed, and is used up."""
+        codes, grids, size = np.empty_like(left), [], to.group_size
+        for start in range(0, left.shape[1], size):
+            own, steps = left[:, start : start + size], self.steps[start : start + size, start:]
+            found = search(mx.array(own), to, dtype, self.importance[start : start + size]).grid
+            grids.append(found)
+            scale, bias = (np.asarray(part).reshape(-1) for part in found)
+            step = np.where(scale == 0, np.float32(1), scale)
+            errors = np.empty_like(own)
+            for j in range(size):
+                codes[:, start + j] = code = np.clip(np.rint((own[:, j] - bias) / step), 0, 2**to.bits - 1)
+                errors[:, j] = (own[:, j] - (code * scale + bias)) / steps[j, j]
+                own[:, j + 1 :] -= errors[:, j, None] * steps[j, j + 1 : size]
+            left[:, start + size :] -= errors @ steps[:, size:]
+        return Grid(*(mx.concatenate([grid[part] for grid in grids], axis=1) for part in range(2))), codes
+
+    def _error(self, change: np.ndarray) -> np.ndarray:
+        return np.einsum("ri,ri->r", change @ self.moments, change)
+
+
+def _steps(moments: np.ndarray) -> np.ndarray:
+    """U, upper triangular with Uᵀ U = H⁻¹: row j tells how the columns behind j make up for its error."""
+    own = moments.astype(np.float64) if len(moments) <= 4096 else moments.copy()
+    mean = float(own.diagonal().mean()) or 1.0
+    damping = DAMPING * mean
+    while True:
+        np.fill_diagonal(own, moments.diagonal() + damping)
+        try:
+            # H = R Rᵀ with R upper triangular, from the Cholesky factor of H with rows and columns reversed; U = R⁻¹
+            upper = np.linalg.cholesky(own[::-1, ::-1])[::-1, ::-1]
+        except np.linalg.LinAlgError:
+            damping *= 10
+            continue
+        return np.triu(np.linalg.inv(upper)).astype(np.float32)
+
+
+def _values(rows: mx.array, to: Quantization, dtype: mx.Dtype) -> tuple[mx.array, mx.array, np.ndarray]:
+    """The grid of rounding, as ``dtype`` has it, and the rows rounded to it."""
+    groups = mx.unflatten(rows, -1, (-1, to.group_size))
+    scales, biases = (part.astype(dtype).astype(mx.float32) for part in grid_of(groups, to.bits))
+    codes = mx.clip(mx.round((groups - biases) / mx.where(scales == 0, 1, scales)), 0, 2**to.bits - 1)
+    return scales, biases, np.asarray((codes * scales + biases).flatten(1))
