@@ -79,15 +79,6 @@ def as_large_as(x: mx.array, other: mx.array) -> mx.array:
     return (x * mx.sqrt(wanted / mx.maximum(own, 1e-5))).astype(x.dtype)
 
 
-class LayerEmbedding(Embedding):
-    """What all layers take from a token; one beyond the table, which stands for other media, has row 0."""
-
-    streamable = True  # looked up by token and nothing else, so that it may stay on the disk
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return super().__call__(mx.where(tokens < self["weight"].shape[0], tokens, 0))
-
-
 class Coefficients(Linear):
     """So small, and so many times multiplied, that no quantizer may pack it."""
 
@@ -217,12 +208,14 @@ class Gemma3n(CausalLM):
     ``step.shared["embeddings"]``, (B, L, layers, features).
     """
 
+    token_tables = ("model.embed_tokens_per_layer",)  # looked up by token and nothing else: they may stay on the disk
+
     def __init__(self, c: Config) -> None:
         layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
         norm, root = RMSNorm(c.hidden_size, c.rms_norm_eps), c.hidden_size**0.5
         super().__init__(c, layers, norm, embed_scale=root, softcap=c.final_logit_softcapping)
-        model, features = self.model, c.hidden_size_per_layer_input
-        model.embed_tokens_per_layer = LayerEmbedding(c.vocab_size_per_layer_input, len(layers) * features)
+        model, features, self.rows = self.model, c.hidden_size_per_layer_input, c.vocab_size_per_layer_input
+        model.embed_tokens_per_layer = Embedding(self.rows, len(layers) * features)
         model.per_layer_model_projection = Linear(c.hidden_size, len(layers) * features)
         model.per_layer_projection_norm = RMSNorm(features, c.rms_norm_eps)
         square = partial(Linear, c.hidden_size, c.hidden_size)
@@ -232,7 +225,7 @@ class Gemma3n(CausalLM):
     def embed(self, tokens: mx.array, step: Step) -> mx.array:
         """Token ids (B, L) -> state (B, L, S, hidden_size)."""
         x, model = super().embed(tokens, step), self.model
-        row = model["embed_tokens_per_layer"](tokens)
+        row = model["embed_tokens_per_layer"](mx.where(tokens < self.rows, tokens, 0))  # other media's tokens have none
         row = mx.unflatten(row, -1, (len(self.layers), -1))  # (B, L, layers, features)
         projected = model["per_layer_model_projection"](x) * mx.array(x.shape[-1] ** -0.5, x.dtype)
         projected = model["per_layer_projection_norm"](mx.unflatten(projected, -1, (len(self.layers), -1)))

@@ -21,9 +21,9 @@ from mlxarch.tensors import FLOATS, Packed, Tensor
 NOT_A_NUMBER = 0xFF  # these bytes are NaN in every type that scales and floats have
 
 
-def tables_of(model: nn.Module) -> list[str]:
-    """Paths of the tables that may stay on the disk."""
-    return [path for path, module in model.named_modules() if getattr(module, "streamable", False)]
+def tables_of(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the tables that may stay on the disk: a model names them in ``token_tables``."""
+    return getattr(model, "token_tables", ())
 
 
 def cache_of(model: nn.Module) -> RowCache | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import replace
 from math import prod
@@ -82,22 +83,49 @@ def test_both_dialects_and_the_wrapper_slice_alike(dialect: str, tmp_path: Path)
 
 # Quantized ---------------------------------------------------------------------------------------------------------
 
-WIDE, FEATURES = 256, 128  # of a feed-forward, of a layer in the per-layer embeddings
+LAYERS, WIDE, FEATURES = 8, 256, 128  # features of a feed-forward, and of a layer in the per-layer embeddings
 CUT = Slice((256, 128, 128, 256, 128, 128), (2, 6))
 MODES = [("affine", bits) for bits in (2, 3, 4, 5, 6, 8)] + [("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4), ("float", None)]
 
 
-def rows_and_columns(name: str, w: np.ndarray, kept: list[int], widths: list[int]) -> np.ndarray:
-    """One tensor of the small model, cut by hand."""
+def rows_and_columns(name: str, w: np.ndarray, kept: list[int]) -> np.ndarray:
+    """One array of the small model, cut by hand; one of a packed matrix has fewer columns in the same proportion."""
     part = name.split(".")[-2]
     if part == "embed_tokens_per_layer":
-        return np.concatenate([w[:, i * FEATURES : (i + 1) * FEATURES] for i in kept], axis=1)
+        return np.concatenate([np.split(w, LAYERS, axis=1)[i] for i in kept], axis=1)
     if part == "per_layer_model_projection":
-        return np.concatenate([w[i * FEATURES : (i + 1) * FEATURES] for i in kept])
+        return np.concatenate([np.split(w, LAYERS)[i] for i in kept])
     if ".mlp." in name:
-        width = widths[kept.index(int(name.split(".")[2]))]
-        return np.ascontiguousarray(w[:, :width]) if part == "down_proj" else w[:width]
+        width = CUT.ffn[kept.index(int(name.split(".")[2]))]
+        return w[:, : w.shape[1] * width // WIDE] if part == "down_proj" else w[:width]
     return w
+
+
+def cut_by_hand(whole: Path, small: Path) -> Path:
+    """The small model, made of the arrays of the whole one."""
+    kept = [i for i in range(LAYERS) if i not in CUT.skip]
+
+    def renumbered(name: str) -> str | None:
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        if not found:
+            return name
+        layer = int(found[1])
+        return None if layer in CUT.skip else f"model.layers.{kept.index(layer)}.{name[found.end() :]}"
+
+    arrays = {}
+    for name, w in load_file(whole / "model.safetensors").items():
+        if new := renumbered(name):
+            arrays[new] = np.ascontiguousarray(rows_and_columns(name, w, kept))
+    config = json.loads((whole / "config.json").read_text()) | {
+        **{"num_hidden_layers": len(kept), "num_kv_shared_layers": 1, "intermediate_size": list(CUT.ffn)},
+    }
+    for key in ("layer_types", "activation_sparsity_pattern"):
+        config[key] = [config[key][i] for i in kept]
+    for key in ("quantization", "quantization_config"):
+        if key in config:
+            config[key] = {new: value for path, value in config[key].items() if (new := renumbered(f"{path}."))}
+            config[key] = {path.rstrip("."): value for path, value in config[key].items()}
+    return write(small, config, arrays)
 
 
 def random_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -118,42 +146,26 @@ def golden_config() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A whole model with random weights, and the small one, made of them by hand."""
-    place = tmp_path_factory.mktemp("gemma3n")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model with random weights."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     config = golden_config() | {
-        **{"num_hidden_layers": 8, "num_kv_shared_layers": 2, "layer_types": [*kinds, *kinds[1:3]]},
+        **{"num_hidden_layers": LAYERS, "num_kv_shared_layers": 2, "layer_types": [*kinds, *kinds[1:3]]},
         **{"intermediate_size": WIDE, "hidden_size_per_layer_input": FEATURES, "hidden_size": 64},
         **{"activation_sparsity_pattern": [0.5, 0.75, 0.9, 0.0, 0.0, 0.5, 0.0, 0.0], "laurel_rank": 32},
     }
-    whole = random_weights(config)
-    kept = [i for i in range(8) if i not in CUT.skip]
-    small, places = {}, {str(layer): str(place) for place, layer in enumerate(kept)}
-    for name, w in whole.items():
-        parts = name.split(".")
-        if parts[1] == "layers":
-            if parts[2] not in places:
-                continue
-            parts[2] = places[parts[2]]
-        small[".".join(parts)] = np.ascontiguousarray(rows_and_columns(name, w, kept, list(CUT.ffn)))
-    smaller = config | {
-        **{"num_hidden_layers": 6, "num_kv_shared_layers": 1, "intermediate_size": list(CUT.ffn)},
-        "layer_types": [config["layer_types"][i] for i in kept],
-        "activation_sparsity_pattern": [config["activation_sparsity_pattern"][i] for i in kept],
-    }
-    return write(place / "whole", config, whole), write(place / "small", smaller, small)
+    return write(tmp_path_factory.mktemp("gemma3n") / "whole", config, random_weights(config))
 
 
 @pytest.mark.parametrize(("mode", "bits"), MODES, ids=[f"{mode}-{bits}" for mode, bits in MODES])
 def test_slice_at_load_slice_written_and_built_small_are_equal(
-    mode: str, bits: int | None, folders: tuple[Path, Path], tmp_path: Path
+    mode: str, bits: int | None, folder: Path, tmp_path: Path
 ) -> None:
     group = 64 if mode == "affine" else None
     settings: dict[str, Any] = {"bits": bits} | ({"mode": mode, "group_size": group} if bits else {})
-    whole, small = (tmp_path / folder.name for folder in folders)
-    for source, output in zip(folders, (whole, small), strict=True):
-        convert(source, output, **settings)
+    whole = tmp_path / "whole"
+    convert(folder, whole, **settings)
+    small = cut_by_hand(whole, tmp_path / "small")
     convert(slice_source(open_source(whole), CUT), tmp_path / "written", bits=None)
     at_load, _ = load_model(whole, slice=CUT)
     written, config = load_model(tmp_path / "written")
@@ -167,9 +179,9 @@ def test_slice_at_load_slice_written_and_built_small_are_equal(
     assert digest(load_model(whole, slice=other)[0]) != digest(built)
 
 
-def test_nothing_of_the_whole_is_held(folders: tuple[Path, Path]) -> None:
+def test_nothing_of_the_whole_is_held(folder: Path) -> None:
     """A view into a larger array would hold all of it."""
-    model, _ = load_model(folders[0], slice=CUT)
+    model, _ = load_model(folder, slice=CUT)
     mx.clear_cache()
     held = sum(value.nbytes for value in dict(tree_flatten(model.parameters())).values())
     before = mx.get_active_memory()
@@ -178,8 +190,8 @@ def test_nothing_of_the_whole_is_held(folders: tuple[Path, Path]) -> None:
     assert held <= freed <= 1.05 * held
 
 
-def test_settings_of_single_matrices_move_with_their_layers(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    convert(folders[0], tmp_path / "whole", bits=4, group_size=32)
+def test_settings_of_single_matrices_move_with_their_layers(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "whole", bits=4, group_size=32)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     for key in ("quantization", "quantization_config"):
         config[key] |= {f"model.layers.{i}.mlp.up_proj": {"bits": 4, "group_size": 32, "layer": i} for i in (1, 2, 3)}
@@ -202,12 +214,12 @@ def test_settings_of_single_matrices_move_with_their_layers(folders: tuple[Path,
     ],
 )
 def test_a_cut_through_a_group_is_refused_with_widths_that_would_do(
-    cut: Slice, said: str, folders: tuple[Path, Path], tmp_path: Path
+    cut: Slice, said: str, folder: Path, tmp_path: Path
 ) -> None:
-    convert(folders[0], tmp_path / "whole", bits=4, group_size=64)
+    convert(folder, tmp_path / "whole", bits=4, group_size=64)
     with pytest.raises(InvalidInput, match=said):
         slice_source(open_source(tmp_path / "whole"), cut)
-    slice_source(open_source(folders[0]), cut)  # floats have no groups
+    slice_source(open_source(folder), cut)  # floats have no groups
 
 
 def test_a_layer_whose_embeddings_share_a_group_with_the_next_stays(tmp_path: Path) -> None:
