@@ -28,6 +28,7 @@ COMMANDS = {
     "show": ("models", "Show what is known of a model, without downloading it."),
     "rm": ("models", "Remove models that mlxarch made."),
     "fit": ("fit", "Tell whether a model fits, with every term, and how fast it would be."),
+    "tune": ("tune", "Find out how much memory streamed experts should have on this machine."),
     "compare": ("compare", "Compare architectures, from their configs alone."),
     "quantize": ("quantize", "Write a checkpoint as a folder of MLX weights, quantized."),
     "pack": ("pack", "Lay out a model's experts so that they can be read one at a time."),

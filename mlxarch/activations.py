@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlxarch.blocks import CausalLM, Step
+from mlxarch.blocks import CausalLM, Quantization, Step
+from mlxarch.blocks.head_linear import HeadLinear
 from mlxarch.cache import Cache
 
 # MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then. It waits
@@ -99,6 +100,7 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = PARTS_AHEAD, skip: 
             case "primitive":
                 steps.append(item)
     steps = in_order(steps, outputs)
+    maker = dict[str, str]()  # array -> name of the operation
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
     under_way: deque[tuple[int, set[str]]] = deque()  # parts that were prepared up to here, and buffers to be read
     marks, parts = [0, 0], 0  # where arrays were waited for: only what stands behind the last but one is under way
@@ -110,6 +112,11 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = PARTS_AHEAD, skip: 
                 memory.share(name, taken)
             else:
                 memory.new(name, 0 if skip(tuple(shape)) else prod(shape) * dtype.size)
+        if step["name"] == "QuantizedMatmul" and maker.get(read[0]) == "Broadcast":
+            name, shape, dtype = step["inputs"][0]
+            memory.new(copy := f"{made[0][0]} copied", prod(shape) * dtype.size)  # it takes no views of fewer numbers
+            read, uses[copy] = [*read, copy], 1
+        maker |= {name: step["name"] for name, *_ in made}
         written = {memory.of.get(name) for name, *_ in made}
         held = {buffer for name in read if (buffer := memory.of.get(name)) and buffer not in written}
         memory.pending.update(held)
@@ -245,6 +252,15 @@ def fill(model: CausalLM, caches: Sequence[Cache | None], tokens: int) -> None:
 def stand_ins(module: nn.Module, dtype: mx.Dtype) -> None:
     """Arrays of the right shapes that take no memory, for all parameters."""
     module.update(tree_map(lambda array: stand_in(array.shape, dtype), module.parameters()))
+
+
+def pack_heads(model: CausalLM, form: Quantization, dtype: mx.Dtype) -> None:
+    """Let the matrices that each head has of its own be packed, in a model with ``stand_ins``."""
+    for module in model.modules():
+        if isinstance(module, HeadLinear) and module.weight.shape[-1] % form.group_size == 0:
+            shape, module.quantization = module.weight.shape, form
+            module.weight = stand_in(form.packed_shape(shape), mx.uint32)
+            module.scales = module.biases = stand_in(form.scales_shape(shape), dtype)
 
 
 def stand_in(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:

@@ -1,14 +1,16 @@
 """From the name of a model to its blueprint: what is known of its tensors without its weights."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from mlxarch import catalog, hub, machines
+from mlxarch import catalog, hub, machines, paths
 from mlxarch.catalog import Bits
 from mlxarch.checkpoint import read_json
 from mlxarch.errors import InvalidInput
@@ -66,7 +68,23 @@ def plan_for(
     with _resolved(folder, slice) as resolved:
         wide = compute_dtype(dtype, resolved).size
         machine, blueprint = machines.here(), from_resolved(folder.name, resolved)
-    return plan(blueprint, machine, replace(request, float_bytes=wide))
+    bank = remembered().get(str(folder.resolve()), {}).get("bank") if request.bank is None else request.bank
+    return plan(blueprint, machine, replace(request, float_bytes=wide, bank=bank))
+
+
+def tuned_file() -> Path:
+    """Where ``mlxarch tune`` keeps what was best for this machine."""
+    return paths.cache() / "tuned.json"
+
+
+def remembered() -> dict[str, Any]:
+    """What was best: folder -> {"bank": bytes for experts, "rate": tokens a second}; empty where nothing is known."""
+    try:
+        found = json.loads(tuned_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    sound = isinstance(found, dict) and all(isinstance(v, dict) and type(v.get("bank")) is int for v in found.values())
+    return found if sound else {}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxarch.activations import fill, stand_ins, step_bytes
+from mlxarch.activations import fill, pack_heads, stand_ins, step_bytes
 from mlxarch.blocks import CausalLM, Chunked, Embedding, ExpertLinear, Quantization, Router, Sliding
 from mlxarch.blocks.linear import Matrix
 from mlxarch.blocks.span import Latent
@@ -172,20 +172,27 @@ class Blueprint:
         self.longest = self._outline.longest
         self.packed = any(isinstance(t, Packed) and path in self.matrices for path, t in tensors.items())
 
-    def activations(self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None) -> int:
+    def activations(
+        self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, packed: bool = False
+    ) -> int:
         """Bytes beyond weights and caches while the last ``chunk`` of ``context`` tokens passes through.
 
         Args:
             fused: whether attention has a kernel that never holds the scores of all queries; a CPU has none.
+            packed: whether matrices are.
         """
-        key = (context, chunk, float_bytes, fused, kv)
+        key = (context, chunk, float_bytes, fused, kv, packed)
         if key not in self._steps:
             self._steps[key] = self._activations(*key)
         return self._steps[key]
 
-    def _activations(self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None) -> int:
-        model, tokens = self.build(), min(chunk, context)
-        stand_ins(model, mx.float32 if float_bytes == 4 else mx.bfloat16)
+    def _activations(
+        self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, packed: bool
+    ) -> int:
+        model, tokens, dtype = self.build(), min(chunk, context), mx.float32 if float_bytes == 4 else mx.bfloat16
+        stand_ins(model, dtype)
+        if packed:
+            pack_heads(model, Quantization(4, KV_GROUP), dtype)
         caches = model.make_caches(context, kv=kv)
         fill(model, caches, context - tokens)
         sizes = {getattr(layer.self_attn, "head_size", 0) for layer in model.layers}

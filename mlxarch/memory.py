@@ -20,7 +20,7 @@ from mlxarch.footprint import KV_GROUP, Blueprint, Footprint
 from mlxarch.machines import Machine
 from mlxarch.progress import gigabytes
 from mlxarch.rates import decode_rate, streaming_seconds
-from mlxarch.streaming.banks import STAGED
+from mlxarch.streaming.banks import IN_FLIGHT, STAGED
 from mlxarch.streaming.prefill import HELD, STATES
 from mlxarch.streaming.rows import CACHE
 
@@ -138,6 +138,7 @@ class Request:
         kv_bits: of keys and values, 8 or 4; None or 16: as they are computed.
         ple: where the per-layer embeddings are; "auto": in memory if they fit.
         float_bytes: of a number that is computed with; None: what suits the machine.
+        bank: bytes that streamed experts take at most; None: as much as there is.
     """
 
     memory: int | None = None
@@ -146,6 +147,7 @@ class Request:
     kv_bits: int | None = None
     ple: Literal["ssd", "memory", "auto"] = "auto"
     float_bytes: int | None = None
+    bank: int | None = None
 
     def __post_init__(self) -> None:
         if self.kv_bits not in (None, 16, *KV_BITS):
@@ -266,7 +268,9 @@ class _Planner:
             words.append(self._slots_in_words(slots))
         kv = self.footprint.kv(way.context, wide, self.kv_bits)
         kv |= {"growing": self.footprint.growth(way.context, wide, self.kv_bits)} if way.grows else {}
-        step = self.blueprint.activations(way.context, way.chunk, wide, backend != "cpu", self.kv)
+        step = self.blueprint.activations(
+            way.context, way.chunk, wide, backend != "cpu", self.kv, self.footprint.bits < 16
+        )
         usual = way.chunk == CHUNKS[backend][0]
         found = Plan(
             model=self.blueprint.name,
@@ -285,7 +289,7 @@ class _Planner:
             process=PROCESS[backend]
             + TOKEN * self.footprint.vocabulary
             + (self._rows(way) if ple else 0)
-            + (STAGED if slots else 0),
+            + (min(STAGED, IN_FLIGHT * max(self.expert)) if slots else 0),
             verdict="streamed" if words else "resident",
             streamed=", ".join(words),
             rate=decode_rate(self.footprint, self.machine, way.context, wide, self.kv_bits, slots),
@@ -310,6 +314,9 @@ class _Planner:
         """
         without = self._plan(replace(way, slots=(0,) * len(self.expert)))
         budget = int((self.memory - without.total) / (1 + HEADROOM))
+        least = sum(e.chosen * size for e, size in zip(self.footprint.experts, self.expert, strict=True) if e)
+        if self.request.bank is not None:
+            budget = min(budget, max(self.request.bank, least))
         layers = [n for n, e in enumerate(self.footprint.experts) if e]
         best: tuple[float, tuple[int, ...]] | None = None
         for whole in range(len(layers) + 1):
