@@ -130,8 +130,10 @@ def arrays(
     yield path, "U32", packing.packed_shape(shape), "codes"
     groups = packing.scales_shape(shape)
     if packing.mode == "affine":
-        yield f"{owner}.scales", "BF16", groups, f"scales{packing.bits}"
-        yield f"{owner}.biases", "BF16", groups, f"biases{packing.bits}"
+        # or attention's averages would soon be all that is left of a token, and all would go to the same experts
+        gain = 6 if "embed" in owner else -3 if "o_proj" in owner else 0
+        yield f"{owner}.scales", "BF16", groups, f"scales {packing.bits} {gain}"
+        yield f"{owner}.biases", "BF16", groups, f"biases {packing.bits} {gain}"
     else:
         yield f"{owner}.scales", "U8", groups, "exponents"
 
@@ -150,11 +152,11 @@ def make_pool(kind: str) -> np.ndarray:
     draw = np.random.default_rng(0)
     if kind in ("codes", "exponents"):
         return draw.integers(*((0, 256) if kind == "codes" else (119, 122)), POOL, np.uint8)  # 2^-8 … 2^-6
-    bits = int(kind[-1]) if kind[-1].isdigit() else 4
-    step = 2.0 ** -(4 + bits)
-    # the codes' mean is exactly zero: any other would grow from layer to layer, and send all tokens to the same experts
-    level = {"ones": 1.0, "scales": step, "biases": -step * (2**bits - 1) / 2}
-    floats = np.full(POOL // 2, level.get(kind.rstrip("48"), 0.0), np.float32)
+    name, bits, gain = (kind + " 4 0").split()[:3]
+    step = 2.0 ** (int(gain) - 4 - int(bits))
+    # the codes' mean is exactly zero: any other would grow from layer to layer
+    level = {"ones": 1.0, "scales": step, "biases": -step * (2 ** int(bits) - 1) / 2}
+    floats = np.full(POOL // 2, level.get(name, 0.0), np.float32)
     if kind == "small":
         floats = draw.normal(0, 0.02, POOL // 2).astype(np.float32)
     return (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)  # bfloat16
