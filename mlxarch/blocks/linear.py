@@ -123,6 +123,7 @@ class SharedInput:
         first = self.projections[0]
         names = set(first.keys())
         alike = all(p.quantization == first.quantization and set(p.keys()) == names for p in self.projections)
+        alike = alike and all(p["weight"].ndim > 1 for p in self.projections)  # or their arrays are still to come
         if not alike or len({p["weight"].dtype for p in self.projections}) > 1:
             return
         sizes = [p["weight"].shape[-2] for p in self.projections]
