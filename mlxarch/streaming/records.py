@@ -18,7 +18,7 @@ from mlxarch.encodings import Words
 from mlxarch.errors import CheckpointError, ExpertReadError
 from mlxarch.expert_files import LEAVES, PROJECTIONS, ExpertFile, Strided
 from mlxarch.streaming.files import ReadFailed, RecordFile
-from mlxarch.tensors import Packed, Rows, SmallScales, Stacked, Stored, Tensor, Transposed
+from mlxarch.tensors import Joined, Packed, Rows, SmallScales, Stacked, Stored, Tensor, Transposed
 
 Verify = Literal["first", "always", "never"]
 
@@ -103,6 +103,9 @@ def extents(tensor: Tensor, expert: int | None) -> Iterator[Extent]:
             yield from extents(tensor.parts[expert], None)
         case Rows() | Transposed() | Words() | SmallScales():
             yield from extents(tensor.tensor, expert)
+        case Joined():
+            for part in tensor.parts:
+                yield from extents(part, expert)
         case _:
             raise CheckpointError(
                 f"its experts are stored in a form ({type(tensor).__name__}) that must be computed with before it can "
@@ -122,6 +125,8 @@ def values(tensor: Tensor, expert: int | None, fetch: Callable[[Extent], np.ndar
             return np.take(values(tensor.tensor, expert, fetch), tensor.pick, axis=-1 if tensor.vector else -2)
         case Transposed():
             return values(tensor.tensor, expert, fetch).swapaxes(-1, -2)
+        case Joined():
+            return np.concatenate([values(part, expert, fetch) for part in tensor.parts], axis=tensor.axis)
         case SmallScales():
             return values(tensor.tensor, expert, fetch)
         case Words():

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import sliced_grok2
 
 from faulty_disk import FaultyDisk
 from mlxarch.blocks import Quantization
@@ -194,3 +195,11 @@ def test_a_failing_disk_leaves_no_output_and_the_next_run_succeeds(packed: Path,
 
 def test_the_kinds_of_the_tiny_models_have_experts() -> None:
     assert set(KINDS) == {kind for kind, _ in SOURCES.values()}
+
+
+def test_experts_cut_for_ranks_stream_and_pack(tmp_path: Path) -> None:
+    folder = sliced_grok2.make(tmp_path / "sliced")
+    wanted = fingerprint(load(folder))
+    assert fingerprint(load(folder, 2)) == wanted
+    pack(folder, tmp_path / "packed")
+    assert [fingerprint(load(tmp_path / "packed", count)) for count in (None, 2)] == [wanted] * 2
