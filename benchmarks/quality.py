@@ -1,13 +1,13 @@
 """How good quantized models are, by method, beside mlx-lm's quantizers and llama.cpp's Q4_K_M at the same size.
 
-    python benchmarks/quality.py [--work DIR] [--trained DIR] [--gguf FILE] [--library FILE] [--only WORD …]
+    python benchmarks/quality.py [--work DIR] [--trained DIR] [--gguf FILE] [--library FILE] [--only REGEX …]
 
 The originals are SmolLM2-135M-Instruct, read from the Q4_1 file that ``mlxarch pull smollm2-135m`` fetches, the same
 with uniform noise of half a step of that grid on every weight (a search is flattered by an original that lies on a
 4-bit grid), and the two models of ``trained_models.py``. The first two read the texts that come with mlxarch, the
 others text that was held out of their training. In every variant embeddings and head are quantized too, and scales are
 bfloat16. What was measured is kept in DIR, so that the same command goes on where it stopped; ``--only`` picks
-originals and variants by parts of their names. Needs gguf; mlx-lm and llama.cpp (see ``quality_peers.py``) are measured
+originals and variants by regular expressions. Needs gguf; mlx-lm and llama.cpp (see ``quality_peers.py``) are measured
 where they are installed.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, default=paths.cache() / "trained")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--library", type=Path, help="llama.cpp's libllama")
-    parser.add_argument("--only", nargs="+", default=[], help="parts of names of originals and variants")
+    parser.add_argument("--only", nargs="+", default=[], help="expressions that ORIGINAL: VARIANT must match")
     parser.add_argument("--tokens", type=int, default=2048, help="of each text")
     parser.add_argument("--samples", type=int, default=16, help="windows that mlx-lm's awq and gptq calibrate on")
     parser.add_argument("--calibration", type=int, default=64 << 10, help="bytes of text that mlx-lm's quantizers get")
@@ -218,7 +219,7 @@ def main() -> None:
         rows = results[name] = json.loads(kept.read_text()) if kept.exists() else {}
         texts, calibration = read(options, name)
         for variant, make in makers(options, calibration, trained, rows).items():
-            if variant in rows or not all(word in f"{name}: {variant}" for word in options.only):
+            if variant in rows or not all(re.search(part, f"{name}: {variant}") for part in options.only):
                 continue
             folder = place / variant.replace(", ", "-").replace(" ", "-")
             try:
