@@ -58,8 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {  # rows are multiples of 256, which llama.
 }  # fmt: skip
 LOSS = {"qwen3": 2.2, "gemma3": 2.2}  # to reach on the held-out text, nats per token
 LENGTH, BATCH, STEPS, DECAY, SEED = 512, 32, 2500, 0.1, 0
-# High, for at this rate some channels come to be much larger than others, as in published models: inputs of matrices have
-# a largest mean square of 13 to 18 times the mean. At 1.5e-3 it is 2.5 times, with a loss of 2.12 and 2.13.
+# High, for at this rate some channels come to be much larger than others, as in published models: the largest mean
+# square of an input is 13 to 18 times their mean. At 1.5e-3 it is 2.5 times, with a loss of 2.12 and 2.13.
 RATE = 8e-3
 
 
