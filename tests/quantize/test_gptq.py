@@ -1,0 +1,88 @@
+"""Error feedback: nearer to the products of the inputs than any other choice of codes here."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxarch.blocks import Quantization
+from mlxarch.quantize import convert
+from mlxarch.quantize.gptq import Feedback
+from mlxarch.quantize.rounding import quantize as rounded
+from mlxarch.quantize.search import quantize as searched
+from tiny_llama import contents, make_llama
+
+ROWS, COLUMNS, TOKENS = 40, 192, 600
+
+
+def inputs(seed: int = 0) -> np.ndarray:
+    """Channels that are mixed from few, as those of models are, with noise."""
+    random = np.random.default_rng(seed)
+    mixed = random.standard_normal((TOKENS, 24)) @ random.standard_normal((24, COLUMNS))
+    return (mixed + 0.3 * random.standard_normal((TOKENS, COLUMNS))).astype(np.float32)
+
+
+def weights() -> mx.array:
+    return mx.array(np.random.default_rng(9).standard_normal((ROWS, COLUMNS)), mx.float32)
+
+
+def unpacked(parts: dict[str, mx.array], to: Quantization) -> np.ndarray:
+    scales, biases = parts["scales"].astype(mx.float32), parts["biases"].astype(mx.float32)
+    return np.array(mx.dequantize(parts["weight"], scales, biases, to.group_size, to.bits))
+
+
+def product_errors(parts: dict[str, mx.array], x: np.ndarray, to: Quantization) -> np.ndarray:
+    """Mean square of what each row's products are off by."""
+    return np.square(x @ (unpacked(parts, to) - np.array(weights())).T).mean(0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_products_are_nearer_than_by_search_alone_and_no_row_is_worse_than_rounded(bits: int, dtype: mx.Dtype) -> None:
+    x, to = inputs(), Quantization(bits, 64)
+    parts, error, plain = Feedback(x).pack(weights(), to, dtype)
+    own = product_errors(parts, x, to)
+    by_search = product_errors(searched(weights(), to, dtype, mx.array(np.square(x).mean(0))), x, to)
+    by_rounding = product_errors(rounded(weights(), to, dtype), x, to)
+    assert own.mean() < 0.7 * by_search.mean() < 0.7 * by_rounding.mean()
+    assert (own <= by_rounding * 1.001).all()
+    assert np.allclose(own, error, rtol=1e-2) and np.allclose(by_rounding, plain, rtol=1e-2)
+
+
+def test_without_correlation_nothing_is_gained() -> None:
+    x, to = np.random.default_rng(3).standard_normal((50_000, COLUMNS)).astype(np.float32), Quantization(4, 64)
+    own = product_errors(Feedback(x).pack(weights(), to, mx.float32)[0], x, to)
+    by_search = product_errors(searched(weights(), to, mx.float32, mx.array(np.square(x).mean(0))), x, to)
+    assert own.mean() == pytest.approx(by_search.mean(), rel=0.03)
+
+
+def test_the_step_of_a_column_is_the_best_answer_to_its_error() -> None:
+    feedback = Feedback(inputs())
+    moments = feedback.moments.astype(np.float64)
+    damped = moments + 0.1 * moments.diagonal().mean() * np.eye(COLUMNS)
+    j = 100  # the best change of the columns behind it, by least squares under H
+    best = -np.linalg.solve(damped[j + 1 :, j + 1 :], damped[j + 1 :, j])
+    assert np.allclose(feedback.steps[j, j + 1 :] / feedback.steps[j, j], -best * -1, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_fewer_tokens_than_channels_are_enough_to_go_on(tokens: int) -> None:
+    to = Quantization(4, 64)
+    parts, error, plain = Feedback(inputs()[:tokens]).pack(weights(), to, mx.float32)
+    assert np.isfinite(unpacked(parts, to)).all() and (error <= plain).all()
+
+
+def test_silent_inputs_leave_the_rows_rounded_or_better() -> None:
+    to = Quantization(4, 64)
+    parts, _, _ = Feedback(np.zeros((8, COLUMNS), np.float32)).pack(weights(), to, mx.float32)
+    assert np.abs(unpacked(parts, to) - np.array(weights())).max() < 0.5
+
+
+def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    make_llama(tmp_path / "source")
+    for name in ("one", "two"):
+        convert(tmp_path / "source", tmp_path / name, method="gptq")
+    convert(tmp_path / "source", tmp_path / "other", method="search")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one")["model.safetensors"] != contents(tmp_path / "other")["model.safetensors"]
