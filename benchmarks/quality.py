@@ -28,13 +28,13 @@ import quality_peers as peers
 
 from mlxarch import paths
 from mlxarch.errors import MlxArchError
-from mlxarch.quantize import convert
+from mlxarch.quantize import Target, prepare, toward
 from mlxarch.quantize.corpus import Text, bundled
 from mlxarch.quantize.evaluation import Settings, evaluate
 from mlxarch.quantize.gguf import open_gguf
 from mlxarch.tensors import Packed
 
-Make = Callable[[Path, Path], float | None]  # (original, output) -> bits per weight, where the folder does not tell
+Make = Callable[[Path, Path], dict[str, float]]  # (original, output) -> figures that the folder does not tell
 
 OURS: dict[str, dict[str, Any]] = {
     f"{method}, {bits} bits, group {group}": dict(bits=bits, group_size=group, method=method)
@@ -44,7 +44,10 @@ OURS: dict[str, dict[str, Any]] = {
     ]
 }
 READERS = {f"{name}, calibrated": settings for name, settings in OURS.items() if settings["method"] != "round"}
-MIXED = {f"mixed, {bits} bits": dict(target_bits=bits) for bits in (4.5, 5.0)}
+MIXED = {
+    "mixed, 5.0 bits": dict(target=5.0),
+    "mixed, 5.0 bits, gptq": dict(target=5.0, method="gptq"),
+}
 
 CLAIMS = [  # of two variants' mean KL: what it is called, the two, what the mean ratio must not exceed, and each
     ("4 bits: search ÷ rounding", "search, 4 bits, group 64", "round, 4 bits, group 64", 0.40, 0.50),
@@ -66,6 +69,7 @@ CLAIMS = [  # of two variants' mean KL: what it is called, the two, what the mea
     ("3 bits: search ÷ rounding", "search, 3 bits, group 64", "round, 3 bits, group 64", 0.50, 1.0),
     ("3 bits: gptq ÷ rounding", "gptq, 3 bits, group 64", "round, 3 bits, group 64", 0.40, 1.0),
     ("mixed 5.0 bits ÷ rounding in groups of 32", "mixed, 5.0 bits", "round, 4 bits, group 32", 0.25, math.inf),
+    ("mixed 5.0 bits with gptq ÷ the same", "mixed, 5.0 bits, gptq", "round, 4 bits, group 32", 0.25, math.inf),
     ("search ÷ mlx-lm's awq, 4 bits, same text", "search, 4 bits, group 64, calibrated", "mlx-lm awq", 1.0, 1.0),
     ("gptq ÷ mlx-lm's gptq, 4 bits, same text", "gptq, 4 bits, group 64, calibrated", "mlx-lm gptq", 1.0, 1.0),
     ("mixed 5.0 bits ÷ mlx-lm's dynamic_quant", "mixed, 5.0 bits", "mlx-lm dynamic_quant", 1.0, 1.0),
@@ -102,9 +106,15 @@ def in_float32(trained: Path, output: Path) -> None:
 # Variants -------------------------------------------------------------------------------------------------------------
 
 
-def ours(**settings: Any) -> Make:
-    def make(original: Path, output: Path) -> None:
-        convert(original, output, dtype="bfloat16", force=True, **settings)
+def ours(target: float | None = None, **settings: Any) -> Make:
+    def make(original: Path, output: Path) -> dict[str, float]:
+        conversion = prepare(original, output, dtype="bfloat16", **settings)
+        if target is None:
+            conversion.run(force=True)
+            return {}
+        notes = "\n".join(toward(conversion, Target(bits=target)).run(force=True).notes)
+        found = re.search(r"expected KL ([^ ]+)", notes)
+        return {"forecast": float(found[1])} if found else {}
 
     return make
 
@@ -117,33 +127,33 @@ def makers(options: argparse.Namespace, calibration: str, trained: bool, results
     made |= {name: ours(calibration=read, **settings) for name, settings in READERS.items()}
     for method in peers.MLX_LM:
 
-        def theirs(original: Path, output: Path, method: str = method) -> None:
+        def theirs(original: Path, output: Path, method: str = method) -> dict[str, float]:
             peers.mlx_lm(method, original, output, calibration, options.samples)
+            return {}
 
         made[f"mlx-lm {method}"] = theirs
     if trained:
 
-        def q4_k_m(original: Path, output: Path) -> float:
-            return peers.llama_cpp(original, output, options.library)
+        def q4_k_m(original: Path, output: Path) -> dict[str, float]:
+            return {"bits_per_weight": peers.llama_cpp(original, output, options.library)}
 
-        def its_size(original: Path, output: Path) -> None:
-            ours(target_bits=results["llama.cpp Q4_K_M"]["bits_per_weight"])(original, output)
+        def its_size(original: Path, output: Path) -> dict[str, float]:
+            return ours(results["llama.cpp Q4_K_M"]["bits_per_weight"])(original, output)
 
         made |= {"llama.cpp Q4_K_M": q4_k_m, "mixed, size of Q4_K_M": its_size}
     return made
 
 
 def measure(original: Path, folder: Path, make: Make, texts: list[Text], tokens: int) -> dict[str, Any]:
-    """Make a variant, unless it lies there complete, and compare it with its original."""
-    begin, bits = time.perf_counter(), None
-    if not (folder / "config.json").exists() or folder.name.startswith("llama"):
-        bits = make(original, folder)
+    """Make a variant and compare it with its original; bits are those of the quantized matrices, scales included."""
+    begin = time.perf_counter()
+    figures = make(original, folder)
     seconds = time.perf_counter() - begin
     found = evaluate(folder, original, texts=texts, settings=Settings(tokens=tokens))
     return {
-        "bits_per_weight": bits or found.size.bits_per_weight,
-        "bytes": None if bits else found.size.bytes,
+        "bits_per_weight": found.size.quantized_bits_per_weight,
         "seconds": seconds,
+        **figures,
         "texts": found.texts,
         "versions": found.versions,
         "commit": subprocess.run(
@@ -179,6 +189,10 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         print(" | ".join(cells) + " |")
 
     for name, rows in results.items():
+        for variant, row in rows.items():
+            if forecast := row.get("forecast"):
+                measured = row["all"]["kl_mean"]["value"]
+                print(f"\n{name}, {variant}: KL {forecast:.4f} was forecast, {measured:.4f} measured")
         if plain := rows.get("round, 8 bits, group 64"):
             kl, top = (plain["all"][key]["value"] for key in ("kl_mean", "top1_agreement"))
             print(f"\n{name}, 8 bits, group 64: KL {kl:.5f} (must be ≤ 0.0015), top-1 {100 * top:.1f} % (≥ 98 %)")
@@ -211,11 +225,11 @@ def main() -> None:
         if (folder := options.trained / name / "config.json").exists():
             kinds[f"trained {name}"] = lambda output, folder=folder: in_float32(folder.parent, output)
     results: dict[str, dict[str, Any]] = {}
-    for name, prepare in kinds.items():
+    for name, write in kinds.items():
         place, trained = options.work / name.replace(", ", "-").replace(" ", "-"), name.startswith("trained")
         original, kept = place / "original", place / "results.json"
         if not (original / "model.safetensors").exists():
-            prepare(original)
+            write(original)
         rows = results[name] = json.loads(kept.read_text()) if kept.exists() else {}
         texts, calibration = read(options, name)
         for variant, make in makers(options, calibration, trained, rows).items():
