@@ -41,6 +41,7 @@ def forecast(
     *,
     method: Method = "search",
     group_size: int = 64,
+    dtype: mx.Dtype | None = None,
     calibration: Calibration | None = None,
     progress: Progress = silent,
 ) -> Forecast:
@@ -49,6 +50,7 @@ def forecast(
     Args:
         room: bytes for the matrices, where the target is a size.
         method: how they are going to be packed.
+        dtype: of scales and biases; None is the source's.
         calibration: what to measure by; None takes the ends of the texts that come with the package.
 
     Raises:
@@ -64,7 +66,7 @@ def forecast(
 
     def stored(path: str, to: Quantization) -> int:
         tensor = resolved.parameters[path]
-        kind = tensor.parts["scales"].dtype if isinstance(tensor, Packed) else tensor.dtype
+        kind = dtype or (tensor.parts["scales"].dtype if isinstance(tensor, Packed) else tensor.dtype)
         scales = "F32" if kind not in FLOATS or kind == mx.float32 else "BF16"
         fit = fitting(to, tensor.shape[-1]) or to
         return sum(prod(shape) * DTYPES[dtype].size for dtype, shape in stored_as(fit, tensor.shape, scales).values())
