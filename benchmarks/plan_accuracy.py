@@ -27,7 +27,7 @@ from mlxarch.generation import Session, decode, prefill_chunk
 from mlxarch.limits import set_limits
 from mlxarch.loading import load_model
 from mlxarch.machines import parse_size
-from mlxarch.memory import Plan, Request
+from mlxarch.memory import TOKEN, Plan, Request
 from mlxarch.registry import architecture
 from mlxarch.sampling import Sampling
 
@@ -143,8 +143,9 @@ def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]
     }
 
 
-def _figures(plan: Plan) -> dict[str, int]:
-    return {"mlx": plan.mlx, "process": plan.peak, "weights": sum(plan.weights.values())}
+def _figures(plan: Plan, folder: Path) -> dict[str, int]:
+    tokenizer = TOKEN * of_folder(folder).at().vocabulary  # there is none here
+    return {"mlx": plan.mlx, "process": plan.peak - tokenizer, "weights": sum(plan.weights.values())}
 
 
 def fill(folder: Path, session: Session, tokens: int, chunk: int) -> None:

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,7 @@ from mlxarch.cache import Cache
 # MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then. It waits
 # when more than ten tasks of ten parts are under way; an operation has two parts, one that only views an array has one.
 PARTS_AHEAD = 110
+MAPPED = 32 << 20  # bytes from which on the C library gives an array pages of its own, which come when it is written to
 # MLX gives these the memory of what they are made of
 VIEWS = {
     "AsStrided",
@@ -81,26 +82,44 @@ class _Memory:
             self.active -= self.size.pop(buffer, 0)
 
 
-def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = PARTS_AHEAD, skip: Skip = lambda shape: False) -> int:
+class Peak(NamedTuple):
+    """Bytes of a step: ``prepared`` as MLX counts them, ``touched`` what of it the process really has at a time."""
+
+    prepared: int
+    touched: int
+
+
+def peak_bytes(
+    items: Sequence[dict[str, Any]],
+    ahead: int = PARTS_AHEAD,
+    skip: Skip = lambda shape: False,
+    sizes: tuple[int, int] = (0, 2**63),
+) -> int:
     """The most that the arrays of a list from ``mx.export_function`` take at once, its first inputs included.
 
     Args:
         items: as the callback got them. Constants are weights, and count nothing.
         ahead: parts of operations that MLX prepares before the first of them has run.
         skip: shapes of arrays that another back end would not make.
+        sizes: of arrays that count, in bytes.
     """
+
+    def counted(shape: Sequence[int], dtype: mx.Dtype) -> int:
+        nbytes = prod(shape) * dtype.size
+        return 0 if skip(tuple(shape)) or not sizes[0] <= nbytes < sizes[1] else nbytes
+
     memory, outputs, steps = _Memory(), [], []
     for item in items:
         match item["type"]:
             case "inputs":
                 for name, shape, dtype in item["inputs"]:
-                    memory.new(name, prod(shape) * dtype.size)
+                    memory.new(name, counted(shape, dtype))
             case "outputs":
                 outputs = [name for name, *_ in item["outputs"]]
             case "primitive":
                 steps.append(item)
     steps = in_order(steps, outputs)
-    maker = dict[str, str]()  # array -> name of the operation
+    scattered = dict[str, str]()  # views whose rows do not lie one behind the other -> product that would copy them
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
     under_way: deque[tuple[int, set[str]]] = deque()  # parts that were prepared up to here, and buffers to be read
     marks, parts = [0, 0], 0  # where arrays were waited for: only what stands behind the last but one is under way
@@ -111,12 +130,15 @@ def peak_bytes(items: Sequence[dict[str, Any]], ahead: int = PARTS_AHEAD, skip: 
             if taken is not None:
                 memory.share(name, taken)
             else:
-                memory.new(name, 0 if skip(tuple(shape)) else prod(shape) * dtype.size)
-        if step["name"] == "QuantizedMatmul" and maker.get(read[0]) == "Broadcast":
-            name, shape, dtype = step["inputs"][0]
-            memory.new(copy := f"{made[0][0]} copied", prod(shape) * dtype.size)  # it takes no views of fewer numbers
-            read, uses[copy] = [*read, copy], 1
-        maker |= {name: step["name"] for name, *_ in made}
+                memory.new(name, counted(shape, dtype))
+        for name, shape, dtype in step["inputs"]:
+            if scattered.get(name) == step["name"]:
+                memory.new(copy := f"{made[0][0]} of {name}", counted(shape, dtype))
+                read, uses[copy] = [*read, copy], 1
+        if step["name"] == "Broadcast" and step["inputs"]:
+            scattered[made[0][0]] = "QuantizedMatmul"
+        elif step["name"] == "Slice" and step["inputs"][0][1][-1] != made[0][1][-1]:
+            scattered[made[0][0]] = "Matmul"
         written = {memory.of.get(name) for name, *_ in made}
         held = {buffer for name in read if (buffer := memory.of.get(name)) and buffer not in written}
         memory.pending.update(held)
@@ -208,7 +230,7 @@ def step_bytes(
     layers: Sequence[int],
     *,
     skip: Skip = lambda shape: False,
-) -> int:
+) -> Peak:
     """Bytes beyond the weights, and beyond what the ``caches`` hold, while ``tokens`` more pass through.
 
     Args:
@@ -231,7 +253,11 @@ def step_bytes(
         return [array for cache in chosen for _, array in _arrays(cache)]
 
     mx.export_function(items.append, step, mx.zeros((1, tokens), mx.int32), *held)
-    return peak_bytes(items, skip=skip) - sum(array.nbytes for array in held)
+    before = sum(array.nbytes for array in held)
+    small, large = (0, MAPPED), (MAPPED, 2**63)
+    touched = peak_bytes(items, skip=skip, sizes=small) + peak_bytes(items, 0, skip, large)
+    prepared = peak_bytes(items, skip=skip)
+    return Peak(prepared - before, min(touched, prepared) - before)
 
 
 def fill(model: CausalLM, caches: Sequence[Cache | None], tokens: int) -> None:

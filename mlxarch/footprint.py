@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxarch.activations import fill, pack_heads, stand_ins, step_bytes
+from mlxarch.activations import Peak, fill, pack_heads, stand_ins, step_bytes
 from mlxarch.blocks import CausalLM, Chunked, Embedding, ExpertLinear, Quantization, Router, Sliding
 from mlxarch.blocks.linear import Matrix
 from mlxarch.blocks.span import Latent
@@ -125,8 +125,12 @@ class Footprint:
         total: Counter[str] = Counter()
         for cache in self.caches:
             if cache:
-                total[cache.kind] += cache.nbytes(context, float_bytes, kv_bits)
+                total[f"{cache.kind} layers"] += cache.nbytes(context, float_bytes, kv_bits)
         return dict(total)
+
+    def windows(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """Bytes of the caches that have no past: what a session keeps of them to go back to, for each such place."""
+        return sum(c.nbytes(context, float_bytes, kv_bits) for c in self.caches if c and c.window is not None)
 
     def growth(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
         """What caches that grow by need take besides: an eighth to spare, and the largest while it is copied."""
@@ -165,7 +169,7 @@ class Blueprint:
         self.exact = frozenset(f"{p}.{leaf}" for p, m in modules.items() for leaf in getattr(m, "float32", ()))
         self.matrices = frozenset(f"{p}.weight" for p, m in modules.items() if isinstance(m, Matrix) and m.quantizable)
         self._widths: dict[tuple[int | None, int], Footprint] = {}
-        self._steps: dict[tuple[Any, ...], int] = {}
+        self._steps: dict[tuple[Any, ...], Peak] = {}
         self._kinds = {path: _kind(path, modules) for path in tensors}
         self._typical = _typical(model)
         self._outline = _outline(name, model)
@@ -174,7 +178,7 @@ class Blueprint:
 
     def activations(
         self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, packed: bool = False
-    ) -> int:
+    ) -> Peak:
         """Bytes beyond weights and caches while the last ``chunk`` of ``context`` tokens passes through.
 
         Args:
@@ -188,7 +192,7 @@ class Blueprint:
 
     def _activations(
         self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, packed: bool
-    ) -> int:
+    ) -> Peak:
         model, tokens, dtype = self.build(), min(chunk, context), mx.float32 if float_bytes == 4 else mx.bfloat16
         stand_ins(model, dtype)
         if packed:
@@ -201,7 +205,8 @@ class Blueprint:
             if not fused or max(sizes) > FUSED_HEAD
             else (lambda shape: len(shape) > 3 and shape[-2] == tokens and shape[-1] >= tokens)
         )
-        return step_bytes(model, caches, tokens, self._typical, skip=scores) + LOGITS * model.vocab_size
+        found, logits = step_bytes(model, caches, tokens, self._typical, skip=scores), LOGITS * model.vocab_size
+        return Peak(found.prepared + logits, found.touched + logits)
 
     def at(self, bits: int | None = None, group_size: int = 64) -> Footprint:
         """At ``bits`` as the quantizer would write it (16: without packing); None takes the tensors as they are.

@@ -17,6 +17,7 @@ from mlxarch.blocks import Quantization
 from mlxarch.errors import InvalidInput, MemoryBudgetError
 from mlxarch.execution import Execution
 from mlxarch.footprint import KV_GROUP, Blueprint, Footprint
+from mlxarch.generation import MARKS, REWIND
 from mlxarch.machines import Machine
 from mlxarch.progress import gigabytes
 from mlxarch.rates import decode_rate, streaming_seconds
@@ -48,7 +49,8 @@ class Plan:
         context: tokens of prompt and answer together.
         execution: for loading and generation to carry out.
         weights, kv: bytes by kind; what is read from the disk counts with its place in memory.
-        activations: bytes of the largest step.
+        activations: bytes of the largest step, as MLX counts them.
+        touched: what of these the process has at a time: MLX counts arrays before they are written to.
         free: bytes that MLX may keep for the next array.
         process: bytes of Python, its libraries and the tokenizer; what streaming reads into is in it.
         verdict: whether it fits, and how.
@@ -67,6 +69,7 @@ class Plan:
     weights: Mapping[str, int]
     kv: Mapping[str, int]
     activations: int
+    touched: int
     free: int
     process: int
     verdict: Verdict
@@ -87,7 +90,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """What the process will take at its peak, headroom not counted."""
-        return self.mlx + self.process
+        return self.mlx - self.activations + self.touched + self.process
 
     @property
     def total(self) -> int:
@@ -98,7 +101,7 @@ class Plan:
     def terms(self) -> dict[str, int]:
         """All of it, term by term."""
         found = {f"weights: {kind}": size for kind, size in self.weights.items()}
-        found |= {f"keys and values: {kind} layers": size for kind, size in self.kv.items()}
+        found |= {f"keys and values: {kind}": size for kind, size in self.kv.items()}
         found |= {"activations": self.activations, "MLX's free memory": self.free}
         return found | {"Python, libraries, tokenizer": self.process, "headroom": self.headroom}
 
@@ -267,10 +270,13 @@ class _Planner:
             weights["experts"] = sum(n * size for n, size in zip(slots, self.expert, strict=True))
             words.append(self._slots_in_words(slots))
         kv = self.footprint.kv(way.context, wide, self.kv_bits)
-        kv |= {"growing": self.footprint.growth(way.context, wide, self.kv_bits)} if way.grows else {}
+        kv |= {"to grow": self.footprint.growth(way.context, wide, self.kv_bits)} if way.grows else {}
+        if window := self.footprint.windows(way.context, wide, self.kv_bits):
+            kv["to go back"] = min(MARKS, REWIND // window) * window
         step = self.blueprint.activations(
             way.context, way.chunk, wide, backend != "cpu", self.kv, self.footprint.bits < 16
         )
+        held = min(HELD, way.context * self._held_of_a_token()) if slots else 0
         usual = way.chunk == CHUNKS[backend][0]
         found = Plan(
             model=self.blueprint.name,
@@ -284,7 +290,8 @@ class _Planner:
             ),
             weights=weights,
             kv=kv,
-            activations=step + (min(HELD, way.context * self._held_of_a_token()) if slots else 0),
+            activations=step.prepared + held,
+            touched=step.touched + held if backend == "cpu" else step.prepared + held,
             free=FREE[backend] if usual else FREE["cpu"],
             process=PROCESS[backend]
             + TOKEN * self.footprint.vocabulary

@@ -50,7 +50,7 @@ def test_keys_and_values_of_published_models(name: str, kv_bits: int | None, gig
 def test_windows_cap_what_the_caches_hold() -> None:
     footprint = blueprint("gemma3-27b").at(4)
     near, far = footprint.kv(1024, 2), footprint.kv(CONTEXT, 2)
-    assert far["sliding"] == near["sliding"] and far["full"] == 32 * near["full"]
+    assert far["sliding layers"] == near["sliding layers"] and far["full layers"] == 32 * near["full layers"]
     unbounded = replace(footprint, caches=tuple(c and replace(c, window=None) for c in footprint.caches))
     assert sum(unbounded.kv(CONTEXT, 2).values()) / 1e9 == pytest.approx(16.6, abs=0.1)
 
@@ -66,6 +66,12 @@ def test_a_cpu_holds_floats_in_four_bytes_and_codes_as_they_are() -> None:
     more = sum(weights.held(4).values()) - sum(weights.held(2).values())
     plain = sum(2 * w.parts[0][0] for w in weights.weights if len(w.parts) == 1)
     assert more == 2 * 2 * elements // 64 + plain
+
+
+def test_what_a_session_goes_back_to_counts_where_windows_are_small() -> None:
+    small, large = (planned(name, bits=4, context=8192).kv for name in ("gemma3-1b", "gemma3-27b"))
+    assert small["to go back"] == 2 * small["sliding layers"] and large["to go back"] == 0
+    assert "to go back" not in planned("qwen3-0.6b", bits=4, context=8192).kv
 
 
 def test_the_terms_add_up_and_name_every_kind() -> None:
