@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SHARD = 4 * 10**9
 
@@ -78,14 +79,14 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(source: str, output: str, bits: int, chunk: int) -> dict[str, float]:
+def measure(source: str, output: str, bits: int, chunk: int, method: Any) -> dict[str, float]:
     """Convert in this process."""
     import mlx.core as mx
 
     from mlxarch.quantize.conversion import Limits, prepare
 
     mx.eval(mx.zeros(1) + 1)
-    conversion = prepare(source, output, bits=bits, limits=Limits(chunk=chunk))
+    conversion = prepare(source, output, bits=bits, method=method, limits=Limits(chunk=chunk))
     before, start = peak_rss(), time.perf_counter()
     summary = conversion.run()
     seconds = time.perf_counter() - start
@@ -105,11 +106,12 @@ def main() -> None:
     parser.add_argument("megabytes", type=int, nargs="*", default=[1000, 8000])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=8 << 20)
+    parser.add_argument("--method", default="round", help="round, search or gptq")
     parser.add_argument("--folder", help="where to put the checkpoints, which are removed afterwards")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(*options.child, options.bits, options.chunk)))
+        print(json.dumps(measure(*options.child, options.bits, options.chunk, options.method)))
         return
     for megabytes in options.megabytes:
         with tempfile.TemporaryDirectory(dir=options.folder) as place:
@@ -118,7 +120,7 @@ def main() -> None:
             make_checkpoint(source, megabytes)
             os.sync()
             command = [sys.executable, __file__, "--bits", str(options.bits), "--chunk", str(options.chunk)]
-            command += ["--child", str(source), str(Path(place, "output"))]
+            command += ["--method", options.method, "--child", str(source), str(Path(place, "output"))]
             print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
 
 

@@ -66,10 +66,11 @@ class Walk:
             return self._each(lambda state, step: self.model.layers[index](state, step, None), states)
 
     def head(self, states: Sequence[mx.array], logits: bool = True) -> list[mx.array]:
-        """The logits (B, L, V); zeros where only their observer is wanted."""
+        """The logits (B, L, V); without ``logits`` only the observer is told of their making."""
         self._logits = logits
         with self.weights(None):
-            return self._each(lambda state, step: self.model.head(state), states)
+            made = self._each(lambda state, step: self.model.head(state), states, logits)
+        return made if logits else []
 
     @contextmanager
     def weights(self, index: int | None) -> Iterator[None]:
@@ -86,11 +87,14 @@ class Walk:
             for module, leaf, shape in held:
                 module[leaf] = shape  # zeros that nothing evaluates
 
-    def _each(self, run: Callable[[mx.array, Step], mx.array], inputs: Sequence[mx.array]) -> list[mx.array]:
+    def _each(
+        self, run: Callable[[mx.array, Step], mx.array], inputs: Sequence[mx.array], evaluate: bool = True
+    ) -> list[mx.array]:
         out = []
         for x, step in zip(inputs, self.steps, strict=True):
             out.append(run(x, step))
-            mx.eval(out[-1], *(value for value in step.shared.values() if isinstance(value, mx.array)))
+            if evaluate:
+                mx.eval(out[-1], *(value for value in step.shared.values() if isinstance(value, mx.array)))
         return out
 
     def _matrices(self) -> Iterator[tuple[str, Matrix]]:

@@ -23,6 +23,11 @@ def test_memory_does_not_grow_with_the_checkpoint_nor_with_a_tensor(tmp_path: Pa
     assert found["estimate_error"] < 0.02
 
 
+def test_a_search_holds_the_activations_of_one_layer_besides(tmp_path: Path) -> None:
+    found = measured(tmp_path, "60", "--method", "search")
+    assert found["above_import_MB"] < 250
+
+
 def test_the_measurement_notices_whole_tensors(tmp_path: Path) -> None:
     found = measured(tmp_path, "150", "--chunk", str(10**9))
     assert found["above_import_MB"] > 250
