@@ -136,7 +136,7 @@ def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]
         pass
     allowed = asked.get("memory", 0)
     return {
-        **_figures(plan),
+        **_figures(plan, folder),
         "measured_mlx": mx.get_peak_memory(),
         "measured_process": high_water(),
         "allowed": allowed,

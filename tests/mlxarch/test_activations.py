@@ -1,0 +1,98 @@
+"""What a step takes, read off its operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxarch.activations import fill, in_order, peak_bytes, stand_ins, step_bytes
+from mlxarch.blocks.pace import two_under_way
+from mlxarch.registry import architecture
+
+SIZE = 1024 * 1024 * 4  # bytes of the arrays below
+
+
+def listed(function: Callable[[mx.array], mx.array]) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    mx.export_function(items.append, function, mx.zeros((1024, 1024)))
+    return items
+
+
+@pytest.mark.parametrize(
+    ("function", "arrays"),
+    [
+        (lambda x: mx.exp(x), 1),  # over the input, which nobody else needs
+        (lambda x: mx.exp(mx.sin(mx.cos(x))), 1),
+        (lambda x: x @ x, 2),  # never over an input
+        (lambda x: mx.exp(x) + x, 2),  # x is needed twice
+        (lambda x: (x @ x) @ x, 3),
+        (lambda x: x.T.reshape(-1)[:7], 1),  # views
+    ],
+)
+def test_arrays_count_while_somebody_needs_them(function: Callable[[mx.array], mx.array], arrays: int) -> None:
+    assert peak_bytes(listed(function), ahead=0) == pytest.approx(arrays * SIZE, rel=0.001)
+
+
+def test_what_mlx_prepares_ahead_counts() -> None:
+    def chain(x: mx.array) -> mx.array:
+        y = x
+        for _ in range(10):
+            y = y @ x
+        return y
+
+    one_by_one, two_ahead, all_ahead = (peak_bytes(listed(chain), ahead) // SIZE for ahead in (0, 4, 100))
+    assert (one_by_one, two_ahead, all_ahead) == (3, 5, 11)
+
+
+def test_what_is_waited_for_is_not_ahead() -> None:
+    def parts(wait: bool) -> Callable[[mx.array], mx.array]:
+        def function(x: mx.array) -> mx.array:
+            outs: list[mx.array] = []
+            for n in range(8):
+                outs.append(mx.softmax((x + n) @ x @ x, axis=-1).sum(-1, keepdims=True))
+                if wait:
+                    outs[-1:] = two_under_way(outs[-1:], outs[-2:-1] or [x])
+            return mx.concatenate(outs, axis=-1)
+
+        return function
+
+    paced, unpaced = (peak_bytes(listed(parts(wait)), ahead=1000) for wait in (True, False))
+    assert paced < 0.5 * unpaced
+    with_wait, without = (parts(wait)(mx.ones((8, 8))) for wait in (True, False))
+    assert mx.array_equal(with_wait, without), "outside of a listing it only waits"
+
+
+def test_shapes_that_another_back_end_does_not_make_are_left_out() -> None:
+    items = listed(lambda x: mx.softmax(x[:512] @ x, axis=-1) @ x)
+    assert peak_bytes(items, 0, skip=lambda shape: shape == (512, 1024)) < peak_bytes(items, 0)
+
+
+def test_only_what_is_asked_for_runs_and_inputs_run_first() -> None:
+    items = listed(lambda x: mx.exp(mx.sin(x)))
+    steps = [item for item in items if item["type"] == "primitive"]
+    [last] = [item["outputs"][0][0] for item in items if item["type"] == "outputs"]
+    assert [step["name"] for step in in_order(steps, [last])] == [step["name"] for step in steps]
+    assert in_order(steps, [steps[0]["outputs"][0][0]]) == steps[:1]
+
+
+def test_a_step_of_a_large_model_takes_no_memory_to_look_at() -> None:
+    config: dict[str, Any] = dict(
+        model_type="qwen3", hidden_size=8192, intermediate_size=32_768, num_hidden_layers=4, vocab_size=200_000
+    )
+    config |= dict(num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=65_536)
+    config |= dict(rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False, attention_bias=False)
+    model = architecture(config).build()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    stand_ins(model, mx.bfloat16)
+    caches = model.make_caches(65_536)
+    fill(model, caches, 65_024)
+    found = step_bytes(model, caches, 512, [0, 1, 2, 3])
+    assert mx.get_peak_memory() - before < 10**6
+    hidden = 512 * 8192 * 2
+    assert found.prepared > 512 * 65_536 * 64 * 2 + hidden, "on a CPU: the scores of all heads"
+    caches = model.make_caches(65_536)
+    fill(model, caches, 65_024)
+    flat = step_bytes(model, caches, 512, [0, 1, 2, 3], skip=lambda shape: shape[-1:] > (60_000,))
+    assert 4 * hidden < flat.prepared < 0.1 * found.prepared
