@@ -7,7 +7,6 @@ places in it that are filled as soon as it is.
 
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +14,7 @@ import numpy as np
 
 from mlxarch.errors import InvalidInput
 from mlxarch.packing import Quantization
+from mlxarch.streaming.banks import writes_in_place
 from mlxarch.streaming.rows import Field, RowCache, RowFile, Verify
 from mlxarch.tensors import FLOATS, Packed, Tensor
 
@@ -157,23 +157,10 @@ class LateRows:
 def late_rows(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> LateRows | None:
     """Places for a model's rows; None where it reads none from the disk, or MLX does not see what is written there."""
     tables = [module for module in model.modules() if isinstance(module, StreamedEmbedding)]
-    return LateRows(tables[0], shape) if len(tables) == 1 and _sees_writes(str(mx.default_device())) else None
+    return LateRows(tables[0], shape) if len(tables) == 1 and writes_in_place(mx.default_device()) else None
 
 
 def _memory(array: mx.array) -> np.ndarray:
     """The bytes of an array. Not a copy: writing to them changes the array."""
     mx.eval(array)
     return np.asarray(array.view(mx.uint8)).reshape(-1)
-
-
-@cache
-def _sees_writes(device: str) -> bool:
-    """Whether MLX computes with what is written to an array's memory behind its back: tried, not assumed."""
-    array = mx.zeros((64,), mx.uint32)
-    memory = _memory(array).view(np.uint32)
-    for value in (1, 2):  # the second time something was computed from it already
-        later = array + 1
-        memory[...] = value
-        if not np.array_equal(np.asarray(later), memory + 1):
-            return False
-    return True

@@ -105,7 +105,7 @@ def test_without_places_rows_are_read_at_once(packed: Callable[[str], Path], mon
     wanted = generated(load(folder), prompt(9))
     model = load(folder, SSD)
     assert late_rows(model) is not None and late_rows(load(folder)) is None
-    monkeypatch.setattr(embeddings, "_sees_writes", lambda device: False)
+    monkeypatch.setattr(embeddings, "writes_in_place", lambda device: False)
     assert late_rows(model) is None
     assert generated(model, prompt(9)) == wanted
 
