@@ -3,6 +3,7 @@
 Each is planned first, which costs a look at the repository at most, and run when a person has agreed.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -16,6 +17,11 @@ from mlxarch.errors import BackendMissing, OutputError
 from mlxarch.hub import Repository
 from mlxarch.inventory import folder_name, stored_bits
 from mlxarch.progress import Progress, gigabytes
+
+ROUNDED = (
+    "rounded to nearest, file by file: the disk had no room for the whole original, which a search for better scales "
+    "reads; `mlxarch quantize` makes one elsewhere"
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Conversion:
     licence: str = ""
     online: bool = field(init=False)
     _repository: Repository | None = None
+    _searched: bool = False
 
     def __post_init__(self) -> None:
         self.target = paths.models() / folder_name(self.name, self.bits)
@@ -101,9 +108,16 @@ class Conversion:
             f"download {repository.repo}, {gigabytes(missing)}, {_how(self.bits)} on the way: "
             f"{gigabytes(output)} on the disk"
         )
-        return Plan(
-            self.target.name, description, missing, output + repository.most_at_once, self.target, repository.config
-        )
+        needed, whole = output + repository.most_at_once, output + missing
+        # a search reads some files twice: it needs all of them until it is done
+        self._searched = self._few_bits and whole <= _free(self.target)
+        needed = max(needed, whole) if self._searched else needed
+        return Plan(self.target.name, description, missing, needed, self.target, repository.config)
+
+    @property
+    def _few_bits(self) -> bool:
+        """Whether searching for scales would pay."""
+        return isinstance(self.bits, int) and self.bits < 8
 
     def run(self, progress: Progress, evaluate: bool = False) -> Path:
         """See Candidate."""
@@ -115,9 +129,11 @@ class Conversion:
         repository = self._repository or _look_up(self.source)
         stated = tuple((file.name, file.sha256) for file in repository.weights.values() if file.sha256)
         origin = Origin(repository.repo, repository.revision, _licence(self.licence), files=stated)
-        with open_remote(repository, progress) as source:
-            # a search looks at some files twice, and only one is here at a time
-            return _convert(source, self.target, self.bits, progress, origin=origin, method="round")
+        with open_remote(repository, progress, keep=self._searched) as source:
+            if self._few_bits and not self._searched:
+                source = replace(source, notes=(*source.notes, ROUNDED))
+            method = None if self._searched else "round"
+            return _convert(source, self.target, self.bits, progress, origin=origin, method=method)
 
 
 @dataclass
@@ -177,6 +193,11 @@ def _convert(source: Any, target: Path, bits: Bits, progress: Progress, evaluate
         if not hub.is_complete(target):  # otherwise another process was faster
             raise
     return target
+
+
+def _free(folder: Path) -> int:
+    """Bytes free where a folder is or will be."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
 
 
 def _look_up(source: HubSource) -> Repository:

@@ -105,13 +105,13 @@ class RemoteShard:
 
 
 class _Window:
-    """Holds open the file that was read last, and those that are read together with it."""
+    """Holds open the file that was read last, and those that are read together with it; with ``keep``, all of them."""
 
-    def __init__(self) -> None:
-        self.current: list[RemoteShard] = []
+    def __init__(self, keep: bool = False) -> None:
+        self.keep, self.current = keep, list[RemoteShard]()
 
     def open(self, shard: RemoteShard) -> Shard:
-        if self.current and group_of(self.current[0].name) != group_of(shard.name):
+        if not self.keep and self.current and group_of(self.current[0].name) != group_of(shard.name):
             self.close()
         if shard not in self.current:
             self.current.append(shard)
@@ -140,10 +140,11 @@ class RemoteTensor(Tensor):
 
 
 @contextmanager
-def open_remote(repository: Repository, progress: Progress = silent) -> Iterator[Source]:
+def open_remote(repository: Repository, progress: Progress = silent, *, keep: bool = False) -> Iterator[Source]:
     """A repository as a Source whose tensors come file by file; use it within the block.
 
-    What was fetched is deleted when the block ends well. After an error it stays, for the next attempt to go on with.
+    What was fetched is deleted when the block ends well, and without ``keep`` when the next file is read, so that files
+    had better be read in turn. After an error it stays, for the next attempt to go on with.
 
     Raises:
         CheckpointError: a header, or the index, breaks a rule.
@@ -155,7 +156,7 @@ def open_remote(repository: Repository, progress: Progress = silent) -> Iterator
         name: hub.fetch(repository.repo, repository.revision, name, into=folder, expected=file)
         for name, file in repository.sidecars.items()
     }
-    fetcher, window = ShardFetcher(repository, folder, progress), _Window()
+    fetcher, window = ShardFetcher(repository, folder, progress), _Window(keep)
     shards, stored = _tensors(repository, fetcher, window, where.get(INDEX))
     sidecars = {name: path for name, path in where.items() if name not in ("config.json", INDEX)}
     tensors = pack(stored, repository.config)

@@ -102,13 +102,16 @@ def test_a_ready_repository_is_taken_before_the_original_and_found_again_without
     assert server.requests == []
 
 
+@pytest.mark.parametrize("room", [True, False])
 def test_without_a_ready_repository_the_original_is_quantized_while_it_downloads(
-    server: FakeHub, worker: Worker, original: Path, tmp_path: Path
+    server: FakeHub, worker: Worker, original: Path, tmp_path: Path, room: bool
 ) -> None:
     code = (
         CATALOG
         + """
-from mlxarch import paths
+from mlxarch import candidates, paths
+if not room:
+    candidates._free = lambda folder: 0
 most = []
 def progress(label, done, total):
     most.append(sum(1 for p in paths.cache().glob("downloads/*/*.safetensors")))
@@ -116,11 +119,12 @@ path = store.obtain("tiny-1b-4bit", confirm=agree, progress=progress)
 return [str(path), asked, max(most), len(list(paths.cache().glob("downloads/*")))]
 """
     )
-    path, asked, most, left = worker(code, memory=10**12)
+    path, asked, most, left = worker(code, memory=10**12, room=room)
     assert path == str(tmp_path / "mlxarch" / "data" / "models" / "tiny-1b-4bit")
-    assert most == 1 and left == 0
-    assert weights(server, "org/tiny") == SHARDS
-    by_hand = convert(original, tmp_path / "by-hand", bits=4).output
+    assert most == (len(SHARDS) if room else 1) and left == 0
+    assert sorted(weights(server, "org/tiny")) == SHARDS, "each of them once"
+    by_hand = convert(original, tmp_path / "by-hand", bits=4, method="search" if room else "round").output
+    assert ("the disk had no room" in (Path(path) / "README.md").read_text()) is not room
     made = contents(Path(path))
     own = {"README.md", "receipt.json"}  # they say where it is from
     assert {name: digest for name, digest in contents(by_hand).items() if name not in own} == {
@@ -129,7 +133,7 @@ return [str(path), asked, max(most), len(list(paths.cache().glob("downloads/*"))
     name, description, download, disk = asked[0]
     assert name == "tiny-1b-4bit" and "org/tiny" in description and "4 bits" in description
     total = sum(len(data) for name, data in server.repos["org/tiny"].files.items() if name.startswith("model-"))
-    assert total < download < total + 20_000 and disk < total
+    assert total < download < total + 20_000 and (disk > total) is room
     assert obtain(worker, "tiny-1b-4bit") == [path, []]
 
 
