@@ -39,31 +39,32 @@ class Feedback:
         """
         exact = np.array(rows.astype(mx.float32))
         plain = _values(mx.array(exact), to, dtype)
-        grid, codes = self._fed_back(exact.copy(), to, dtype)
-        scales, biases = (np.repeat(np.asarray(part[..., 0]), to.group_size, 1) for part in grid)
-        error, rounded = self._error(codes * scales + biases - exact), self._error(plain[2] - exact)
+        grid, fed_back = self._fed_back(exact, to, dtype)
+        error, rounded = self._error(fed_back - exact), self._error(plain[2] - exact)
         better = (mx.array(error) < mx.array(rounded))[:, None, None]
         grid = Grid(*(mx.where(better, a, b) for a, b in zip(grid, plain[:2], strict=True)))
-        values = mx.where(better[..., 0], mx.array(codes * scales + biases), mx.array(plain[2]))
+        values = mx.where(better[..., 0], mx.array(fed_back), mx.array(plain[2]))
         parts = affine(mx.unflatten(values, -1, (-1, to.group_size)), grid, to.bits, dtype)
         return parts, np.minimum(error, rounded), rounded
 
-    def _fed_back(self, left: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
-        """Grids, and codes (R, in); ``left`` is what is left to be packed, and is used up."""
-        codes, grids, size = np.empty_like(left), [], to.group_size
-        for start in range(0, left.shape[1], size):
-            own, steps = left[:, start : start + size], self.steps[start : start + size, start:]
-            found = search(mx.array(own), to, dtype, self.importance[start : start + size]).grid
+    def _fed_back(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
+        """Grids, and the values (R, in) that come of them."""
+        left, values = np.ascontiguousarray(exact.T), np.empty(exact.shape[::-1], np.float32)  # column by column
+        grids, size = [], to.group_size
+        for start in range(0, len(left), size):
+            own, steps = left[start : start + size], self.steps[start : start + size, start:]
+            found = search(mx.array(own.T), to, dtype, self.importance[start : start + size]).grid
             grids.append(found)
             scale, bias = (np.asarray(part).reshape(-1) for part in found)
             step = np.where(scale == 0, np.float32(1), scale)
             errors = np.empty_like(own)
             for j in range(size):
-                codes[:, start + j] = code = np.clip(np.rint((own[:, j] - bias) / step), 0, 2**to.bits - 1)
-                errors[:, j] = (own[:, j] - (code * scale + bias)) / steps[j, j]
-                own[:, j + 1 :] -= errors[:, j, None] * steps[j, j + 1 : size]
-            left[:, start + size :] -= errors @ steps[:, size:]
-        return Grid(*(mx.concatenate([grid[part] for grid in grids], axis=1) for part in range(2))), codes
+                codes = np.clip(np.rint((own[j] - bias) / step), 0, 2**to.bits - 1)
+                values[start + j] = codes * scale + bias
+                errors[j] = (own[j] - values[start + j]) / steps[j, j]
+                own[j + 1 :] -= steps[j, j + 1 : size, None] * errors[j]
+            left[start + size :] -= steps[:, size:].T @ errors
+        return Grid(*(mx.concatenate([grid[part] for grid in grids], axis=1) for part in range(2))), values.T
 
     def _error(self, change: np.ndarray) -> np.ndarray:
         return np.einsum("ri,ri->r", change @ self.moments, change)
