@@ -15,6 +15,8 @@ from mlxarch.errors import QuantizationError
 if TYPE_CHECKING:
     from mlxarch.progress import Progress
     from mlxarch.quantize import Summary
+    from mlxarch.quantize.budget import Target
+    from mlxarch.quantize.mixture import Recipe
     from mlxarch.weights import Source
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
@@ -28,6 +30,10 @@ METHODS = ("search", "gptq", "round")
 @click.option("--mode", "--q-mode", type=click.Choice(MODES), default="affine", show_default=True)
 @click.option("--method", type=click.Choice(METHODS), help="How scales are chosen; search below 8 bits, else round.")
 @click.option("--calibration", metavar="FILE", help="A text that tells which weights matter; else random tokens.")
+@click.option("--target-size", metavar="SIZE", help="Choose bits for each matrix: of the whole folder, as 14GB.")
+@click.option("--target-bits", type=float, metavar="X", help="The same for bits per weight, scales included.")
+@click.option("--target-kl", type=float, metavar="X", help="The same for a KL from the source, nats per token.")
+@click.option("--recipe", metavar="NAME", help="Bits by the names of matrices: one that comes along, or a TOML file.")
 @click.option("--dtype", type=click.Choice(options.DTYPES), help="Of what is not quantized; else as in the source.")
 @click.option("-o", "--output", "--mlx-path", metavar="DIR", help="The folder to make; else ./NAME-BITSbit.")
 @click.option(
@@ -44,6 +50,10 @@ def quantize_command(
     mode: str,
     method: str | None,
     calibration: str | None,
+    target_size: str | None,
+    target_bits: float | None,
+    target_kl: float | None,
+    recipe: str | None,
     dtype: str | None,
     output: str | None,
     experts: str,
@@ -56,7 +66,8 @@ def quantize_command(
 
     SOURCE is a folder, a GGUF file, a repository or a short name. The memory it takes does not depend on the model's
     size; a run that was interrupted goes on when the same command is given again. --bits original only copies, and with
-    --dtype casts. In the end both are compared on a few texts, and receipt.json and the model card tell the result.
+    --dtype casts. With a target or a recipe, matrices that matter more get more bits. In the end both are compared on a
+    few texts, and receipt.json and the model card tell the result.
     """
     from mlxarch.backend import require_backend
 
@@ -65,16 +76,21 @@ def quantize_command(
     from mlxarch.quantize import prepare
     from mlxarch.quantize.formats import default_bits, settings
     from mlxarch.quantize.methods import checked
+    from mlxarch.quantize.mixture import by_recipe, toward
     from mlxarch.streaming.attach import experts_of
 
     wanted = options.parsed_bits(bits) or default_bits(mode)
     width = None if wanted == "original" else int(wanted)
     try:
+        target, own = _mixture(target_size, target_bits, target_kl, recipe, bits)
+        if own is not None:
+            width, group_size = own.common.bits, group_size or own.common.group_size
         packed = None if width is None else settings(width, group_size, mode)
         chosen = checked(method, packed, calibration)
     except QuantizationError as error:
         raise click.UsageError(str(error)) from error
     label = dtype or "copy" if width is None else f"{width}bit" if mode == "affine" else mode
+    label = own.name if own else "mixed" if target else label
     name, opened = _open(source, yes)
     output = output or f"{name}-{label}"
     # packed experts are laid out anew from an ordinary folder, which is removed in the end
@@ -92,6 +108,11 @@ def quantize_command(
     if experts == "packed" and not experts_of(conversion.resolved):
         raise click.UsageError(f"{source} has no experts; leave out --experts packed")
     try:
+        if own is not None:
+            conversion = by_recipe(conversion, own)
+        if target is not None:
+            with on_terminal(None) as progress:
+                conversion = toward(conversion, target, progress)
         say(f"{source}: {conversion.method}; needs {size(conversion.needed)} of disk, at {conversion.output}")
         with on_terminal(None) as progress:
             changed = width is not None or dtype is not None
@@ -112,6 +133,24 @@ def quantize_command(
         for label, text in lines(receipt) if changed and not no_eval else ():
             if label not in ("made by:", "from:", "note:", "with:"):
                 answer(f"{label} {text}")
+
+
+def _mixture(
+    target_size: str | None, target_bits: float | None, target_kl: float | None, recipe: str | None, bits: str | None
+) -> "tuple[Target | None, Recipe | None]":
+    """A target or a recipe, if one was given."""
+    from mlxarch.machines import parse_size
+    from mlxarch.quantize.budget import Target
+    from mlxarch.quantize.mixture import Recipe
+
+    given = {"--target-size": target_size, "--target-bits": target_bits, "--target-kl": target_kl, "--recipe": recipe}
+    named = [name for name, value in {**given, "--bits": bits}.items() if value is not None]
+    if len(named) > 1 and named != ["--bits"]:
+        raise click.UsageError(f"{' and '.join(named)} exclude each other: each says which bits to use")
+    if recipe is not None:
+        return None, Recipe.read(recipe)
+    size = None if target_size is None else parse_size(target_size)
+    return (Target(size=size, bits=target_bits, kl=target_kl) if named and bits is None else None), None
 
 
 def _pack(summary: "Summary", output: str, force: bool, progress: "Progress") -> "Summary":

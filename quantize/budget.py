@@ -1,8 +1,8 @@
 """Bits where they are worth most: a choice of settings for each matrix, under a limit of bytes or of divergence.
 
 Each step gives more bits to the matrix where a byte saves the most divergence, by what ``sensitivity`` measured. On the
-lower convex hull of what a matrix offers, that is the best choice but for the last step. Projections that share an input
-keep the same settings, for they run as one product.
+lower convex hull of what a matrix offers, that is the best choice but for the last step. Projections that share an
+input keep the same settings, for they run as one product.
 """
 
 import heapq

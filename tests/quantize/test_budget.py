@@ -1,0 +1,140 @@
+"""Bits under a limit: the choice, the sensitivities behind it, recipes."""
+
+from itertools import product
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import parity
+from mlxarch.blocks import Quantization
+from mlxarch.errors import QuantizationError
+from mlxarch.loading import load_model
+from mlxarch.quantize import Recipe, Target, by_recipe, prepare
+from mlxarch.quantize.budget import Option, choose, ties
+from mlxarch.quantize.rounding import quantize
+from mlxarch.quantize.sensitivity import costs
+from mlxarch.weights import open_source, resolve
+
+BITS = (2, 4, 8)
+
+
+def offers(count: int, seed: int) -> dict[tuple[str, ...], list[Option]]:
+    """Matrices of several sizes; more bits cost less, and a matrix matters more or less."""
+    draw, found = np.random.default_rng(seed), {}
+    for index in range(count):
+        size, weight = int(draw.integers(1, 5)) * 100, float(10 ** draw.uniform(-2, 2))
+        found[f"m{index}.weight",] = [Option(Quantization(b, 64), size * b, weight * 4.0**-b) for b in BITS]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_is_as_good_as_the_best_of_all_but_for_one_step(seed: int) -> None:
+    given = offers(5, seed)
+    room = sum(options[1].nbytes for options in given.values())
+    choice = choose(given, room)
+    mixes = [sum(o.cost for o in mix) for mix in product(*given.values()) if sum(o.nbytes for o in mix) <= room]
+    step = max(options[0].cost - options[1].cost for options in given.values())
+    assert choice.nbytes <= room and min(mixes) - 1e-9 <= choice.forecast <= min(mixes) + step
+    assert max(mixes) > min(mixes) + step  # a choice at random would fail
+
+
+def test_of_many_matrices_a_mixture_is_better_than_the_same_bits_for_all() -> None:
+    given = offers(60, 3)
+    room = sum(options[1].nbytes for options in given.values())
+    assert choose(given, room).forecast < 0.7 * sum(options[1].cost for options in given.values())
+
+
+def test_a_divergence_is_reached_with_as_few_bytes_as_it_takes() -> None:
+    given = offers(8, 1)
+    strict, loose = choose(given, None, 0.01), choose(given, None, 0.1)
+    assert strict.forecast <= 0.01 < loose.forecast <= 0.1
+    assert strict.nbytes > loose.nbytes
+    with pytest.raises(QuantizationError, match="cannot be reached"):
+        choose(given, None, 1e-9)
+    with pytest.raises(QuantizationError, match="fewest bits"):
+        choose(given, 10)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"size": 5, "bits": 4.0}, {"kl": 0.0}, {"bits": -1.0}, {"kl": float("nan")}])
+def test_a_target_is_one_number_above_zero(wrong: dict) -> None:
+    with pytest.raises(QuantizationError):
+        Target(**wrong)
+
+
+def test_matrices_that_share_an_input_stay_together() -> None:
+    resolved = resolve(open_source(parity.GOLDEN / "llama3"))
+    groups = ties(resolved.model, sorted(resolved.matrices))
+    layer = "model.layers.0."
+    assert tuple(f"{layer}self_attn.{n}_proj.weight" for n in "qkv") in groups
+    assert tuple(f"{layer}mlp.{n}_proj.weight" for n in ("gate", "up")) in groups
+    assert (f"{layer}mlp.down_proj.weight",) in groups
+    assert sorted(path for group in groups for path in group) == sorted(resolved.matrices)
+
+
+def rounded(path: str, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:
+    parts = quantize(rows, to, mx.float32)
+    return mx.dequantize(parts["weight"], parts["scales"], parts["biases"], to.group_size, to.bits)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3n_text", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt2"])
+def test_every_matrix_of_an_architecture_has_a_cost_that_falls_with_the_bits(name: str) -> None:
+    resolved = resolve(open_source(parity.GOLDEN / name))
+    tokens = mx.array(np.random.default_rng(0).integers(0, resolved.model.vocab_size, (2, 16)))
+    found = costs(resolved, tokens, [Quantization(bits, 32) for bits in BITS], rounded)
+    assert found.keys() == resolved.matrices
+    totals = [sum(own[Quantization(bits, 32)] for own in found.values()) for bits in BITS]
+    assert totals[0] > 5 * totals[1] > 25 * totals[2] > 0
+
+
+def test_the_costs_foretell_the_divergence() -> None:
+    """All matrices at 8 bits and at 6, each sum against the divergence that is measured."""
+    folder = parity.GOLDEN / "llama3"
+    resolved, (model, _) = resolve(open_source(folder)), load_model(folder, dtype="float32")
+    tokens = mx.array(np.random.default_rng(1).integers(0, model.vocab_size, (16, 32)))
+    settings = [Quantization(bits, 32) for bits in (6, 8)]
+    found = costs(resolved, tokens, settings, rounded)
+    original = log_softmax(model(tokens))
+    for to in settings:
+        moved, _ = load_model(folder, dtype="float32")
+        for path, module in moved.named_modules():
+            if f"{path}.weight" in found and module.weight.shape[-1] % 32 == 0:
+                rows = module.weight.reshape(-1, module.weight.shape[-1])
+                module.weight = rounded(path, rows, np.zeros(0), to).reshape(module.weight.shape)
+        other = log_softmax(moved(tokens))
+        measured = float((np.exp(original) * (original - other)).sum(-1).mean())
+        foretold = sum(own[to] for own in found.values())
+        assert 0.5 < foretold / measured < 2.0
+
+
+def log_softmax(logits: mx.array) -> np.ndarray:
+    values = np.asarray(logits).astype(np.float64)
+    values -= values.max(-1, keepdims=True)
+    return values - np.log(np.exp(values).sum(-1, keepdims=True))
+
+
+def test_a_recipe_gives_bits_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('bits = 4\ngroup_size = 32\n[matrices]\n"*.v_proj" = 8\n"*embed_tokens" = 6\n')
+    conversion = prepare(parity.GOLDEN / "llama3", tmp_path / "out", bits=4, group_size=32)
+    mixed = by_recipe(conversion, Recipe.read(str(path)))
+    bits = {p: entry.quantization.bits for p, entry in mixed.plan.entries.items() if entry.quantization}
+    assert {b for p, b in bits.items() if ".v_proj." in p} == {8}
+    assert bits["model.embed_tokens.weight"] == 6 and bits["model.layers.0.self_attn.q_proj.weight"] == 4
+    mixed.run()
+    model, config = load_model(tmp_path / "out")
+    assert config["quantization"]["model.layers.0.self_attn.v_proj"]["bits"] == 8
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+
+
+@pytest.mark.parametrize(
+    "text", ["bits = 4\nbit = 3", "matrices = 5\nbits = 4", "bits = 7", "[", 'bits=4\n[matrices]\nx = "8"']
+)
+def test_a_recipe_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(QuantizationError):
+        Recipe.read(str(path))
+    with pytest.raises(QuantizationError, match="neither a file nor one of light"):
+        Recipe.read("unheard-of")
