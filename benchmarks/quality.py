@@ -72,7 +72,7 @@ CLAIMS = [  # of two variants' mean KL: what it is called, the two, what the mea
     ("mixed 5.0 bits with gptq ÷ the same", "mixed, 5.0 bits, gptq", "round, 4 bits, group 32", 0.25, math.inf),
     ("search ÷ mlx-lm's awq, 4 bits, same text", "search, 4 bits, group 64, calibrated", "mlx-lm awq", 1.0, 1.0),
     ("gptq ÷ mlx-lm's gptq, 4 bits, same text", "gptq, 4 bits, group 64, calibrated", "mlx-lm gptq", 1.0, 1.0),
-    ("mixed 5.0 bits ÷ mlx-lm's dynamic_quant", "mixed, 5.0 bits", "mlx-lm dynamic_quant", 1.0, 1.0),
+    ("mixed ÷ mlx-lm's dynamic_quant, of its size", "mixed, size of dynamic_quant", "mlx-lm dynamic_quant", 1.0, 1.0),
     ("mixed ÷ llama.cpp's Q4_K_M, of its size", "mixed, size of Q4_K_M", "llama.cpp Q4_K_M", 1.0, 1.0),
 ]
 
@@ -137,10 +137,13 @@ def makers(options: argparse.Namespace, calibration: str, trained: bool, results
         def q4_k_m(original: Path, output: Path) -> dict[str, float]:
             return {"bits_per_weight": peers.llama_cpp(original, output, options.library)}
 
-        def its_size(original: Path, output: Path) -> dict[str, float]:
-            return ours(results["llama.cpp Q4_K_M"]["bits_per_weight"])(original, output)
+        made["llama.cpp Q4_K_M"] = q4_k_m
+    for peer in ("llama.cpp Q4_K_M", "mlx-lm dynamic_quant"):
 
-        made |= {"llama.cpp Q4_K_M": q4_k_m, "mixed, size of Q4_K_M": its_size}
+        def its_size(original: Path, output: Path, peer: str = peer) -> dict[str, float]:
+            return ours(results[peer]["bits_per_weight"])(original, output)
+
+        made[f"mixed, size of {peer.split()[-1]}"] = its_size
     return made
 
 
