@@ -112,6 +112,14 @@ class Footprint:
             total[weight.kind] += weight.held(float_bytes)
         return dict(total)
 
+    def loading(self, float_bytes: int) -> int:
+        """Bytes besides while the largest layer or table is read whose floats have another type than is computed in."""
+        total: Counter[int | str] = Counter()
+        for weight in self.weights:
+            cast = sum(count * width for count, width, is_float in weight.parts if is_float and width != float_bytes)
+            total[weight.path if weight.layer is None else weight.layer] += cast
+        return max(total.values(), default=0)
+
     def expert_bytes(self, float_bytes: int) -> list[int]:
         """Of one expert in each layer, 0 in a dense one."""
         total: Counter[int] = Counter()

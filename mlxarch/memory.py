@@ -277,6 +277,9 @@ class _Planner:
             way.context, way.chunk, wide, backend != "cpu", self.kv, self.footprint.bits < 16
         )
         held = min(HELD, way.context * self._held_of_a_token()) if slots else 0
+        # while it loads there are neither caches nor activations yet
+        loading = max(self.footprint.loading(wide) - sum(kv.values()) - step.touched, 0) if not words else 0
+        prepared = max(step.prepared, step.touched + loading)
         usual = way.chunk == CHUNKS[backend][0]
         found = Plan(
             model=self.blueprint.name,
@@ -290,8 +293,8 @@ class _Planner:
             ),
             weights=weights,
             kv=kv,
-            activations=step.prepared + held,
-            touched=step.touched + held if backend == "cpu" else step.prepared + held,
+            activations=prepared + held,
+            touched=(step.touched + loading if backend == "cpu" else prepared) + held,
             free=FREE[backend] if usual else FREE["cpu"],
             process=PROCESS[backend]
             + TOKEN * self.footprint.vocabulary
