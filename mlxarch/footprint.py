@@ -113,12 +113,21 @@ class Footprint:
         return dict(total)
 
     def loading(self, float_bytes: int) -> int:
-        """Bytes besides while the largest layer or table is read whose floats have another type than is computed in."""
-        total: Counter[int | str] = Counter()
+        """Bytes above those of all weights at the peak of loading, layer by layer in the order of the files.
+
+        Floats of another type than is computed in are held twice until their layer is there.
+        """
+        groups: dict[int | str, list[Weight]] = {}
         for weight in self.weights:
-            cast = sum(count * width for count, width, is_float in weight.parts if is_float and width != float_bytes)
-            total[weight.path if weight.layer is None else weight.layer] += cast
-        return max(total.values(), default=0)
+            groups.setdefault(weight.path if weight.layer is None else weight.layer, []).append(weight)
+        before, peak = 0, 0
+        for group in groups.values():
+            before += sum(weight.held(float_bytes) for weight in group)
+            parts = [part for weight in group for part in weight.parts]
+            peak = max(
+                peak, before + sum(n * width for n, width, is_float in parts if is_float and width != float_bytes)
+            )
+        return peak - before
 
     def expert_bytes(self, float_bytes: int) -> list[int]:
         """Of one expert in each layer, 0 in a dense one."""
