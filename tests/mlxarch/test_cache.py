@@ -20,6 +20,7 @@ def test_returns_all_keys_and_values_in_order(capacity: int | None) -> None:
         values.append(entries(length, step + 50))
         assert cache.slots(length).tolist() == list(range(cache.length + length))
         all_keys, all_values = cache.append(keys[-1], values[-1])
+        assert isinstance(all_keys, mx.array) and isinstance(all_values, mx.array)
         assert mx.array_equal(all_keys, mx.concatenate(keys, axis=2))
         assert mx.array_equal(all_values, mx.concatenate(values, axis=2))
     assert cache.length == 1034
@@ -31,6 +32,7 @@ def test_what_was_truncated_is_written_over() -> None:
     cache.append(first, first)
     assert cache.truncate(12)
     keys, _ = cache.append(second, second)
+    assert isinstance(keys, mx.array)
     assert mx.array_equal(keys, mx.concatenate([first[..., :12, :], second], axis=2))
     assert cache.truncate(100)  # longer than it is: nothing to forget
     assert cache.length == 17

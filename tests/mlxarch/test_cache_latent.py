@@ -19,6 +19,7 @@ def test_returns_all_keys_in_order_and_the_front_of_each_as_its_value(capacity: 
         keys.append(entries(length, step))
         assert cache.slots(length).tolist() == list(range(cache.length + length))
         held, values = cache.append(keys[-1], keys[-1][..., :RANK])
+        assert isinstance(held, mx.array) and isinstance(values, mx.array)
         assert mx.array_equal(held, mx.concatenate(keys, axis=2))
         assert mx.array_equal(values, held[..., :RANK])
     assert cache.length == 333
@@ -30,6 +31,7 @@ def test_forgets_down_to_any_length(length: int) -> None:
     cache.append(first, first[..., :RANK])
     assert cache.truncate(length)
     held, _ = cache.append(second, second[..., :RANK])
+    assert isinstance(held, mx.array)
     assert mx.array_equal(held, mx.concatenate([first[..., :length, :], second], axis=2))
 
 

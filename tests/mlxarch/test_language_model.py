@@ -1,15 +1,14 @@
 """What mlxarch.load returns: prompts, answers, stops, limits."""
 
-from collections.abc import contextlib
+import contextlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
-import Sequence
 from talker import CONTEXT, VOCABULARY, make_talker
 
 import mlxarch
