@@ -20,16 +20,17 @@ BYTES = 16 * MOST  # of a text that are looked at for them
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of tokens (B, L), and where they are from."""
+    """Batches of tokens (B, L), and where they are from; ``is_text`` is False of random ones."""
 
     batches: tuple[mx.array, ...]
     words: str
+    is_text: bool = False
 
     @classmethod
     def random(cls, resolved: Resolved) -> "Calibration":
         """No text at all; every token is as likely."""
         model = resolved.model
-        return cls._of(random_tokens(model.vocab_size, model.context_length), "random tokens")
+        return cls._of(random_tokens(model.vocab_size, model.context_length), "random tokens", False)
 
     @classmethod
     def text(cls, file: str | Path, source: Source, resolved: Resolved) -> "Calibration":
@@ -41,11 +42,11 @@ class Calibration:
         """
         [text] = read_texts([file])
         ids = tokenizer_of(source).encode(text.content[:BYTES])[:MOST]
-        return cls._of(text_tokens(ids, resolved.model.context_length), f"tokens of {Path(file).name}")
+        return cls._of(text_tokens(ids, resolved.model.context_length), f"tokens of {Path(file).name}", True)
 
     @classmethod
-    def _of(cls, batches: list[mx.array], what: str) -> "Calibration":
-        return cls(tuple(batches), f"{sum(batch.size for batch in batches):,} {what}")
+    def _of(cls, batches: list[mx.array], what: str, is_text: bool) -> "Calibration":
+        return cls(tuple(batches), f"{sum(batch.size for batch in batches):,} {what}", is_text)
 
     @cached_property
     def digest(self) -> str:

@@ -89,6 +89,7 @@ def toward(conversion: Conversion, target: Target, progress: Progress = silent) 
         room,
         method=conversion.chosen,
         group_size=wanted.group_size,
+        calibration=conversion.calibration if conversion.calibration and conversion.calibration.is_text else None,
         dtype=DTYPE_NAMES[conversion.dtype] if conversion.dtype else None,
         progress=progress,
     )
