@@ -153,7 +153,7 @@ class Conversion:
         label = "copying" if self.wanted is None else "quantizing"
         unsynced, new = 0, dict[str, Fact]()
         progress(label, finished, total)
-        batches = self.calibration.batches if self.calibration else ()
+        batches = self.calibration.tokens(self.resolved, progress) if self.calibration and todo else ()
         for path, pack, unreached in in_turn(self.resolved, self.chosen, batches, todo, progress):
             entry, tensor, loss = entries[path], parameters[path], Loss()
             for start, stop in chunks(tensor, self.limits.chunk):
@@ -284,7 +284,8 @@ def prepare(
     plan = make_plan(resolved.published, matrices, wanted, kind, limits.shard, exact)
     tokens = None
     if chosen != "round":
-        tokens = Calibration.text(calibration, opened, resolved) if calibration else Calibration.random(resolved)
+        usual = Calibration.drawn if chosen == "gptq" else Calibration.random
+        tokens = Calibration.text(calibration, opened, resolved) if calibration else usual(resolved)
     return Conversion(opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk(), chosen, tokens)
 
 

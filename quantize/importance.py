@@ -17,6 +17,7 @@ from mlxarch.weights import Resolved
 TOKENS = 1024  # random ones
 WINDOW = 128  # of them
 BATCH = 2048  # tokens whose activations are held at once
+LOGITS = 16 << 20  # of them at once
 TIED = 0.3  # what the channels of a table that is looked up as well count all alike, beside 1 for what it multiplies
 
 
@@ -130,10 +131,49 @@ def _quiet() -> np.errstate:
     return np.errstate(all="ignore")
 
 
-def random_tokens(vocabulary: int, context: int, seed: int = 0) -> list[mx.array]:
-    """One batch of windows of tokens that are all as likely."""
+def random_tokens(vocabulary: int, context: int, count: int = TOKENS, seed: int = 0) -> list[mx.array]:
+    """Windows of tokens that are all as likely, in batches."""
     length = min(WINDOW, context)
-    return [mx.array(np.random.default_rng(seed).integers(0, vocabulary, (TOKENS // length, length)))]
+    windows = np.random.default_rng(seed).integers(0, vocabulary, (count // length, length))
+    step = max(BATCH // length, 1)
+    return [mx.array(windows[start : start + step]) for start in range(0, len(windows), step)]
+
+
+def redrawn(
+    resolved: Resolved, batches: Sequence[mx.array], passes: int, progress: Progress = silent
+) -> list[mx.array]:
+    """The same windows with every token but the first drawn anew by the model, from what it expects there.
+
+    All places of a window are drawn at once, each behind the tokens of the pass before. One pass makes pairs of tokens
+    that the model thinks likely, and more make longer runs, all with no text at hand and at the price of a prompt.
+    """
+    random, total = np.random.default_rng(passes), sum(tensor.nbytes for tensor in resolved.parameters.values())
+    drawn = list(batches)
+    for number in range(passes):
+        walk = Walk(resolved, drawn)
+        host_attention.install(walk.model)
+        with _quiet():
+            states, layers = walk.embed(), len(walk.model.layers)
+            for index in range(layers):
+                progress("drawing tokens", total * (number * layers + index) // (passes * layers), total)
+                states = walk.layer(index, states)
+            with walk.weights(None):
+                drawn = [_drawn(walk, tokens, state, random) for tokens, state in zip(drawn, states, strict=True)]
+    progress("drawing tokens", total, total)
+    return drawn
+
+
+def _drawn(walk: Walk, tokens: mx.array, state: mx.array, random: np.random.Generator) -> mx.array:
+    flat = state[:, :-1].reshape(1, -1, *state.shape[2:])
+    found, many = np.empty(flat.shape[1], np.int64), max(LOGITS // walk.model.vocab_size, 1)
+    for start in range(0, len(found), many):
+        logits = np.asarray(walk.model.head(flat[:, start : start + many])[0])
+        for row, chances in enumerate(logits, start):
+            sums = np.cumsum(np.exp(chances - chances.max()), dtype=np.float64)
+            found[row] = min(np.searchsorted(sums, random.random() * sums[-1], "right"), len(sums) - 1)
+    rows = np.array(tokens)
+    rows[:, 1:] = found.reshape(len(rows), -1)
+    return mx.array(rows)
 
 
 def text_tokens(ids: Sequence[int], context: int) -> list[mx.array]:
