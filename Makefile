@@ -27,7 +27,7 @@ demo: $(READY)-gguf
 	$(BIN)/mlxarch run $(MODEL) --bits 8 --stats --seed 0 --max-tokens 200 "$(PROMPT)" </dev/null
 
 test: $(READY)-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)-dev
 	$(BIN)/ruff check .
