@@ -1,10 +1,10 @@
 """Scales and biases that fit the weights that matter: those of the input channels with large values.
 
-Rounding spreads the levels evenly over a group, from its smallest weight to its largest. Here the levels are drawn in
-by several steps, and from the best of them scale and bias are solved for by weighted least squares, in turn with the
-choice of codes. The weight of a channel is the mean square of its inputs, so that what is minimised is the expected
-square of the error of a product, as far as inputs are uncorrelated. A group keeps the grid of rounding where that is
-better.
+Rounding spreads the levels evenly over a group, from its smallest weight to its largest. Here the range is drawn in
+from either side, by several shares, and from each of them scale and bias move by weighted least squares, in turn with
+the choice of codes; the best grid on the way counts. The weight of a channel is the mean square of its inputs, so that
+what is minimised is the expected square of the error of a product, as far as inputs are uncorrelated. A group keeps the
+grid of rounding where that is better.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlxarch.blocks import Quantization
 from mlxarch.quantize.rounding import affine, grid_of
 
-SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.5)  # of the range of a group
-STEPS = 6  # of least squares, from the best of them
+# how far a start goes from the weighted mean of a group towards its smallest and its largest weight
+STARTS = ((1, 1), (0.9, 0.9), (0.75, 0.75), (0.55, 0.55), (1, 0.7), (0.7, 1), (0.85, 0.55), (0.55, 0.85))
+STRIDES = (3, 3, 2, 1)  # times the step of least squares from each: the codes follow, and one step is far too short
 FLOOR = 1e-6  # of a weight, the mean being 1: a channel that was silent may yet speak
 CPU_BLOCK, BLOCK = 1 << 17, 1 << 24  # elements at a time: on a CPU they stay in its cache
 
@@ -72,19 +73,15 @@ def _search(groups: mx.array, weights: mx.array, bits: int, dtype: mx.Dtype) -> 
     plain = Grid(*(part.astype(dtype).astype(mx.float32) for part in grid_of(groups, bits)))
     middle = (weights * groups).sum(-1, keepdims=True) / total
     low, high = groups.min(-1, keepdims=True) - middle, groups.max(-1, keepdims=True) - middle
-    error, following = _improved(groups, weights, total, plain, bits)
-    best = plain
-    for share in SHRINKS:
-        drawn_in = Grid(mx.maximum((high - low) * (share / (2**bits - 1)), 1e-7), middle + low * share)
-        _, fitted = _improved(groups, weights, total, drawn_in, bits)
-        new, then = _improved(groups, weights, total, fitted, bits)
-        better = new < error
-        best, following = _choose(better, fitted, best), _choose(better, then, following)
-        error = mx.minimum(new, error)
-    for _ in range(STEPS):
-        grid = following
-        new, following = _improved(groups, weights, total, grid, bits)
-        best, error = _choose(new < error, grid, best), mx.minimum(new, error)
+    best, error = plain, mx.full(total.shape, mx.inf)
+    for down, up in STARTS:
+        first = middle + low * down
+        grid = Grid(mx.maximum((middle + high * up - first) / (2**bits - 1), 1e-7), first)
+        for stride in (*STRIDES, None):
+            new, step = _step(groups, weights, total, grid, bits)
+            best, error = _choose(new < error, grid, best), mx.minimum(new, error)
+            if stride is not None:
+                grid = Grid(*(part + stride * change for part, change in zip(grid, step, strict=True)))
     stored = _as_stored(groups, weights, total, best, bits, dtype)
     error, rounded = (error_of(groups, weights, grid, bits) for grid in (stored, plain))
     return Found(_choose(error < rounded, stored, plain), mx.minimum(error, rounded), rounded)
@@ -102,11 +99,8 @@ def error_of(groups: mx.array, weights: mx.array, grid: Grid, bits: int) -> mx.a
     return (weights * rest.square()).sum(-1, keepdims=True)
 
 
-def _improved(groups: mx.array, weights: mx.array, total: mx.array, grid: Grid, bits: int) -> tuple[mx.array, Grid]:
-    """The errors of a grid, and the grid that is best for its codes.
-
-    The change is solved for, not the grid, so that nothing large is subtracted from something as large.
-    """
+def _step(groups: mx.array, weights: mx.array, total: mx.array, grid: Grid, bits: int) -> tuple[mx.array, Grid]:
+    """The errors of a grid, and how it has to change to be the best for its codes."""
     codes = codes_of(groups, grid, bits)
     rest = groups - (codes * grid.scales + grid.biases)
     times_rest, times_codes = weights * rest, weights * codes
@@ -117,7 +111,7 @@ def _improved(groups: mx.array, weights: mx.array, total: mx.array, grid: Grid, 
     scale = mx.where(alike, 0, (total * cr - c * r) / mx.where(alike, 1, spread))
     bias = (r - c * scale) / total
     error = (times_rest * rest).sum(-1, keepdims=True)
-    return error, Grid(grid.scales + scale, grid.biases + bias)
+    return error, Grid(scale, bias)
 
 
 def _as_stored(groups: mx.array, weights: mx.array, total: mx.array, grid: Grid, bits: int, dtype: mx.Dtype) -> Grid:
