@@ -81,7 +81,9 @@ def kill_at(moment: int, how: str) -> Callable[[int, str], int | None]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     disk = FaultyDisk(kill_at(job["at"], job.get("how", "")) if "at" in job else lambda number, name: None)
-    conversion = prepare(job["source"], job["output"], bits=job["bits"], limits=Limits(*job["limits"]), disk=disk)
+    conversion = prepare(
+        job["source"], job["output"], bits=job["bits"], method="round", limits=Limits(*job["limits"]), disk=disk
+    )
     try:
         conversion.run(force=job["force"])
     except MlxArchError as error:
