@@ -85,10 +85,11 @@ def test_places_that_are_filled_with_another_token_would_show(
     packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed("affine-4")
-    wanted = generated(load(folder), prompt(9))
+    prompts = [prompt(9, seed) for seed in range(8)]  # one alone may be answered in a loop that nothing disturbs
+    wanted = [generated(load(folder), tokens) for tokens in prompts]
     plain = LateRows.fill
     monkeypatch.setattr(LateRows, "fill", lambda self, tokens: plain(self, [7 for _ in tokens]))
-    assert generated(load(folder, SSD), prompt(9)) != wanted
+    assert [generated(load(folder, SSD), tokens) for tokens in prompts] != wanted
 
 
 def test_what_is_computed_before_its_rows_are_there_is_not_a_number(

@@ -168,14 +168,14 @@ def strike(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault | None, 
     yield arm
 
 
-@pytest.mark.parametrize("kind", ["packed", "plain"])
-@pytest.mark.parametrize("name", FAULTS)
+# Without checksums of the maker's, only what was read once can be compared: a plain folder's flipped bits are below.
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in FAULTS for k in ("packed", "plain") if (n, k) != ("bit flip", "plain")]
+)
 def test_every_fault_is_detected_or_harmless(
     name: str, kind: str, folders: dict[str, Path], strike: Any, tmp_path: Path
 ) -> None:
     fault, draw = FAULTS[name], np.random.default_rng(4)
-    if (name, kind) == ("bit flip", "plain"):
-        pytest.skip("without checksums of the maker's, only what was read once can be compared: see below")
     model, found = load(folders[kind]), []
     wanted = ask(model)
     for trial in range(TRIALS):
