@@ -22,7 +22,7 @@ BITS = (16, 8, 6, 5, 4, 3, 2)
 @options.memory_options
 @click.option("--machine", metavar="NAME", help="Plan for this one, such as m4-24gb or m4-pro-48gb.")
 @click.option("--bits", type=click.IntRange(2, 16), help="Of the weights; else as they are, or the most that fits.")
-@click.option("-c", "--context", "--ctx", type=options.Tokens(), metavar="TOKENS", help="Such as 32k; else what fits.")
+@click.option(*options.CONTEXT, type=options.Tokens(), metavar="TOKENS", help="Such as 32k; else what fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/fit.md explains the keys.")
 def fit_command(
     model: str | None,

@@ -57,7 +57,7 @@ Exit codes:
 \b
 Environment:
   MLXARCH_MODEL    the model where none is named
-  MLXARCH_CONTEXT  tokens of context to plan for, as --ctx
+  MLXARCH_CONTEXT  tokens of context to plan for, as --context
   MLXARCH_HOME     one folder for all files (see `mlxarch paths`)
   MLXARCH_MODELS   more folders with models, only read, separated by colons
   MLXARCH_DEBUG    1 prints tracebacks and log messages

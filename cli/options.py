@@ -98,6 +98,7 @@ thinking_options = _combined(
         click.option("--hide-thinking", is_flag=True, help="Do not show the thinking on the terminal."),
     ]
 )
+CONTEXT = ("-c", "--context", "--ctx", "--ctx-size", "--context-length", "--max-context", "context")  # all are usual
 bits_option = click.option(
     "--bits", type=click.Choice(BITS), help="Of the weights; else the largest of 8, 4 that fits."
 )
@@ -121,7 +122,7 @@ loading_options = _combined(
         bits_option,
         click.option("--dtype", type=click.Choice(DTYPES), help="To compute in; else what suits the machine."),
         click.option(
-            *("-c", "--ctx", "--ctx-size", "--context-length", "--max-context", "context"),
+            *CONTEXT,
             type=Tokens(),
             metavar="TOKENS",
             envvar="MLXARCH_CONTEXT",
@@ -166,7 +167,7 @@ def open_model(
 
 
 def asked(*, memory: int | None, context: int | None, kv_bits: str | None, ple: Any, **_: object) -> "Request":
-    """What ``memory_options`` and --ctx say."""
+    """What ``memory_options`` and --context say."""
     from mlxarch.memory import Request
 
     return Request(memory=memory, context=context, kv_bits=int(kv_bits) if kv_bits else None, ple=ple)

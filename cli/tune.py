@@ -14,7 +14,7 @@ from mlxarch.cli.output import answer, answer_json, say, size
 @options.model_option
 @options.bits_option
 @options.memory_options
-@click.option("-c", "--context", "--ctx", type=options.Tokens(), metavar="TOKENS", help="To plan for; else what fits.")
+@click.option(*options.CONTEXT, type=options.Tokens(), metavar="TOKENS", help="To plan for; else what fits.")
 @click.option(
     "-n", "--tokens", type=click.IntRange(8), default=64, show_default=True, help="To generate in each trial."
 )

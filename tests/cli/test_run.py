@@ -115,6 +115,14 @@ def test_stop_strings_and_stats(invoke, tiny):
     assert "tokens/s" in result.stderr and "first token after" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "chat", "fit", "tune"])
+@pytest.mark.parametrize("name", ["-c", "--context", "--ctx", "--ctx-size", "--context-length", "--max-context"])
+def test_the_context_has_every_usual_name(invoke, tiny, command, name):
+    result = invoke(command, tiny, name, "-7")
+    assert result.exit_code == 2 and "no number of tokens" in result.stderr
+    assert "No such option" in invoke(command, tiny, name + "x", "-7").stderr or name == "-c"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -125,7 +133,7 @@ def test_stop_strings_and_stats(invoke, tiny):
         ["--min-p", "2"],
         ["--seed", "-1"],
         ["-n", "0"],
-        ["--ctx", "0"],
+        ["--context", "0"],
         ["--ctx", "5000"],
         ["--bits", "7"],
         ["--dtype", "float64"],
