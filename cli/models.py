@@ -123,16 +123,16 @@ def show_command(model: str | None, named: str | None, as_json: bool) -> None:
 
     name = options.the_model(named, model)
     facts = store.describe(name)
-    folders: list[str] = [name] if os.path.isdir(name) else [copy["path"] for copy in facts["installed"]]
+    is_folder = os.path.isdir(name)
+    folders: list[str] = [name] if is_folder else [copy["path"] for copy in facts["installed"]]
     found = {folder: receipt for folder in folders if (receipt := receipts.read(folder))}
     if as_json:
         answer_json(facts | {"receipts": found})
         return
-    rows = [
-        (f"{key.removesuffix('_bytes')}:", _shown(key, value)) for key, value in facts.items() if key != "installed"
-    ]
+    hidden = {"installed", "sources"} if is_folder else {"installed"}
+    rows = [(f"{key.removesuffix('_bytes')}:", _shown(key, value)) for key, value in facts.items() if key not in hidden]
     rows += [("here:", f"{copy['name']}, {size(copy['bytes'])}, {copy['path']}") for copy in facts["installed"]]
-    table(rows if facts["installed"] else [*rows, ("here:", "no")])
+    table(rows if facts["installed"] or is_folder else [*rows, ("here:", "no")])
     for folder, receipt in found.items():
         answer(f"\nThe receipt in {folder}:")
         table(lines(receipt))

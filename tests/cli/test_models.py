@@ -59,7 +59,8 @@ def test_show_says_what_is_known(invoke, home, tiny):
     text = invoke("show", "Qwen-3:8b").stdout
     assert "Qwen3 8B" in text and "apache-2.0" in text and "Qwen/Qwen3-8B@" in text
     assert json.loads(invoke("show", "qwen3-8b", "--json").stdout)["parameters"] > 8e9
-    assert "llama" in invoke("show", tiny).stdout
+    folder = invoke("show", tiny).stdout
+    assert "llama" in folder and "here:" not in folder and "here:" in text
     unknown = invoke("show", "qwen3-9b")
     assert unknown.exit_code == 3 and "qwen3-8b" in unknown.stderr
 
