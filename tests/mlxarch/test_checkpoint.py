@@ -3,30 +3,15 @@
 import json
 import logging
 import os
-import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from raw_safetensors import open_files, safetensors
 
 from mlxarch.checkpoint import INDEX, Checkpoint
 from mlxarch.errors import CheckpointError, ConfigError, ModelNotFound
-
-
-def safetensors(metadata=None, **arrays) -> bytes:
-    header, data = {"__metadata__": metadata} if metadata else {}, b""
-    for name, array in arrays.items():
-        entry = {"dtype": {"float32": "F32", "uint8": "U8"}[str(array.dtype)], "shape": array.shape}
-        header[name] = entry | {"data_offsets": [len(data), len(data) + array.nbytes]}
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def open_files() -> int:
-    return len(os.listdir("/dev/fd"))
-
 
 A, B = np.zeros(4, np.float32), np.ones(6, np.float32)
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
