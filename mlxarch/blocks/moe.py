@@ -10,6 +10,7 @@ from mlxarch.blocks.linear import ExpertLinear, SharedInput
 from mlxarch.blocks.routers import Router, top
 
 SORT_FROM = 64  # rows; from here on it pays to bring those of one expert together
+TILES_FROM = 4  # rows for each packed matrix; from here on MLX has kernels for rows in order
 
 
 class TopK(Router):
@@ -25,6 +26,11 @@ class TopK(Router):
         logits = self.logits(x)
         chosen = top(logits, self.k)
         return chosen, self.weigh(mx.take_along_axis(logits, chosen, axis=-1))
+
+
+def in_order(rows: int, experts: int, packed: bool) -> bool:
+    """Whether MLX is told that rows stand in the order of their experts: where it would make use of it."""
+    return rows >= SORT_FROM and (not packed or rows // experts >= TILES_FROM)
 
 
 class Experts(nn.Module):
@@ -43,6 +49,11 @@ class Experts(nn.Module):
         # set where the matrices hold some of the experts only: computes in place of __call__
         self.streamed: Callable[[mx.array, mx.array], mx.array] | None = None
 
+    @property
+    def packed(self) -> bool:
+        """Whether a matrix is."""
+        return self.down_proj.quantization is not None
+
     def rows(self, x: mx.array, places: mx.array, sorted: bool) -> mx.array:
         """Each row of x through the expert at its place in the stacks: (N, 1, dim), (N,) -> (N, 1, dim)."""
         return self.down_proj(self.gate(*self.gate_up(x, places, sorted)), places, sorted)
@@ -55,7 +66,7 @@ class Experts(nn.Module):
         sort = flat.size >= SORT_FROM
         order = mx.argsort(flat) if sort else mx.arange(flat.size)
         flat, rows = flat[order] if sort else flat, rows[order // k]
-        y = self.rows(rows, flat, sort)
+        y = self.rows(rows, flat, in_order(flat.size, self.down_proj["weight"].shape[0], self.packed))
         y = y[mx.argsort(order)] if sort else y
         return y.reshape(*chosen.shape, -1)
 

@@ -49,14 +49,15 @@ def attach(resolved: Resolved, slots: Sequence[int], dtype: mx.Dtype, verify: Ve
             f"{', '.join(map(str, experts))}, which have experts; found {tuple(slots)}"
         )
     streaming, device = Streaming(), mx.default_device()
+    gpu = device != mx.cpu
     for layer, (path, module) in experts.items():
         parts = parts_of(path, resolved.tensors)
         if slots[layer] >= parts[0].tensor.shape[0]:
             continue
         records = Records(layer, parts, verify, files=streaming.shared.files)
         settle(module, path, resolved.tensors)
-        bank = Bank(module, parts, slots[layer], dtype, writes_in_place(device), join=device != mx.cpu)
-        streaming.layers[layer] = StreamedExperts(module, records, bank, streaming.shared, not streaming.layers)
+        bank = Bank(module, parts, slots[layer], dtype, writes_in_place(device), join=gpu)
+        streaming.layers[layer] = StreamedExperts(module, records, bank, streaming.shared, not streaming.layers, gpu)
         module.streamed = streaming.layers[layer]
         streaming.parameters |= {name for name in resolved.tensors if name.startswith(f"{path}.")}
     if not streaming.layers:

@@ -20,12 +20,10 @@ from mlxarch.checkpoint import Shard
 from mlxarch.streaming.banks import Bank
 from mlxarch.streaming.files import RecordFile
 from mlxarch.streaming.records import Records
+from mlxarch.streaming.shapes import Shape, shape_on_cpu, shape_on_gpu
 from mlxarch.streaming.stats import Stats
 
 THREADS = 4  # more gain nothing on any disk that was measured
-# Rows for each expert of a packed stack from which MLX on Metal multiplies sorted rows in tiles, and in larger ones;
-# and rows in all
-TILED, LARGE_TILED, LEAST_TILED = 4, 64, 16
 
 
 class Shared:
@@ -107,16 +105,18 @@ class StreamedExperts:
 
     A row's result does not depend on which other rows are computed with it nor on the slot that its expert is in, so
     that it is the same, bit for bit, whatever the number of slots; where MLX chooses another kernel by these numbers,
-    the choice is made as if all experts were in memory (``_kind``).
+    the choice is made as if all experts were in memory (see ``shapes``).
 
     Args:
         first: of the model's streamed layers: it counts the tokens.
+        gpu: whether the numbers of rows matter.
     """
 
-    def __init__(self, experts: Experts, records: Records, bank: Bank, shared: Shared, first: bool) -> None:
+    def __init__(self, experts: Experts, records: Records, bank: Bank, shared: Shared, first: bool, gpu: bool) -> None:
         # the experts hold this object: a reference back would keep both, and the bank, until a garbage collection
         self.experts = cast(Experts, weakref.proxy(experts))
         self.records, self.bank, self.shared, self._first = records, bank, shared, first
+        self._gpu = gpu
         self._slots: OrderedDict[int, int] = OrderedDict()  # expert -> slot, the least recently used first
         self._free = list(range(bank.slots))
         self._place = np.full(records.count, -1)  # slot of an expert
@@ -187,7 +187,10 @@ class StreamedExperts:
         order = np.argsort(places, kind="stable") if call.size >= SORT_FROM else None
         places = places if order is None else places[order]
         tokens = (np.arange(call.size) if order is None else order) // k
-        y = self._rows(call.x.reshape(-1, call.x.shape[-1]), tokens, places, self._kind(call))
+        x, shape = call.x.reshape(-1, call.x.shape[-1]), self._shape(call, call.size)
+        parts = [slice(start, start + shape.most) for start in range(0, call.size, shape.most)]
+        pieces = [self._rows(x, tokens[part], places[part], shape) for part in parts]
+        y = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
         y = y if order is None else y[mx.array(np.argsort(order))]
         return y.reshape(*call.chosen.shape, -1)
 
@@ -195,22 +198,23 @@ class StreamedExperts:
         """The results of all rows of all calls: (rows, dim). While a wave computes, the next one's experts are read."""
         x = [call.x.reshape(-1, call.x.shape[-1]) for call in calls]
         x, k = x[0] if len(x) == 1 else mx.concatenate(x), calls[0].chosen.shape[-1]
-        kinds = np.repeat([self._kind(call) for call in calls], [call.size for call in calls])
-        most = max(call.size for call in calls)  # rows at a time: as many as a call has
+        most = max(call.size for call in calls)
+        of_calls = [self._shape(call, most) for call in calls]
+        shapes = list(dict.fromkeys(of_calls))
+        which = np.repeat([shapes.index(shape) for shape in of_calls], [call.size for call in calls])
         y, flying = mx.zeros((len(ids), x.shape[-1]), x.dtype), set[int]()
         for wave in self._waves(counts):
             self._admit(wave, flying)
             members = np.zeros(len(counts), bool)
             members[wave] = True
-            for kind in np.unique(kinds).tolist():
-                rows = np.flatnonzero(members[ids] & (kinds == kind))
+            for number, shape in enumerate(shapes):
+                rows = np.flatnonzero(members[ids] & (which == number))
                 rows = rows[np.argsort(self._place[ids[rows]], kind="stable")]
-                at_once = min(most, LARGE_TILED * self.bank.slots - 1) if kind == TILED else most
-                for start in range(0, len(rows), at_once):
-                    some, begin = rows[start : start + at_once], time.perf_counter()
+                for start in range(0, len(rows), shape.most):
+                    some, begin = rows[start : start + shape.most], time.perf_counter()
                     self.shared.finish()
                     self.shared.stats.compute_seconds += time.perf_counter() - begin
-                    y[mx.array(some)] = self._rows(x, some // k, self._place[ids[some]], kind)
+                    y[mx.array(some)] = self._rows(x, some // k, self._place[ids[some]], shape)
                     self.shared.begin(y)
             flying = set(wave)
         return y
@@ -232,22 +236,19 @@ class StreamedExperts:
         ends = np.cumsum([call.size for call in calls])[:-1].tolist()
         return [part.reshape(*c.chosen.shape, -1) for part, c in zip(mx.split(y, ends), calls, strict=True)]
 
-    def _rows(self, x: mx.array, tokens: np.ndarray, places: np.ndarray, kind: int) -> mx.array:
-        """(rows, dim) of the results for rows ``tokens`` of x by the experts at ``places``; see ``_kind``."""
-        count, least = len(tokens), max(LEAST_TILED, kind * self.bank.slots) if kind > 1 else 0
-        if count < least and mx.metal.is_available():
-            tokens, places = (np.pad(a, (0, least - count), mode="edge") for a in (tokens, places))
-        return self.experts.rows(x[mx.array(tokens)][:, None], mx.array(places), kind > 0)[:count, 0]
+    def _rows(self, x: mx.array, tokens: np.ndarray, places: np.ndarray, shape: Shape) -> mx.array:
+        """(rows, dim) of the results for rows ``tokens`` of x by the experts at ``places``, in one product."""
+        count, missing = len(tokens), max(shape.least - len(tokens), 0)
+        if missing:  # the last row again
+            tokens, places = (np.pad(a, (0, missing), mode="edge") for a in (tokens, places))
+        return self.experts.rows(x[mx.array(tokens)][:, None], mx.array(places), shape.ordered)[:count, 0]
 
-    def _kind(self, call: Call) -> int:
-        """The kernel that the call would run on if all experts were in memory: 0 where MLX is not told that its rows
-        are sorted, or has no use for it; else, for packed experts, the rows for each expert that the kernel asks for.
-        """
-        if call.size < SORT_FROM:
-            return 0
-        each = call.size // self.records.count
-        packed = self.experts.down_proj.quantization is not None
-        return (LARGE_TILED if each >= LARGE_TILED else TILED if each >= TILED else 0) if packed else 1
+    def _shape(self, call: Call, most: int) -> Shape:
+        """Of the products that the call is carried out in; ``most`` rows at a time on a CPU."""
+        experts, packed = self.records.count, self.experts.packed
+        if self._gpu:
+            return shape_on_gpu(call.size, experts, self.bank.slots, packed)
+        return shape_on_cpu(call.size, experts, most, packed)
 
     # What is in memory ------------------------------------------------------------------------------------------------
 

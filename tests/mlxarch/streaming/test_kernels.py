@@ -1,82 +1,162 @@
-"""What MLX on Metal chooses a kernel by is the same for every number of slots. Its rule is written down here anew."""
+"""What MLX on a GPU chooses a kernel by is the same for every number of slots, and for all experts in memory."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxarch.blocks import CausalLM, Experts, Quantization
+from mlxarch import generation
+from mlxarch.blocks import CausalLM, Quantization
 from mlxarch.generation import Session, prefill
-from streamed import load
+from streamed import fingerprint, load
 from tiny_moe import make_moe
 
-COUNT, K = 12, 3
+EXPERTS, K = 16, 4
+FEW: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": K}
+MANY: dict[str, Any] = {
+    "num_experts": 60,
+    "num_experts_per_tok": 2,
+}  # 64 rows and more that are fewer than four for each expert
+PACKED = Quantization(4, 32)
+Product = tuple[Any, ...]
 
 
-def kernel(rows: int, stack: int, sorted: bool, packed: bool) -> str:
-    """Of ``gather_qmm`` and ``gather_mm`` on Metal for single rows (mlx/backend/metal, 0.32)."""
-    if not packed:
-        return "tiles" if sorted else "vectors"
-    if not (sorted and rows >= 16 and rows // stack >= 4):
-        return "vectors"
-    return "tiles" if rows // stack < 64 else "large tiles"
+def loaded(folder: Path, slots: int | None = None, gpu: bool = True) -> CausalLM:
+    """With the products of a GPU, on this CPU."""
+    model = load(folder, slots)
+    for layer in model.streaming.layers.values() if model.streaming else ():
+        layer._gpu = gpu
+    return model
 
 
-def used(model: CausalLM, tokens: int, monkeypatch: pytest.MonkeyPatch, metal: bool = True) -> set[str]:
-    """The kernels that the experts of a pass over ``tokens`` would run on."""
-    found: set[str] = set()
-    rows = Experts.rows
+def forward(tokens: int) -> Callable[[CausalLM], None]:
+    """A pass of so many tokens."""
 
-    def noted(self: Experts, x: mx.array, places: mx.array, sorted: bool) -> mx.array:
-        packed = self.down_proj.quantization is not None
-        found.add(kernel(x.shape[0], self.down_proj["weight"].shape[0], sorted, packed))
-        assert not sorted or bool(mx.all(places[1:] >= places[:-1]).item()), "MLX was promised sorted rows"
-        return rows(self, x, places, sorted)
+    def run(model: CausalLM) -> None:
+        ids = np.random.default_rng(6).integers(0, 96, (1, tokens))
+        mx.eval(model.states(mx.array(ids), model.make_caches()))
 
-    monkeypatch.setattr(Experts, "rows", noted)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
-    ids = np.random.default_rng(6).integers(0, 96, (1, tokens))
-    mx.eval(model.states(mx.array(ids), model.make_caches()))
+    return run
+
+
+def in_chunks(model: CausalLM) -> None:
+    """A prompt of three chunks and one token, layer by layer."""
+    prefill(model, Session(model.make_caches()), np.random.default_rng(7).integers(0, 96, 121).tolist())
+
+
+def products(model: CausalLM, run: Callable[[CausalLM], None], monkeypatch: pytest.MonkeyPatch) -> set[Product]:
+    """Of experts: whether rows were said to be in order, how many there were (for each matrix if so), and of what."""
+    found: set[Product] = set()
+
+    def noting(name: str) -> Callable[..., mx.array]:
+        real = getattr(mx, name)
+
+        def noted(x: mx.array, w: mx.array, *rest: Any, **options: Any) -> mx.array:
+            rows, stack, ordered = x.shape[0], w.shape[0], options["sorted_indices"]
+            places = options["rhs_indices"]
+            assert not ordered or bool(mx.all(places[1:] >= places[:-1]).item()), "MLX was promised rows in order"
+            form = tuple(options.get(key) for key in ("bits", "group_size", "mode"))
+            found.add((name, ordered, rows // stack if ordered else rows, x.shape[1:], w.shape[1:], x.dtype, form))
+            return real(x, w, *rest, **options)
+
+        return noted
+
+    for name in ("gather_qmm", "gather_mm"):
+        monkeypatch.setattr(mx, name, noting(name))
+    run(model)
     monkeypatch.undo()
     return found
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("tokens", [1, 5, 20, 25, 70, 250, 300])
-def test_the_kernel_does_not_depend_on_the_slots(
-    tokens: int, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("packed", [PACKED, None], ids=["packed", "float"])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 17, 25, 70, 250, 300])
+def test_products_do_not_depend_on_the_slots(
+    tokens: int, packed: Quantization | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_moe(tmp_path / "model", packed=Quantization(4, 32) if packed else None)
-    wanted = used(load(folder), tokens, monkeypatch)
-    assert len(wanted) == 1
-    assert {n: used(load(folder, n), tokens, monkeypatch) for n in (1, 4, 11)} == dict.fromkeys((1, 4, 11), wanted)
+    folder, counts = make_moe(tmp_path / "model", packed=packed, **FEW), range(K, EXPERTS + 1)
+    wanted = products(loaded(folder), forward(tokens), monkeypatch)
+    assert wanted and len({(ordered, rows) for _, ordered, rows, *_ in wanted}) == 1
+    found = {n: products(loaded(folder, n), forward(tokens), monkeypatch) for n in counts}
+    assert found == dict.fromkeys(counts, wanted)
 
 
-def test_all_kernels_are_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(make_moe(tmp_path / "model", packed=Quantization(4, 32)))
-    assert [used(model, n, monkeypatch) for n in (1, 70, 300)] == [{"vectors"}, {"tiles"}, {"large tiles"}]
+@pytest.mark.parametrize("tokens", [1, 20, 40, 110, 130])
+def test_nor_where_most_experts_get_few_rows(tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, counts = make_moe(tmp_path / "model", packed=PACKED, **MANY), (2, 7, 29, 30, 31, 59, 60)
+    wanted = products(loaded(folder), forward(tokens), monkeypatch)
+    assert {ordered for _, ordered, *_ in wanted} == {tokens * 2 // 60 >= 4}
+    counts = counts[tokens * 2 // 60 >= 4 :]  # two slots: see below
+    assert {n: products(loaded(folder, n), forward(tokens), monkeypatch) for n in counts} == dict.fromkeys(
+        counts, wanted
+    )
 
 
-def test_without_filling_up_other_kernels_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(make_moe(tmp_path / "model", packed=Quantization(4, 32)), 11)
-    assert "vectors" in used(model, 20, monkeypatch, metal=False) | used(model, 70, monkeypatch, metal=False)
+@pytest.mark.parametrize(("chunk", "kinds"), [(40, 2), (64, 3)])
+def test_chunks_keep_their_products_in_one_prompt(
+    chunk: int, kinds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, counts = make_moe(tmp_path / "model", packed=PACKED, **FEW), range(K, EXPERTS + 1)
+    real = generation.prefill_chunk
+    generation.prefill_chunk = lambda: chunk
+    try:
+        wanted = products(loaded(folder), in_chunks, monkeypatch)
+        found = {n: products(loaded(folder, n), in_chunks, monkeypatch) for n in counts}
+    finally:
+        generation.prefill_chunk = real
+    assert found == dict.fromkeys(counts, wanted)
+    assert len({(ordered, rows) for _, ordered, rows, *_ in wanted}) == kinds
 
 
-def test_chunks_of_different_kinds_keep_theirs_in_one_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_moe(tmp_path / "model", packed=Quantization(4, 32))
-    found: dict[int, set[int]] = {}
-    prompt = np.random.default_rng(7).integers(0, 96, 40).tolist()  # 39 tokens and one
-    for slots in (2, 9):
-        model, kinds = load(folder, slots), set[int]()
-        layer = model.streaming.layers[0]
-        rows = layer._rows
+def kernel(product: Product) -> str:
+    """Of packed experts on a GPU (mlx/backend/metal/quantized.cpp, mlx/backend/cuda/quantized/quantized.cpp, 0.32)."""
+    _, ordered, rows, *_ = product
+    if not ordered or rows < 4:
+        return "a few vectors" if rows < 8 else "vectors"
+    return "tiles" if rows < 64 else "large tiles"
 
-        def noted(*arguments, kinds=kinds, rows=rows) -> mx.array:
-            kinds.add(arguments[-1])
-            return rows(*arguments)
 
-        layer._rows = noted
-        prefill(model, Session(model.make_caches()), prompt)
-        found[slots] = kinds
-    assert found == {2: {0, 4}, 9: {0, 4}}
+@pytest.mark.parametrize(
+    ("tokens", "wanted"), [(1, "a few vectors"), (5, "vectors"), (17, "tiles"), (260, "large tiles")]
+)
+def test_fewer_slots_than_a_token_needs_get_the_same_kernel(
+    tokens: int, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_moe(tmp_path / "model", packed=PACKED, **FEW)
+    for slots in (None, 1, 2, 3):
+        found = products(loaded(folder, slots), forward(tokens), monkeypatch)
+        assert {kernel(product) for product in found} == {wanted}
+
+
+@pytest.mark.parametrize("tokens", [5, 17, 250])
+def test_as_a_cpu_takes_them_they_would_differ(tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_moe(tmp_path / "model", packed=PACKED, **FEW)
+    found = [products(loaded(folder, n, gpu=False), forward(tokens), monkeypatch) for n in (None, 4, 7)]
+    assert found[0] != found[1] != found[2]
+
+
+@pytest.mark.parametrize("mode", [PACKED, Quantization(8, 32), Quantization(4, 32, "mxfp4"), None], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_rows_that_fill_a_product_up_change_nothing(
+    kind: str, mode: Quantization | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_moe(tmp_path / "model", kind, packed=mode)
+    wanted, counts = fingerprint(load(folder), 100), (1, 2, 3, 5, 8, 11)
+    assert {n: fingerprint(loaded(folder, n), 100) for n in counts} == dict.fromkeys(counts, wanted)
+
+
+def test_no_more_than_four_times_the_rows_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rows = make_moe(tmp_path / "model", packed=PACKED, **FEW), list[int]()
+    real = mx.gather_qmm
+
+    def noted(x: mx.array, *rest: Any, **options: Any) -> mx.array:
+        rows.append(x.shape[0])
+        return real(x, *rest, **options)
+
+    monkeypatch.setattr(mx, "gather_qmm", noted)
+    for slots in range(K, EXPERTS):
+        rows.clear()
+        forward(200)(loaded(folder, slots))
+        assert 800 * 6 <= sum(rows) <= 4 * 800 * 6  # two layers of three matrices
