@@ -33,7 +33,14 @@ METHODS = ("search", "gptq", "round")
 @click.option("--target-size", metavar="SIZE", help="Choose bits for each matrix: of the whole folder, as 14GB.")
 @click.option("--target-bits", type=float, metavar="X", help="The same for bits per weight, scales included.")
 @click.option("--target-kl", type=float, metavar="X", help="The same for a KL from the source, nats per token.")
-@click.option("--recipe", metavar="NAME", help="Bits by the names of matrices: one that comes along, or a TOML file.")
+@click.option(
+    "--recipe",
+    metavar="[NAME]",
+    is_flag=False,
+    flag_value="auto",
+    help="Bits by the names of matrices: one that comes along, a TOML file, or none for what suits the model.",
+)
+@click.option("--text", "files", multiple=True, help="To foretell and measure by, instead of texts here. Repeatable.")
 @click.option("--dtype", type=click.Choice(options.DTYPES), help="Of what is not quantized; else as in the source.")
 @click.option("-o", "--output", "--mlx-path", metavar="DIR", help="The folder to make; else ./NAME-BITSbit.")
 @click.option(
@@ -54,6 +61,7 @@ def quantize_command(
     target_bits: float | None,
     target_kl: float | None,
     recipe: str | None,
+    files: tuple[str, ...],
     dtype: str | None,
     output: str | None,
     experts: str,
@@ -73,7 +81,8 @@ def quantize_command(
 
     require_backend()
     from mlxarch.progress import on_terminal
-    from mlxarch.quantize import prepare
+    from mlxarch.quantize import Recipe, prepare
+    from mlxarch.quantize.corpus import read_texts
     from mlxarch.quantize.formats import default_bits, settings
     from mlxarch.quantize.methods import checked
     from mlxarch.quantize.mixture import by_recipe, toward
@@ -83,14 +92,13 @@ def quantize_command(
     width = None if wanted == "original" else int(wanted)
     try:
         target, own = _mixture(target_size, target_bits, target_kl, recipe, bits)
-        if own is not None:
-            width, group_size = own.common.bits, group_size or own.common.group_size
         packed = None if width is None else settings(width, group_size, mode)
         chosen = checked(method, packed, calibration)
     except QuantizationError as error:
         raise click.UsageError(str(error)) from error
     label = dtype or "copy" if width is None else f"{width}bit" if mode == "affine" else mode
-    label = own.name if own else "mixed" if target else label
+    label = "mixed" if recipe or target else label
+    texts = read_texts(files) if files else None
     name, opened = _open(source, yes)
     output = output or f"{name}-{label}"
     # packed experts are laid out anew from an ordinary folder, which is removed in the end
@@ -104,16 +112,20 @@ def quantize_command(
         dtype=dtype,
         method=chosen,
         calibration=calibration,
+        texts=texts,
     )
     if experts == "packed" and not experts_of(conversion.resolved):
         raise click.UsageError(f"{source} has no experts; leave out --experts packed")
     try:
-        if own is not None:
-            conversion = by_recipe(conversion, own)
+        if recipe is not None:
+            own = own or Recipe.meant_for(conversion.resolved.architecture)
+            conversion = by_recipe(conversion, own, group_size)
         if target is not None:
             with on_terminal(None) as progress:
                 conversion = toward(conversion, target, progress)
         say(f"{source}: {conversion.method}; needs {size(conversion.needed)} of disk, at {conversion.output}")
+        if conversion.forecast is not None:
+            say(f"expected KL {conversion.forecast:.3g} nats a token")
         with on_terminal(None) as progress:
             changed = width is not None or dtype is not None
             summary = conversion.run(
@@ -138,17 +150,17 @@ def quantize_command(
 def _mixture(
     target_size: str | None, target_bits: float | None, target_kl: float | None, recipe: str | None, bits: str | None
 ) -> "tuple[Target | None, Recipe | None]":
-    """A target or a recipe, if one was given."""
+    """A target or a recipe, if one was given; a recipe that depends on the model is still to be found."""
     from mlxarch.machines import parse_size
     from mlxarch.quantize.budget import Target
-    from mlxarch.quantize.mixture import Recipe
+    from mlxarch.quantize.mixture import AUTO, Recipe
 
     given = {"--target-size": target_size, "--target-bits": target_bits, "--target-kl": target_kl, "--recipe": recipe}
     named = [name for name, value in {**given, "--bits": bits}.items() if value is not None]
     if len(named) > 1 and named != ["--bits"]:
         raise click.UsageError(f"{' and '.join(named)} exclude each other: each says which bits to use")
     if recipe is not None:
-        return None, Recipe.read(recipe)
+        return None, None if recipe == AUTO else Recipe.read(recipe)
     size = None if target_size is None else parse_size(target_size)
     return (Target(size=size, bits=target_bits, kl=target_kl) if named and bits is None else None), None
 

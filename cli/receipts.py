@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from mlxarch import receipts
 from mlxarch.cli.output import answer, answer_json, say
 from mlxarch.errors import ModelNotFound
 
@@ -20,8 +21,6 @@ def verify_command(folder: str, as_json: bool) -> None:
     MODEL is a folder, or the name of a model on this machine. Every file that has changed, is missing or was not there
     is named, and the exit status is 1 if there is one.
     """
-    from mlxarch import receipts
-
     place = _folder(folder)
     problems = receipts.verify(place)
     if as_json:
@@ -51,7 +50,10 @@ def lines(receipt: dict[str, Any]) -> list[tuple[str, str]]:
     if source:
         found.append(("from:", " at ".join(str(source[key]) for key in ("name", "revision") if source.get(key))))
     found += [("note:", str(note)) for note in receipt.get("notes") or []]
-    evaluation = _fields(receipt, "evaluation")
+    evaluation, forecast = _fields(receipt, "evaluation"), _fields(receipt, "forecast")
+    expected, measured = forecast.get("kl"), forecast.get("measured")
+    if isinstance(expected, float | int) and isinstance(measured, float | int):
+        found.append(("KL:", receipts.compared(expected, measured)))
     if evaluation:
         found += _measured(_fields(evaluation, "all"))
     elif receipt.get("not_evaluated"):

@@ -1,11 +1,10 @@
 """A checkpoint in, a smaller one out, in the memory of one chunk; see ``convert``."""
 
 import gc
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,15 +15,16 @@ from typing import Any
 import mlx.core as mx
 
 from mlxarch.blocks import Quantization
-from mlxarch.checkpoint import INDEX, Shard, child
+from mlxarch.checkpoint import INDEX, child
 from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.calibration import Calibration
 from mlxarch.quantize.card import Origin, card, origin_of
+from mlxarch.quantize.corpus import Text
 from mlxarch.quantize.disk import Disk, as_output_error, size
 from mlxarch.quantize.evaluation import Evaluation
 from mlxarch.quantize.formats import as_config, in_words, settings
-from mlxarch.quantize.journal import Workspace
+from mlxarch.quantize.journal import Workspace, fingerprint
 from mlxarch.quantize.methods import METHODS, Method, checked, in_turn
 from mlxarch.quantize.plan import SHARD_BYTES, Plan, make_plan
 from mlxarch.quantize.receipt import hashes_of, judge, make
@@ -57,6 +57,8 @@ class Conversion:
     Attributes:
         plan: what becomes of every parameter.
         chosen: the method; ``calibration`` are the tokens that it looks at.
+        texts: what the output is judged by; None takes those that come with the package.
+        forecast: nats per token that the output was chosen to lose; None of one that was not chosen by them.
         facts: what is learned on the way, by parameter.
         needed: bytes that the output takes on the disk.
     """
@@ -72,6 +74,8 @@ class Conversion:
     disk: Disk = field(default_factory=Disk)
     chosen: Method = "round"
     calibration: Calibration | None = None
+    texts: Sequence[Text] | None = None
+    forecast: float | None = None
     facts: dict[str, Fact] = field(default_factory=dict)
 
     @property
@@ -89,7 +93,7 @@ class Conversion:
             return "weights copied without loss" if self.dtype is None else f"weights cast to {self.dtype}"
         floats = f", the rest in {self.dtype}" if self.dtype else ""
         known = f" (inputs of {self.calibration.words})" if self.calibration else ""
-        return f"quantized to {in_words(self.wanted)}, {METHODS[self.chosen]}{known}{floats}"
+        return f"quantized to {in_words(*self.plan.settings or [self.wanted])}, {METHODS[self.chosen]}{known}{floats}"
 
     @property
     def summary(self) -> Summary:
@@ -140,8 +144,8 @@ class Conversion:
         """Judge what was written to ``model``, tell of it in the card, and write the receipt of it all."""
         outcome = "it was not asked for"
         if evaluate:
-            outcome = judge(model, self._title, self.source, self.resolved, self.origin, progress)
-        measured = markdown(outcome) if isinstance(outcome, Evaluation) else ""
+            outcome = judge(model, self._title, self.source, self.resolved, self.origin, self.texts, progress)
+        measured = markdown(outcome, self.forecast) if isinstance(outcome, Evaluation) else ""
         self.disk.write_file(model / "README.md", self._card(measured))
         self.disk.write_file(model / RECEIPT, self._receipt(self.facts, outcome, model))
 
@@ -210,7 +214,9 @@ class Conversion:
 
     @property
     def _title(self) -> str:
-        return _name(self.origin.name.rpartition("/")[2], self.wanted, self.dtype)
+        name = self.origin.name.rpartition("/")[2]
+        mixed = len({packed.bits for packed in self.plan.settings}) > 1
+        return f"{name}-mixed" if mixed else _name(name, self.wanted, self.dtype)
 
     def _card(self, measured: str = "") -> bytes:
         return card(self._title, self.origin, self.method, tuple(self.summary.notes), _versions(), measured).encode()
@@ -229,6 +235,7 @@ class Conversion:
             plan=self.plan,
             facts=facts,
             notes=self.summary.notes,
+            forecast=self.forecast,
             outcome=outcome,
             versions=_versions(),
             files=files,
@@ -238,7 +245,7 @@ class Conversion:
     def _identity(self) -> dict[str, Any]:
         """Two conversions of the same identity write the same bytes, so one may go on where the other stopped."""
         return {
-            "source": _fingerprint(self.source),
+            "source": fingerprint(self.source),
             "settings": as_config(self.wanted) if self.wanted else None,
             "method": [self.chosen, self.calibration.digest if self.calibration else None],
             "plan": self.plan.digest,
@@ -257,6 +264,7 @@ def prepare(
     dtype: str | None = None,
     method: Method | None = None,
     calibration: str | Path | None = None,
+    texts: Sequence[Text] | None = None,
     origin: Origin | None = None,
     limits: Limits = Limits(),
     disk: Disk | None = None,
@@ -286,7 +294,9 @@ def prepare(
     if chosen != "round":
         usual = Calibration.drawn if chosen == "gptq" else Calibration.random
         tokens = Calibration.text(calibration, opened, resolved) if calibration else usual(resolved)
-    return Conversion(opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk(), chosen, tokens)
+    return Conversion(
+        opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk(), chosen, tokens, texts
+    )
 
 
 def convert(
@@ -369,18 +379,6 @@ def _small_cache() -> Iterator[None]:
     finally:
         mx.set_cache_limit(before)
         mx.clear_cache()
-
-
-def _fingerprint(source: Source) -> str:
-    """Changes when the source does: by names, sizes and times of its files, or what it says of itself."""
-    files = [(shard.path.name, shard.size, _modified(shard)) for shard in source.shards]
-    tensors = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in source.tensors.items()]
-    facts = repr((sorted(files), tensors, source.notes)) + json.dumps(source.config, sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def _modified(shard: Shard) -> int:
-    return os.stat(shard.path).st_mtime_ns
 
 
 def _versions() -> dict[str, str]:

@@ -87,8 +87,7 @@ def passages(texts: Sequence[Text], tokenizer: Tokenizer, tokens: int, context: 
     Raises:
         InvalidInput: a text is too short to predict anything in it.
     """
-    prefix = (tokenizer.bos_id,) if tokenizer.bos_id is not None and _begins(tokenizer) else ()
-    found = []
+    prefix, found = prefix_of(tokenizer), []
     for text in texts:
         body = tuple(tokenizer.encode(text.content, add_special_tokens=False)[:tokens])
         found.append(Passage(text, body, prefix, context))
@@ -97,8 +96,10 @@ def passages(texts: Sequence[Text], tokenizer: Tokenizer, tokens: int, context: 
     return found
 
 
-def _begins(tokenizer: Tokenizer) -> bool:
-    return tokenizer.encode("a")[:1] == [tokenizer.bos_id]
+def prefix_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What a window starts with: the token that begins a text, for models that have one."""
+    first = tokenizer.bos_id
+    return () if first is None or tokenizer.encode("a")[:1] != [first] else (first,)
 
 
 def surroundings(tokenizer: Tokenizer, passage: Passage, position: int) -> tuple[str, str, str]:

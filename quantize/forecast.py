@@ -1,5 +1,6 @@
 """What a target leaves for each matrix, and the divergence to be expected of it, before anything is written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -7,22 +8,22 @@ import mlx.core as mx
 import numpy as np
 
 from mlxarch.blocks import Quantization
-from mlxarch.errors import QuantizationError
+from mlxarch.errors import InvalidInput
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.budget import CANDIDATES, Choice, Target, choose, offers_of, ties
 from mlxarch.quantize.calibration import Calibration, tokenizer_of
-from mlxarch.quantize.corpus import bundled
+from mlxarch.quantize.corpus import Text, bundled, prefix_of
 from mlxarch.quantize.formats import fitting, stored_as
 from mlxarch.quantize.gptq import Feedback
-from mlxarch.quantize.methods import Method
-from mlxarch.quantize.rounding import affine, quantize
-from mlxarch.quantize.search import search
+from mlxarch.quantize.methods import Method, in_turn
+from mlxarch.quantize.rows import Loss
 from mlxarch.quantize.sensitivity import Rounded, costs
-from mlxarch.tensors import DTYPES, FLOATS, Packed
+from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
+from mlxarch.tokenizer import Tokenizer
 from mlxarch.weights import Resolved, Source
 
-WINDOW = 256  # tokens, of each text that comes with the package
-TOKENS = 1024  # of a text of the user's
+TOKENS = 1024  # in all
+WINDOW = 256  # of them that are read together
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def forecast(
     group_size: int = 64,
     dtype: mx.Dtype | None = None,
     calibration: Calibration | None = None,
+    texts: Sequence[Text] | None = None,
     progress: Progress = silent,
 ) -> Forecast:
     """Measure every matrix at every number of bits, and choose.
@@ -51,23 +53,26 @@ def forecast(
         room: bytes for the matrices, where the target is a size.
         method: how they are going to be packed.
         dtype: of scales and biases; None is the source's.
-        calibration: what to measure by; None takes the ends of the texts that come with the package.
+        calibration: what the method looks at.
+        texts: of which the divergence is; None takes those that come with the package. Their ends are read, for
+            ``evaluate`` reads their beginnings.
 
     Raises:
         QuantizationError: the target is out of reach.
+        InvalidInput: a text is too short.
         TokenizerError: the source has no tokenizer to read the texts with.
     """
-    tokens = _tokens(source, resolved, calibration)
+    tokens = ends(bundled() if texts is None else texts, tokenizer_of(source), resolved.model.context_length)
     candidates = [Quantization(bits, group_size) for bits in CANDIDATES]
-    found = costs(resolved, tokens, candidates, rounder(method), progress=progress)
+    rounded = rounder(resolved, method, calibration, dtype, progress)
+    found = costs(resolved, tokens, candidates, rounded, progress=progress)
     matrices = [path for path in resolved.parameters if path in found and _fits(resolved, path, candidates[0])]
     if target.bits is not None:
         room = int(target.bits * sum(prod(resolved.parameters[path].shape) for path in matrices) / 8)
 
     def stored(path: str, to: Quantization) -> int:
         tensor = resolved.parameters[path]
-        kind = dtype or (tensor.parts["scales"].dtype if isinstance(tensor, Packed) else tensor.dtype)
-        scales = "F32" if kind not in FLOATS or kind == mx.float32 else "BF16"
+        scales = "F32" if _scales(tensor, dtype) == mx.float32 else "BF16"
         fit = fitting(to, tensor.shape[-1]) or to
         return sum(prod(shape) * DTYPES[dtype].size for dtype, shape in stored_as(fit, tensor.shape, scales).values())
 
@@ -77,36 +82,65 @@ def forecast(
     return Forecast({published(path): to for path, to in choice.settings.items()}, choice.forecast)
 
 
-def rounder(method: Method) -> Rounded:
-    """Pack some rows and unpack them: as the conversion will do it, for inputs that half of the tokens tell of."""
+def rounder(
+    resolved: Resolved,
+    method: Method,
+    calibration: Calibration | None,
+    dtype: mx.Dtype | None = None,
+    progress: Progress = silent,
+) -> Rounded:
+    """Pack some rows and unpack them as the conversion will do it: for the inputs that its method looks at, and not
+    for those of the texts that tell the divergence, to which a search would fit better than to any other.
 
-    def rounded(path: str, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:
-        known = inputs[::2]
-        if method == "round":
-            parts = quantize(rows, to, mx.float32)
-        elif method == "gptq":
-            parts, _, _ = Feedback(known).pack(rows, to, mx.float32)
-        else:
-            importance = mx.array(np.square(known).mean(0))
-            grid = search(rows, to, mx.float32, importance).grid
-            parts = affine(mx.unflatten(rows, -1, (-1, to.group_size)), grid, to.bits, mx.float32)
-        return mx.dequantize(parts["weight"], parts["scales"], parts["biases"], to.group_size, to.bits)
+    Of what gptq looks at, too much would have to be kept: it gets half of the inputs that tell the divergence.
+    """
+    batches = calibration.tokens(resolved, progress) if calibration and method == "search" else ()
+    known = "search" if batches else "round"
+    packs = {name: pack for name, pack, _ in in_turn(resolved, known, batches, resolved.published_matrices, progress)}
+
+    def rounded(path: str, index: int, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:
+        tensor, pieces = resolved.parameters[path], []
+        scales, high, pack = _scales(tensor, dtype), tensor.shape[-2], packs[resolved.architecture.published(path)]
+        if method == "gptq":
+            parts, _, _ = Feedback(inputs[::2]).pack(rows, to, scales)
+            return _unpacked(parts, to)
+        for start in range(0, len(rows), high):  # rows of one matrix of a stack, which may be fewer than are drawn
+            parts = pack(rows[start : start + high], index * high, to, scales, Loss())
+            pieces.append(_unpacked(parts, to))
+        return mx.concatenate(pieces)
 
     return rounded
+
+
+def _unpacked(parts: dict[str, mx.array], to: Quantization) -> mx.array:
+    scales, biases = (parts[name].astype(mx.float32) for name in ("scales", "biases"))
+    return mx.dequantize(parts["weight"], scales, biases, to.group_size, to.bits)
+
+
+def _scales(tensor: Tensor, dtype: mx.Dtype | None) -> mx.Dtype:
+    kind = dtype or (tensor.parts["scales"].dtype if isinstance(tensor, Packed) else tensor.dtype)
+    return kind if kind in FLOATS else mx.float32
 
 
 def _fits(resolved: Resolved, path: str, to: Quantization) -> bool:
     return fitting(to, resolved.parameters[path].shape[-1]) is not None
 
 
-def _tokens(source: Source, resolved: Resolved, calibration: Calibration | None) -> mx.array:
-    """(B, L)"""
-    if calibration is not None:
-        batch = calibration.batches[0]
-        return batch[: max(TOKENS // batch.shape[1], 1), :TOKENS]
-    tokenizer, length = tokenizer_of(source), min(WINDOW, resolved.model.context_length)
-    ends = [tokenizer.encode(text.content, add_special_tokens=False)[-length:] for text in bundled()]
-    shortest = min(map(len, ends))
-    if shortest < 2:
-        raise QuantizationError("the tokenizer makes nothing of the texts; name one with --calibration")
-    return mx.array([end[-shortest:] for end in ends])
+def ends(texts: Sequence[Text], tokenizer: Tokenizer, context: int) -> mx.array:
+    """Windows (B, L) of the second halves of texts, evenly spaced.
+
+    Raises:
+        InvalidInput: a text is too short.
+    """
+    prefix, share = prefix_of(tokenizer), max(TOKENS // len(texts), WINDOW // 8)
+    bodies = [tokenizer.encode(text.content, add_special_tokens=False) for text in texts]
+    half = min(len(body) // 2 for body in bodies)
+    length = min(WINDOW, share, half, context - len(prefix))
+    if length < 2:
+        shortest = min(zip(map(len, bodies), texts, strict=True), key=lambda pair: pair[0])[1]
+        raise InvalidInput(f"text {shortest.name} is too short to foretell a divergence by; name a longer one")
+    count = share // length
+    starts = [
+        (body, len(body) - length - (len(body) // 2 - length) * i // count) for body in bodies for i in range(count)
+    ]
+    return mx.array([[*prefix, *body[start : start + length]] for body, start in starts])

@@ -56,9 +56,16 @@ def as_config(quantization: Quantization) -> dict[str, int | str]:
     return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
 
 
-def in_words(quantization: Quantization) -> str:
-    """How a person reads it."""
-    return f"{quantization.bits} bits, groups of {quantization.group_size}, {quantization.mode}"
+def in_words(*settings: Quantization) -> str:
+    """How a person reads what some matrices, or all of them, are packed as; several are of one mode."""
+    bits, groups = (sorted({getattr(q, name) for q in settings}) for name in ("bits", "group_size"))
+    modes = sorted({q.mode for q in settings})
+    return f"{_joined(bits)} bits, groups of {_joined(groups)}, {_joined(modes)}"
+
+
+def _joined(values: Sequence[object]) -> str:
+    """As 2, 3 or 4."""
+    return " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1]))))
 
 
 def _list(numbers: Sequence[int]) -> str:

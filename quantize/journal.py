@@ -10,6 +10,7 @@ out.partial/
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 from mlxarch.errors import OutputError
 from mlxarch.quantize.disk import Disk
+from mlxarch.weights import Source
 
 logger = logging.getLogger(__name__)
 
@@ -161,3 +163,11 @@ class Workspace:
                     f"{self.output} was made by somebody else while its former contents are in {self._replaced}, where "
                     "a killed run had set them aside; move one of the two away"
                 )
+
+
+def fingerprint(source: Source) -> str:
+    """Changes when the source does: by names, sizes and times of its files, or what it says of itself."""
+    files = [(shard.path.name, shard.size, os.stat(shard.path).st_mtime_ns) for shard in source.shards]
+    tensors = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in source.tensors.items()]
+    facts = repr((sorted(files), tensors, source.notes)) + json.dumps(source.config, sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()

@@ -16,8 +16,15 @@ from mlxarch.quantize.disk import size
 from mlxarch.quantize.forecast import forecast
 from mlxarch.quantize.formats import settings
 from mlxarch.quantize.plan import make_plan
+from mlxarch.registry import Architecture
 
 RECIPES = Path(__file__).with_name("recipes")
+AUTO = "auto"  # in place of a recipe's name: the one that is meant for the model
+
+
+def presets() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,15 @@ class Recipe:
     Attributes:
         common: of all that no pattern names.
         patterns: shell patterns of names, without ``.weight``, and the bits; the first that fits counts.
+        architectures: of the models that it is meant for, by the names of their files; empty where all are.
+        tied: whether their embeddings are their head as well; None where it does not matter.
     """
 
     name: str
     common: Quantization
     patterns: tuple[tuple[str, int], ...]
+    architectures: tuple[str, ...] = ()
+    tied: bool | None = None
 
     @classmethod
     def read(cls, name: str) -> "Recipe":
@@ -40,10 +51,12 @@ class Recipe:
         Raises:
             QuantizationError: there is none, or it is not one.
         """
-        known = sorted(path.stem for path in RECIPES.glob("*.toml"))
-        path = RECIPES / f"{name}.toml" if name in known else Path(name)
+        path = RECIPES / f"{name}.toml" if name in presets() else Path(name)
         if not path.is_file():
-            raise QuantizationError(f"recipe {name!r} is neither a file nor one of {', '.join(known)}")
+            raise QuantizationError(
+                f"recipe {name!r} is neither a TOML file nor one of {', '.join(presets())}; "
+                f"{AUTO} takes the one of these that is meant for the model"
+            )
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -51,24 +64,39 @@ class Recipe:
         return cls._checked(path, table)
 
     @classmethod
+    def meant_for(cls, architecture: Architecture) -> "Recipe":
+        """The one of those that come with the package.
+
+        Raises:
+            QuantizationError: there is none for this architecture.
+        """
+        tied = architecture.config.tie_word_embeddings
+        for recipe in map(cls.read, presets()):
+            if architecture.name in recipe.architectures and recipe.tied in (None, tied):
+                return recipe
+        raise QuantizationError(f"no recipe is meant for {architecture.name}; name one of {', '.join(presets())}")
+
+    @classmethod
     def _checked(cls, path: Path, table: Mapping[str, Any]) -> "Recipe":
-        unknown = table.keys() - {"bits", "group_size", "matrices", "about"}
-        matrices = table.get("matrices", {})
-        if unknown or not isinstance(matrices, dict) or "bits" not in table:
+        unknown = table.keys() - {"bits", "group_size", "matrices", "about", "architectures", "tied"}
+        matrices, architectures, tied = (
+            table.get(key, usual) for key, usual in (("matrices", {}), ("architectures", []), ("tied", None))
+        )
+        lists = isinstance(matrices, dict) and isinstance(architectures, list)
+        if unknown or not lists or not isinstance(tied, bool | None) or "bits" not in table:
             raise QuantizationError(
-                f"{path}: a recipe has bits, group_size, about and a table of matrices; "
-                f"found {', '.join(sorted(table)) or 'nothing'}"
+                f"{path}: a recipe has bits, group_size, a table of matrices and, for those who read it, about, "
+                f"architectures and tied; found {', '.join(sorted(table)) or 'nothing'}"
             )
         common = settings(table["bits"], table.get("group_size"))
         for bits in matrices.values():
             settings(bits, common.group_size)
-        return cls(path.stem, common, tuple(matrices.items()))
+        return cls(path.stem, common, tuple(matrices.items()), tuple(map(str, architectures)), tied)
 
-    def settings_of(self, path: str) -> Quantization:
+    def bits_of(self, path: str) -> int:
         """Of the matrix at ``path``."""
         name = path.removesuffix(".weight")
-        bits = next((bits for pattern, bits in self.patterns if fnmatchcase(name, pattern)), self.common.bits)
-        return replace(self.common, bits=bits)
+        return next((bits for pattern, bits in self.patterns if fnmatchcase(name, pattern)), self.common.bits)
 
 
 def toward(conversion: Conversion, target: Target, progress: Progress = silent) -> Conversion:
@@ -89,19 +117,27 @@ def toward(conversion: Conversion, target: Target, progress: Progress = silent) 
         room,
         method=conversion.chosen,
         group_size=wanted.group_size,
-        calibration=conversion.calibration if conversion.calibration and conversion.calibration.is_text else None,
+        calibration=conversion.calibration,
+        texts=conversion.texts,
         dtype=DTYPE_NAMES[conversion.dtype] if conversion.dtype else None,
         progress=progress,
     )
-    return _with(
-        conversion, found.settings, f"bits chosen for {in_words(target)}; expected KL {found.kl:.2g} nats a token"
-    )
+    note = f"bits chosen for {in_words(target)}; expected KL {found.kl:.3g} nats a token"
+    return replace(_with(conversion, found.settings, note), forecast=found.kl)
 
 
-def by_recipe(conversion: Conversion, recipe: Recipe) -> Conversion:
-    """The same conversion with the bits of a recipe."""
+def by_recipe(conversion: Conversion, recipe: Recipe, group_size: int | None = None) -> Conversion:
+    """The same conversion with the bits of a recipe, in its groups or others.
+
+    Raises:
+        QuantizationError: the conversion is none to affine codes.
+    """
+    if conversion.wanted is None or conversion.wanted.mode != "affine":
+        raise QuantizationError("a recipe chooses bits of mode affine; leave out the other mode, or the recipe")
+    common = replace(recipe.common, group_size=group_size or recipe.common.group_size)
     matrices = conversion.resolved.published_matrices
-    return _with(conversion, {path: recipe.settings_of(path) for path in matrices}, f"bits by the recipe {recipe.name}")
+    chosen = {path: replace(common, bits=recipe.bits_of(path)) for path in matrices}
+    return _with(replace(conversion, wanted=common), chosen, f"bits by the recipe {recipe.name}")
 
 
 def in_words(target: Target) -> str:

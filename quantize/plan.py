@@ -85,6 +85,12 @@ class Plan:
         return {entry.path: entry for shard in self.shards for entry in shard.entries}
 
     @property
+    def settings(self) -> set[Quantization]:
+        """Of what is quantized, and not only kept as it was packed."""
+        entries = self.entries.values()
+        return {entry.quantization for entry in entries if entry.quantization and entry.treatment == "quantized"}
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors, headers not counted."""
         return sum(entry.nbytes for entry in self.entries.values())

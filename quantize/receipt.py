@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from mlxarch import receipts
 from mlxarch.progress import Progress
 from mlxarch.quantize import report
 from mlxarch.quantize.card import Origin
+from mlxarch.quantize.corpus import Text
 from mlxarch.quantize.evaluation import Evaluation, Settings, evaluate
 from mlxarch.quantize.formats import as_config
 from mlxarch.quantize.plan import Plan
@@ -29,7 +30,13 @@ DIGITS = 6  # of a number: two machines may differ in the last ones
 
 
 def judge(
-    model: Path, title: str, source: Source, resolved: Resolved, origin: Origin, progress: Progress
+    model: Path,
+    title: str,
+    source: Source,
+    resolved: Resolved,
+    origin: Origin,
+    texts: Sequence[Text] | None,
+    progress: Progress,
 ) -> Evaluation | str:
     """Evaluate a model against what it was made from; where that cannot be done, the reason.
 
@@ -45,7 +52,7 @@ def judge(
             opened=lambda: nullcontext(resolved),
             identity=partial(identity, source.shards, source.config),
         )
-        return evaluate(made, original, settings=SETTINGS, progress=progress)
+        return evaluate(made, original, texts=texts, settings=SETTINGS, progress=progress)
     except Exception as error:
         reason = str(error).replace(f"{model}/", "").replace(str(model), "the model") or type(error).__name__
         logger.warning("not evaluated: %s", reason)
@@ -60,6 +67,7 @@ def make(
     plan: Plan,
     facts: Mapping[str, Fact],
     notes: list[str],
+    forecast: float | None,
     outcome: Evaluation | str,
     versions: Mapping[str, str],
     files: Mapping[str, str],
@@ -68,6 +76,7 @@ def make(
 
     Args:
         facts: by parameter.
+        forecast: nats per token that were expected, if somebody did.
         outcome: an evaluation, or why there is none.
         files: name -> SHA-256, of all others in the folder.
     """
@@ -89,11 +98,16 @@ def make(
         "versions": dict(versions),
         "bits_per_weight": 8 * plan.weight_bytes / max(plan.elements, 1),
         "tensors": tensors,
+        "forecast": None if forecast is None else {"kl": forecast, "measured": _measured(outcome)},
         "evaluation": None if isinstance(outcome, str) else report.as_json(outcome),
         "not_evaluated": outcome if isinstance(outcome, str) else None,
         "files": dict(sorted(files.items())),
     }
     return (json.dumps(_rounded(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _measured(outcome: Evaluation | str) -> float | None:
+    return outcome.all.kl_mean.value if isinstance(outcome, Evaluation) and outcome.all.kl_mean else None
 
 
 def hashes_of(source: Source, origin: Origin) -> dict[str, str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mlxarch.quantize.evaluation import Evaluation
 from mlxarch.quantize.figures import Figure, Table
+from mlxarch.receipts import compared
 
 FIGURES = {
     "perplexity": "perplexity",
@@ -33,12 +34,14 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
     return lines
 
 
-def markdown(evaluation: Evaluation) -> str:
-    """The table and the sentences, for a model card."""
+def markdown(evaluation: Evaluation, forecast: float | None = None) -> str:
+    """The table and the sentences, for a model card; ``forecast`` is the mean divergence that was expected."""
     head, *body = rows(evaluation)
     lines = [head, ["---"] * len(head), *body]
     texts = ", ".join(f"{name} {digest[:12]}…" for name, digest in evaluation.texts.items())
     remarks = [f"{sentence}." for sentence in sentences(evaluation)]
+    if forecast is not None and evaluation.all.kl_mean is not None:
+        remarks.append(f"Of the mean KL, {compared(forecast, evaluation.all.kl_mean.value)}.")
     return "\n".join(
         [*(f"| {' | '.join(line)} |" for line in lines), "", *remarks, f"Texts, by their SHA-256: {texts}."]
     )

@@ -29,8 +29,9 @@ ROWS = 64  # of a matrix, that stand for all of them
 LOGITS = 16 << 20  # of them at once
 WIDEST = 1 << 15  # outputs of a matrix, of which the pull at every token is kept
 
-Rounded = Callable[[str, mx.array, np.ndarray, Quantization], mx.array]
-"""Rows (R, in) of the matrix at a path, with inputs that they get (T, in), as they come back from being packed."""
+Rounded = Callable[[str, int, mx.array, np.ndarray, Quantization], mx.array]
+"""Rows (R, in) of the matrix at a path, of the one with the given index in a stack, with inputs that they get (T, in),
+as they come back from being packed."""
 
 
 def costs(
@@ -268,7 +269,7 @@ class Pass:
             for to in self._candidates:
                 if (fit := fitting(to, rows.shape[-1])) is None:
                     continue  # stays as it is
-                change = np.asarray(self._rounded(path, rows, x, fit) - rows)
+                change = np.asarray(self._rounded(path, index, rows, x, fit) - rows)
                 moved = (weights * np.square(x @ change.T)).sum(0, dtype=np.float64)
                 own[to] += 0.5 * float((share * moved).sum())
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 import mlxarch
@@ -90,3 +91,60 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(invoke, here,
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith("mlxarch: error: ")
     assert [path.name for path in here.iterdir()] == ["tiny"]
+
+
+# Mixtures ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_target_is_foretold_before_the_work_and_compared_after_it(invoke, here):
+    result = invoke("quantize", "./tiny", "--target-bits", "6", "--group-size", "32", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.stderr
+    receipt = json.loads((here / "tiny-mixed" / "receipt.json").read_text())
+    expected, measured = (receipt["forecast"][key] for key in ("kl", "measured"))
+    assert measured == receipt["evaluation"]["all"]["kl_mean"]["value"] and 0.3 < expected / measured < 3
+    said = f"KL: forecast {expected:.3g}, measured {measured:.3g} ({measured / expected - 1:+.0%})"
+    assert said in result.stdout.splitlines()
+    assert result.stderr.splitlines()[1] == f"expected KL {expected:.3g} nats a token", "before anything is written"
+    card = (here / "tiny-mixed" / "README.md").read_text()
+    assert said.removeprefix("KL: ") in card and "# tiny-mixed" in card
+    assert said in " ".join(invoke("show", "./tiny-mixed").stdout.split())
+
+
+def test_a_mixture_is_described_by_all_its_bits_and_keeps_its_size_when_floats_are_cast(invoke, here):
+    """The source is in float32: scales are cast with the rest, and count as they are stored."""
+    for dtype in ("bfloat16", "float32"):
+        arguments = ["--target-bits", "6", "--group-size", "32", "--dtype", dtype, "-o", dtype, "--no-eval"]
+        assert invoke("quantize", "./tiny", *arguments).exit_code == 0
+        receipt = json.loads((here / dtype / "receipt.json").read_text())
+        used = sorted({tensor["bits"] for tensor in receipt["tensors"].values()})
+        assert len(used) > 1 and f"{', '.join(map(str, used[:-1]))} or {used[-1]} bits" in receipt["method"]
+        assert receipt["forecast"]["kl"] > 0 and receipt["forecast"]["measured"] is None
+        weights: dict[str, mx.array] = mx.load(str(here / dtype / "model.safetensors"))  # type: ignore[assignment]
+        nbytes, elements = 0, 0
+        for path, tensor in receipt["tensors"].items():
+            own = weights[path].size * 32 // tensor["bits"]
+            nbytes, elements = nbytes + tensor["bits_per_weight"] * own / 8, elements + own
+        assert 5 < 8 * nbytes / elements <= 6
+        assert {w.dtype for name, w in weights.items() if name.endswith("scales")} == {getattr(mx, dtype)}
+
+
+def test_a_recipe_without_a_name_is_the_one_meant_for_the_model(invoke, here):
+    assert invoke("quantize", "./tiny", "--no-eval", "--recipe").exit_code == 0
+    receipt = json.loads((here / "tiny-mixed" / "receipt.json").read_text())
+    assert receipt["notes"][0] == "bits by the recipe tied" or receipt["notes"][0] == "bits by the recipe dense"
+    named = invoke("quantize", "./tiny", "--recipe", "experts", "--group-size", "32", "--no-eval", "-o", "named")
+    assert named.exit_code == 0, named.stderr
+    settings = settings_of(here / "named")
+    assert settings and (settings["bits"], settings["group_size"]) == (8, 32)
+
+
+def test_texts_of_the_users_foretell_and_measure(invoke, here, tmp_path):
+    (tmp_path / "letter.txt").write_text("Dear Ada, the engine works. " * 40)
+    arguments = ["./tiny", "--target-kl", "0.01", "--text", str(tmp_path / "letter.txt")]
+    result = invoke("quantize", *arguments)
+    assert result.exit_code == 0, result.stderr
+    receipt = json.loads((here / "tiny-mixed" / "receipt.json").read_text())
+    assert list(receipt["evaluation"]["texts"]) == ["letter"] and receipt["forecast"]["kl"] <= 0.01
+    (tmp_path / "letter.txt").write_text("a")
+    short = invoke("quantize", *arguments, "--force")
+    assert short.exit_code == 2 and "letter is too short" in short.stderr

@@ -1,7 +1,6 @@
-"""Bits under a limit: the choice, the sensitivities behind it, recipes."""
+"""Bits under a limit: the choice, and the sensitivities behind it."""
 
 from itertools import product
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +10,7 @@ import parity
 from mlxarch.blocks import Quantization
 from mlxarch.errors import QuantizationError
 from mlxarch.loading import load_model
-from mlxarch.quantize import Recipe, Target, by_recipe, prepare
+from mlxarch.quantize import Target
 from mlxarch.quantize.budget import Option, choose, ties
 from mlxarch.quantize.rounding import quantize
 from mlxarch.quantize.sensitivity import costs
@@ -73,7 +72,7 @@ def test_matrices_that_share_an_input_stay_together() -> None:
     assert sorted(path for group in groups for path in group) == sorted(resolved.matrices)
 
 
-def rounded(path: str, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:
+def rounded(path: str, index: int, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:
     parts = quantize(rows, to, mx.float32)
     return mx.dequantize(parts["weight"], parts["scales"], parts["biases"], to.group_size, to.bits)
 
@@ -101,7 +100,7 @@ def test_the_costs_foretell_the_divergence() -> None:
         for path, module in moved.named_modules():
             if f"{path}.weight" in found and module.weight.shape[-1] % 32 == 0:
                 rows = module.weight.reshape(-1, module.weight.shape[-1])
-                module.weight = rounded(path, rows, np.zeros(0), to).reshape(module.weight.shape)
+                module.weight = rounded(path, 0, rows, np.zeros(0), to).reshape(module.weight.shape)
         other = log_softmax(moved(tokens))
         measured = float((np.exp(original) * (original - other)).sum(-1).mean())
         foretold = sum(own[to] for own in found.values())
@@ -112,29 +111,3 @@ def log_softmax(logits: mx.array) -> np.ndarray:
     values = np.asarray(logits).astype(np.float64)
     values -= values.max(-1, keepdims=True)
     return values - np.log(np.exp(values).sum(-1, keepdims=True))
-
-
-def test_a_recipe_gives_bits_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "own.toml"
-    path.write_text('bits = 4\ngroup_size = 32\n[matrices]\n"*.v_proj" = 8\n"*embed_tokens" = 6\n')
-    conversion = prepare(parity.GOLDEN / "llama3", tmp_path / "out", bits=4, group_size=32)
-    mixed = by_recipe(conversion, Recipe.read(str(path)))
-    bits = {p: entry.quantization.bits for p, entry in mixed.plan.entries.items() if entry.quantization}
-    assert {b for p, b in bits.items() if ".v_proj." in p} == {8}
-    assert bits["model.embed_tokens.weight"] == 6 and bits["model.layers.0.self_attn.q_proj.weight"] == 4
-    mixed.run()
-    model, config = load_model(tmp_path / "out")
-    assert config["quantization"]["model.layers.0.self_attn.v_proj"]["bits"] == 8
-    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-
-
-@pytest.mark.parametrize(
-    "text", ["bits = 4\nbit = 3", "matrices = 5\nbits = 4", "bits = 7", "[", 'bits=4\n[matrices]\nx = "8"']
-)
-def test_a_recipe_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "own.toml"
-    path.write_text(text)
-    with pytest.raises(QuantizationError):
-        Recipe.read(str(path))
-    with pytest.raises(QuantizationError, match="neither a file nor one of light"):
-        Recipe.read("unheard-of")
