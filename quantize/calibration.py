@@ -10,12 +10,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlxarch.errors import TokenizerError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.corpus import read_texts
 from mlxarch.quantize.importance import random_tokens, redrawn, text_tokens
 from mlxarch.tokenizer import Tokenizer
 from mlxarch.weights import Resolved, Source
 
+BUNDLED = Path(__file__).with_name("texts") / "calibration.txt"  # no evaluation reads it
 MOST = 8192  # tokens of a text
 BYTES = 16 * MOST  # of a text that are looked at for them
 DRAWN, PASSES = 4096, 2  # tokens that the model draws: of pairs of channels they tell four times as much as random ones
@@ -48,20 +50,42 @@ class Calibration:
         return redrawn(resolved, self.batches, self.passes, progress) if self.passes else self.batches
 
     @classmethod
+    def usual(cls, method: str, source: Source, resolved: Resolved) -> "Calibration":
+        """Where nothing is named. For a search, random tokens do nearly as well as text; what gptq has to know, which
+        channels are large together, only text tells. Without a tokenizer the model has to draw it.
+        """
+        if method != "gptq":
+            return cls.random(resolved)
+        try:
+            found = cls.text(BUNDLED, source, resolved)
+        except TokenizerError:
+            return cls.drawn(resolved)
+        return replace(found, words=f"{found.count:,} tokens of the text that comes with mlxarch")
+
+    @classmethod
     def text(cls, file: str | Path, source: Source, resolved: Resolved) -> "Calibration":
         """The beginning of a text file, by the source's tokenizer.
 
         Raises:
             InvalidInput: the file cannot be read, or is no text.
-            TokenizerError: the source has no tokenizer.
+            TokenizerError: the source has no tokenizer, or one of another model.
         """
         [text] = read_texts([file])
         ids = tokenizer_of(source).encode(text.content[:BYTES])[:MOST]
+        if max(ids, default=0) >= resolved.model.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer makes token {max(ids)} of a text, and the model has {resolved.model.vocab_size}"
+            )
         return cls._of(text_tokens(ids, resolved.model.context_length), f"tokens of {Path(file).name}", True)
 
     @classmethod
     def _of(cls, batches: list[mx.array], what: str, is_text: bool) -> "Calibration":
         return cls(tuple(batches), f"{sum(batch.size for batch in batches):,} {what}", is_text)
+
+    @property
+    def count(self) -> int:
+        """Tokens in all."""
+        return sum(batch.size for batch in self.batches)
 
     @cached_property
     def digest(self) -> str:

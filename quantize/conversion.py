@@ -292,8 +292,8 @@ def prepare(
     plan = make_plan(resolved.published, matrices, wanted, kind, limits.shard, exact)
     tokens = None
     if chosen != "round":
-        usual = Calibration.drawn if chosen == "gptq" else Calibration.random
-        tokens = Calibration.text(calibration, opened, resolved) if calibration else usual(resolved)
+        named = Calibration.text(calibration, opened, resolved) if calibration else None
+        tokens = named or Calibration.usual(chosen, opened, resolved)
     return Conversion(
         opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk(), chosen, tokens, texts
     )
@@ -331,7 +331,8 @@ def convert(
         method: "round" to the nearest level of grids from the smallest to the largest weight; "search" for grids that
             fit the weights that matter; "gptq", which also lets later columns make up for earlier ones, and holds the
             square of a row of a matrix in memory. None is "search" below 8 bits in mode affine, else "round".
-        calibration: a text file, whose beginning tells a method which weights matter; None takes random tokens.
+        calibration: a text file, whose beginning tells a method which weights matter; None takes random
+            tokens for "search", and a text that comes with the package for "gptq".
         origin: what the model card says of the source; None reads it from the folder.
         force: replace an output that exists; it is removed when the new one is complete.
         evaluate: end by measuring the output against the source, which then is read once more; see ``evaluation``. The
