@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_chat import make_chat_model
 
@@ -35,7 +36,7 @@ def test_gptq_reads_a_text_and_a_search_random_tokens(tmp_path: Path) -> None:
     assert "random tokens" in found["search"].method
     calibration = found["gptq"].calibration
     assert calibration and 1024 < calibration.count <= MOST
-    ids = [token for batch in calibration.batches for row in batch.tolist() for token in row]
+    ids = [token for batch in calibration.batches for token in np.array(batch).ravel().tolist()]
     text = BUNDLED.read_text(encoding="utf-8")
     assert Tokenizer.from_folder(source).encode(text)[: len(ids)] == ids
 
