@@ -6,7 +6,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlxarch.blocks.pace import two_under_way
-from mlxarch.cache import Held, Made
+from mlxarch.cache import Held, Made, Packed
 from mlxarch.cache.packed import unpacks
 
 Mask = mx.array | Literal["causal"] | None
@@ -36,23 +36,28 @@ def attend_by_scores(
     batch, heads, length, size = q.shape
     kv_heads, held = k.shape[1:3]
     rows, at_once = q.reshape(batch, kv_heads, -1, size), keys_at_once(q, k)  # (B, K, H/K * L, D)
+    rows = k.turned(rows) if isinstance(k, Packed) else rows
+    unpacked = _unpacked(q, k)
+    # two blocks are under way at a time, or all of this layer, and of the next ones, might be there at once
+    paced = unpacked or (length > 1 and at_once < held)
     state: Partial | None = None
     if sinks is not None:
         state = sinks.astype(mx.float32).reshape(kv_heads, -1, 1, 1), mx.array(0.0)
     for first in range(0, held, at_once):
         last = min(first + at_once, held)
-        keys, values = _block(k, first, last), _block(v, first, last)
+        keys, values = _blocks(k, v, first, last, unpacked)
         scores = mx.unflatten(_product(rows, keys, True).astype(mx.float32), 2, (-1, length))
         scores, seen = score(scores), _part(mask, first, last, length, held)
         scores = scores if seen is None else mx.where(seen, scores, UNSEEN)  # (B, K, H/K, L, S)
         weights = mx.softmax(scores, axis=-1).astype(values.dtype).flatten(2, 3)
         out = mx.unflatten(_product(weights, values, False), 2, (-1, length))
         before, state = state, merge(state, (mx.logsumexp(scores, axis=-1, keepdims=True), out))
-        if length > 1 and at_once < held:  # two blocks are under way at a time, or all might be there at once
+        if paced:
             total, out = two_under_way(state, before if first and before else (q,))
             state = total, out
     assert state is not None
-    return state[1].astype(q.dtype).reshape(batch, heads, length, -1)
+    out = v.turned_back(state[1]) if isinstance(v, Packed) else state[1]
+    return out.astype(q.dtype).reshape(batch, heads, length, -1)
 
 
 Partial = tuple[mx.array, mx.array]  # of some keys: log of the sum of exp(score) (…, 1), weighted sum of values (…, D)
@@ -69,8 +74,30 @@ def merge(some: Partial | None, more: Partial) -> Partial:
 def keys_at_once(q: mx.array, k: Vectors) -> int:
     """How many keys make a block: decoding takes few blocks, a prompt's step little memory."""
     batch, heads, length, _ = q.shape
-    made = batch * k.shape[1] * k.shape[3] if unpacks(heads // k.shape[1] * length) else 0
-    return max((ELEMENTS if length == 1 else ELEMENTS // 4) // max(batch * heads * length, made), LEAST)
+    unpacked = _unpacked(q, k)
+    made = batch * k.shape[1] * k.shape[3] if unpacked else 0
+    at_once = (ELEMENTS if length == 1 else ELEMENTS // 4) // max(batch * heads * length, made)
+    if unpacked:  # two halves of a layer's take less than what packing saves in four layers
+        at_once = min(at_once, -(-k.shape[2] // 2))
+    return max(at_once, LEAST)
+
+
+def _unpacked(q: mx.array, k: Vectors) -> bool:
+    """Whether keys and values are unpacked for these queries."""
+    return isinstance(k, Made) or isinstance(k, Packed) and unpacks(q.shape[1] // k.shape[1] * q.shape[2])
+
+
+def _blocks(k: Vectors, v: Vectors, first: int, last: int, unpacked: bool) -> tuple[Held, Held]:
+    """Keys and values of some tokens. What both are made of is unpacked once; packed ones stay turned."""
+    if isinstance(k, Made) and isinstance(v, Made) and k.held.parts is v.held.parts:
+        latents = k.held.block(first, last).unpacked()
+        return k.make(latents), v.make(latents[..., : v.held.size])
+    keys, values = _block(k, first, last), _block(v, first, last)
+    if not (unpacked and isinstance(keys, Packed) and isinstance(values, Packed)):
+        return keys, values
+    held = keys.unpacked(turned=True)
+    shared = isinstance(k, Packed) and isinstance(v, Packed) and k.parts is v.parts
+    return held, held if shared else values.unpacked(turned=True)
 
 
 def _block(vectors: Vectors, first: int, last: int) -> Held:

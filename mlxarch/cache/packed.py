@@ -1,4 +1,8 @@
-"""Keys and values in few bits: packed as they come, and unpacked a block at a time."""
+"""Keys and values in few bits: turned and packed as they come, and multiplied, or unpacked a block at a time.
+
+Each group of a vector is turned by an orthonormal matrix before it is packed. Products with turned vectors are the
+same, and a sum of turned values is turned back as one: what is held never has to be.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,24 +51,29 @@ class Packed:
         """The tokens from ``start`` to ``stop``."""
         return self.of(tuple(part[:, :, start:stop] for part in self.parts))
 
-    def unpacked(self) -> mx.array:
-        """The values, (B, K, S, D)."""
+    def unpacked(self, turned: bool = False) -> mx.array:
+        """The values, (B, K, S, D); or ``turned`` as they are, with all features."""
         weight, scales, biases = self.parts
         values = self.form.dequantize(weight, scales, biases, self.dtype)
-        return spread(values, self.form.group_size)[..., : self.size]
+        return values if turned else self.turned_back(values)
+
+    def turned(self, x: mx.array) -> mx.array:
+        """Vectors (…, D) as the held ones are turned, and as long."""
+        padding = self.parts[1].shape[-1] * self.form.group_size - x.shape[-1]
+        x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) if padding else x
+        return spread(x, self.form.group_size)
+
+    def turned_back(self, x: mx.array) -> mx.array:
+        """The vectors (…, D) that turned ones stand for."""
+        return spread(x, self.form.group_size)[..., : self.size]
 
     def product(self, x: mx.array, transpose: bool) -> mx.array:
-        """Rows x (B, K, R, D) times the transposed keys -> (B, K, R, S); or (B, K, R, S) times the values."""
-        if unpacks(x.shape[2]):
-            held = self.unpacked()
-            return x @ (held.swapaxes(-1, -2) if transpose else held)
-        (weight, scales, biases), group = self.parts, self.form.group_size
-        arrays = {"weight": weight, "scales": scales, "biases": biases}
-        if transpose:  # both sides spread, the product is the same
-            padding = scales.shape[-1] * group - x.shape[-1]
-            x = mx.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
-            return self.form.matmul(spread(x, group), arrays, True)
-        return spread(self.form.matmul(x, arrays, False), group)[..., : self.size]
+        """Turned rows (B, K, R, …) times the transposed keys -> (B, K, R, S).
+
+        Or rows (B, K, R, S) times the values -> turned (B, K, R, …).
+        """
+        weight, scales, biases = self.parts
+        return self.form.matmul(x, {"weight": weight, "scales": scales, "biases": biases}, transpose)
 
 
 def unpacks(rows: int) -> bool:

@@ -5,7 +5,7 @@ import pytest
 
 from mlxarch.blocks import Chunked, Full, Quantization, Sliding, Span
 from mlxarch.blocks.span import Latent
-from mlxarch.cache import Packed, packed
+from mlxarch.cache import Packed
 from mlxarch.cache.packed import pack
 from mlxarch.errors import QuantizationError
 from mlxarch.packing import fitted, vector_bytes
@@ -51,18 +51,19 @@ def test_an_outlier_costs_the_others_little() -> None:
     assert error(pack(x, Quantization(4, 64)).unpacked()) < 0.5 * error(plain)
 
 
-@pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("size", [12, 64, 80])
-def test_products_are_those_with_the_unpacked_vectors(size: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "FEW", few)
+def test_products_are_those_with_the_unpacked_vectors(size: int) -> None:
     held = pack(entries(50, size), Quantization(8, 64))
     q, weights = entries(5, size, 1), entries(5, 21, 2)
     part = held.block(9, 30)
     assert isinstance(part, Packed) and part.shape == (2, 3, 21, size)
     values = held.unpacked()[:, :, 9:30]
-    assert mx.allclose(part.product(q, True), q @ values.swapaxes(-1, -2), atol=1e-4)
-    assert mx.allclose(part.product(weights, False), weights @ values, atol=1e-4)
-    assert mx.allclose(part.first(5).product(weights, False), weights @ values[..., :5], atol=1e-4)
+    assert mx.allclose(part.product(part.turned(q), True), q @ values.swapaxes(-1, -2), atol=1e-4)
+    found = part.product(weights, False)
+    assert mx.allclose(part.turned_back(found), weights @ values, atol=1e-4)
+    assert mx.allclose(part.first(5).turned_back(found), weights @ values[..., :5], atol=1e-4)
+    assert mx.allclose(weights @ part.unpacked(turned=True), found, atol=1e-4)
+    assert not mx.allclose(found[..., :size], weights @ values, atol=1e-1)  # negative control: they are turned
 
 
 @pytest.mark.parametrize("bits", [8, 4])
