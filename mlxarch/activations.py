@@ -20,8 +20,8 @@ from mlxarch.blocks.head_linear import HeadLinear
 from mlxarch.cache import Cache
 
 # MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then. It waits
-# when more than ten tasks of ten parts are under way; an operation has two parts, one that only views an array has one.
-PARTS_AHEAD = 110
+# when more than ten tasks of ten parts are under way, with nine parts behind them at most; see ``_parts``.
+PARTS_AHEAD = 105
 MAPPED = 32 << 20  # bytes from which on the C library gives an array pages of its own, which come when it is written to
 # MLX gives these the memory of what they are made of
 VIEWS = {
@@ -108,7 +108,7 @@ def peak_bytes(
         nbytes = prod(shape) * dtype.size
         return 0 if skip(tuple(shape)) or not sizes[0] <= nbytes < sizes[1] else nbytes
 
-    memory, outputs, steps = _Memory(), [], []
+    memory, outputs, steps, views = _Memory(), [], [], dict[str, int]()
     for item in items:
         match item["type"]:
             case "inputs":
@@ -116,14 +116,20 @@ def peak_bytes(
                     memory.new(name, counted(shape, dtype))
             case "outputs":
                 outputs = [name for name, *_ in item["outputs"]]
+            case "constants":
+                views |= {name: 0 for name, _ in item["constants"]}
             case "primitive":
                 steps.append(item)
-    steps = in_order(steps, outputs)
+    steps = in_order(_without_views(steps, views), outputs)
     scattered = dict[str, str]()  # views whose rows do not lie one behind the other -> product that would copy them
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
     under_way: deque[tuple[int, set[str]]] = deque()  # parts that were prepared up to here, and buffers to be read
     marks, parts = [0, 0], 0  # where arrays were waited for: only what stands behind the last but one is under way
     for step in steps:
+        while under_way and under_way[0][0] <= max(parts - ahead, marks[-2]):
+            for buffer in under_way.popleft()[1]:
+                memory.pending[buffer] -= 1
+                memory.release(buffer)
         read, made = [name for name, *_ in step["inputs"]], step["outputs"]
         taken = _taken_over(step, uses, memory)
         for name, shape, dtype in made:
@@ -131,10 +137,11 @@ def peak_bytes(
                 memory.share(name, taken)
             else:
                 memory.new(name, counted(shape, dtype))
+        parts += _parts(step) + sum(views.get(name, 0) for name in read)
         for name, shape, dtype in step["inputs"]:
             if scattered.get(name) == step["name"]:
                 memory.new(copy := f"{made[0][0]} of {name}", counted(shape, dtype))
-                read, uses[copy] = [*read, copy], 1
+                read, uses[copy], parts = [*read, copy], 1, parts + 1
         if step["name"] == "Broadcast" and step["inputs"]:
             scattered[made[0][0]] = "QuantizedMatmul"
         elif step["name"] == "Slice" and step["inputs"][0][1][-1] != made[0][1][-1]:
@@ -149,14 +156,36 @@ def peak_bytes(
         for name, *_ in made:
             if not uses[name]:
                 memory.forget(name)
-        parts += 1 if step["name"] in VIEWS else 2
         under_way.append((parts, held))
         marks += [parts] if step["name"] == MARK else []
-        while under_way and under_way[0][0] <= max(parts - ahead, marks[-2]):
-            for buffer in under_way.popleft()[1]:
-                memory.pending[buffer] -= 1
-                memory.release(buffer)
     return memory.peak
+
+
+def _parts(step: dict[str, Any]) -> int:
+    """Into how many parts MLX takes an operation: what it does, and letting go of what it read."""
+    match step["name"]:
+        case "Concatenate":
+            return len(step["inputs"]) + 1
+        case "Pad":
+            return 3
+        case name:
+            return 1 if name in VIEWS else 2
+
+
+def _without_views(steps: Sequence[dict[str, Any]], views: dict[str, int]) -> list[dict[str, Any]]:
+    """The operations but those that only view a constant, as a number for all elements or a transposed matrix.
+
+    The list has each of these once, and MLX makes it anew wherever it is used. ``views`` tells of how many operations
+    a view consists; at first it holds the constants.
+    """
+    rest = []
+    for step in steps:
+        read = [name for name, *_ in step["inputs"]]
+        if step["name"] in VIEWS and read and all(name in views for name in read):
+            views |= {name: 1 + sum(map(views.__getitem__, read)) for name, *_ in step["outputs"]}
+        else:
+            rest.append(step)
+    return rest
 
 
 def in_order(steps: Sequence[dict[str, Any]], outputs: Sequence[str]) -> list[dict[str, Any]]:

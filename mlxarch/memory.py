@@ -89,8 +89,8 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """What the process will take at its peak, headroom not counted."""
-        return self.mlx - self.activations + self.touched + self.process
+        """What the process will take at its peak, headroom not counted. MLX keeps what a step let go of."""
+        return self.mlx - self.activations + self.touched + min(self.free, self.touched) + self.process
 
     @property
     def total(self) -> int:
@@ -167,7 +167,7 @@ def plan(blueprint: Blueprint, machine: Machine, request: Request = Request(), *
     ``advise``: look for what would make it fit.
 
     Raises:
-        InvalidInput: a context longer than the model was made for.
+        InvalidInput: a context longer than the model was made for, or a table on the disk that it does not have.
     """
     planner = _Planner(blueprint, machine, request)
     longest = planner.footprint.longest
@@ -217,6 +217,11 @@ class _Planner:
         self.held = self.footprint.held(self.float_bytes)
         self.expert = self.footprint.expert_bytes(self.float_bytes)
         self.has_ple = "per-layer embeddings" in self.held
+        if request.ple == "ssd" and not self.has_ple:
+            raise InvalidInput(
+                f"ple is ssd, and {blueprint.name} has no table of per-layer embeddings to be read from the disk, as "
+                "Gemma 3n has; leave it at auto"
+            )
 
     def at(self, context: int, grows: bool = False, short: bool = True) -> Plan:
         """At this context: resident if it can be, else streamed, else not at all.
@@ -229,12 +234,11 @@ class _Planner:
         usual, less = CHUNKS[self.machine.backend]
         ways = [_Way(context, grows, usual, place) for place in ple]
         ways += [_Way(context, grows, less, ple[-1])] if short else []
-        found = [self._plan(way) for way in ways]
-        best = next(filter(self._fits, found), None)
-        if best is None and any(self.expert):
-            streamed = (replace(way, slots=slots) for way in ways[-2:] if (slots := self._slots(way)))
-            best = next(map(self._plan, streamed), None)
-        return best or found[-1]
+        resident = (self._plan(way) for way in ways)
+        if best := next(filter(self._fits, resident), None):
+            return best
+        streamed = (replace(way, slots=slots) for way in ways[-2:] if any(self.expert) and (slots := self._slots(way)))
+        return next(map(self._plan, streamed), None) or self._plan(ways[-1])
 
     def longest(self) -> Plan:
         """With as much context as fits beside all weights; if that is little, with a little and what is streamed."""

@@ -79,3 +79,12 @@ def test_a_download_that_would_not_fit_does_not_begin(execute):
     result = execute("run", "gemma3-27b-4bit", "Hi", "--memory", "8GB")
     assert result.returncode == 4 and "together" in result.stderr
     assert execute("run", "gemma3-27b-4bit", "Hi", "--memory", "80GB").returncode == 5, "then the Hub is asked"
+
+
+def test_embeddings_on_the_disk_are_refused_where_there_are_none(invoke, tiny):
+    for command in (("fit", "qwen3-0.6b"), ("fit", tiny), ("run", tiny, "Hi", "-n", "2")):
+        result = invoke(*command, "--ple", "ssd")
+        assert result.exit_code == 2 and result.stdout == ""
+        assert "has no table of per-layer embeddings" in result.stderr and "leave it at auto" in result.stderr
+        assert invoke(*command, "--ple", "memory").exit_code == 0
+    assert json.loads(invoke("fit", "gemma3n-e4b", "--ple", "ssd", "--json").stdout)["ple"] == "ssd"

@@ -120,7 +120,10 @@ def test_per_layer_embeddings_go_to_the_disk_first() -> None:
     kept = planned("gemma3n-e4b", bits=4, context=4096, memory=room, ple="memory")
     assert kept.execution.ple == "memory"
     assert planned("gemma3n-e4b", bits=4, context=4096, ple="ssd").execution.ple == "ssd"
-    assert planned("qwen3-0.6b", bits=4, context=4096, ple="ssd").verdict == "resident", "it has none"
+    for ple in ("auto", "memory"):
+        assert planned("qwen3-0.6b", bits=4, context=4096, ple=ple).execution.ple == "memory", "it has none"
+    with pytest.raises(InvalidInput, match="ple is ssd, and qwen3-0.6b has no table .*; leave it at auto"):
+        planned("qwen3-0.6b", bits=4, context=4096, ple="ssd")
 
 
 def test_without_a_context_as_much_is_planned_as_fits() -> None:
