@@ -2,8 +2,10 @@
 
 The divergence of two models that are close is half the square of the distance in the Fisher metric (arXiv:1412.1193).
 Taken apart by matrices, and each of them by the rows that make its outputs (arXiv:1503.05671), what is left to know of
-an output is how hard it pulls at the logits, and how far its row moves it: 1/2 E[g²] E[(x · Δw)²], in nats per token.
-The gradients g come from one backward pass for labels that the model draws itself, the inputs x from the way there.
+an output is how hard it pulls at the logits, and how far its row moves it: 1/2 E[(Σ g (x · Δw))²], in nats per token,
+the sum over the tokens of a window. Their errors are no strangers to each other: inputs have much in common, and with
+it what they make of one Δw; token by token, a fifth to a third of the divergence would be missing. The gradients
+g come from one backward pass for labels that the model draws itself, the inputs x from the way there.
 """
 
 import tempfile
@@ -65,12 +67,22 @@ class _Use:
         inputs: what the rows are multiplied by, (tokens, in), for each matrix of the stack.
         pulls: g of each token, (tokens, rows), likewise; None where a token pulls as hard as another.
         rows: indices of the rows, where these are not all of them in order.
+        looked_up: the row that each token takes from a table, (tokens,): it pulls at no other.
+        windows: of each token, where tokens that share one act together.
     """
 
     squares: np.ndarray
     inputs: list[np.ndarray]
     pulls: list[np.ndarray] | None = None
     rows: np.ndarray | None = None
+    looked_up: np.ndarray | None = None
+    windows: np.ndarray | None = None
+
+    def pulls_at(self, index: int, rows: np.ndarray) -> np.ndarray | None:
+        """g of each token at some rows of a matrix, (tokens, rows)."""
+        if self.looked_up is not None:
+            return (self.looked_up[:, None] == rows).astype(np.float32)
+        return self.pulls[index][:, rows] if self.pulls else None
 
     def join(self, other: "_Use") -> None:
         """Add what more tokens bring."""
@@ -97,6 +109,7 @@ class Pass:
         self._walk = Walk(resolved, [tokens])
         self._costs: dict[str, dict[Quantization, float]] = {}
         self._heard: dict[tuple[str, int], _Use] = {}
+        self._together = False  # whether tokens of a window act on each other's labels
         self._calls: Counter[str] | None = None  # of the pass back that is under way
         for path, module in self._walk.model.named_modules():
             if isinstance(module, Matrix) and module.quantizable:
@@ -115,6 +128,7 @@ class Pass:
                 [state] = walk.layer(index, [state])
                 self._progress("measuring", index + 1, total)
             pull, pulls = self._head(state), [mx.zeros_like(leaf) for leaf in _floats(step.shared)]
+            self._together = True
             for index in reversed(layers):
                 file.seek(index * state.nbytes)
                 state = mx.array(np.fromfile(file, np.float32, state.size).reshape(state.shape))
@@ -184,7 +198,9 @@ class Pass:
         for (path, table, usual), gradient in zip(tables, found, strict=True):
             table.lookup = usual
             often = np.bincount(np.asarray(asked[path]).ravel(), minlength=table.weight.shape[0])
-            self._add(path, _Use(often, [np.asarray(gradient).reshape(-1, gradient.shape[-1])]))
+            flat = np.asarray(gradient).reshape(-1, gradient.shape[-1])
+            found_in = self._windows(gradient.shape)
+            self._add(path, _Use(often, [flat], looked_up=np.asarray(asked[path]).ravel(), windows=found_in))
 
     def _backward(
         self, run: Callable[..., list[mx.array]], inputs: list[mx.array], pulls: list[mx.array]
@@ -232,9 +248,10 @@ class Pass:
             def product_of_one(x: mx.array, arrays: Any = None, transpose: bool = True) -> mx.array:
                 y = product(x, arrays, transpose)
                 if arrays is None:
-                    return caught(y, lambda pull: _by_row(x, pull, transpose))
+                    return caught(y, lambda pull: _by_row(x, pull, transpose, self._windows(x.shape)))
                 rows = self._rows_of(path, arrays["weight"].shape)
-                return caught(y, lambda pull: _by_head(x, pull, transpose, rows))
+                windows = self._windows((x.shape[0], *x.shape[2:]))
+                return caught(y, lambda pull: _by_head(x, pull, transpose, rows, windows))
 
             matrix.product = product_of_one
 
@@ -247,6 +264,16 @@ class Pass:
         ids = np.arange(prod(self._tensors[path].shape[:-1])).reshape(heads, -1)
         first = high * self._calls[path] if self._calls else 0
         return ids[:, first : first + high].ravel() if first + high <= ids.shape[1] else ids[:, -high:].ravel()
+
+    def _windows(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Of inputs (..., B, L, in) to one matrix, the windows that they are from.
+
+        None in front of the head, where a token acts on its own label alone.
+        """
+        count, length = self._walk.batches[0].shape
+        if not self._together or shape[-3:-1] != (count, length):
+            return None
+        return np.tile(np.repeat(np.arange(count), length), prod(shape[:-3]))
 
     def _count_costs(self) -> None:
         for (path, _), heard in self._heard.items():
@@ -264,14 +291,26 @@ class Pass:
             these, x = drawn[drawn // high == index], use.inputs[index]
             ids = these if use.rows is None else use.rows[these]
             rows = mx.concatenate([tensor.rows(row, row + 1) for row in ids.tolist()]).astype(mx.float32)
-            weights = np.square(use.pulls[index][:, these % high]) if use.pulls else np.ones((len(x), 1), np.float32)
-            share = pull.sum() / len(drawn) / weights.sum(0)
+            pulls = use.pulls_at(index, these % high)
+            share = 0.5 * pull.sum() / len(drawn) / (len(x) if pulls is None else np.square(pulls).sum(0))
+            alone, joint = dict[Quantization, float](), []
             for to in self._candidates:
                 if (fit := fitting(to, rows.shape[-1])) is None:
                     continue  # stays as it is
-                change = np.asarray(self._rounded(path, index, rows, x, fit) - rows)
-                moved = (weights * np.square(x @ change.T)).sum(0, dtype=np.float64)
-                own[to] += 0.5 * float((share * moved).sum())
+                moved = x @ np.asarray(self._rounded(path, index, rows, x, fit) - rows).T
+                moved = moved if pulls is None else pulls * moved
+                alone[to] = float((share * np.square(moved).sum(0)).sum())
+                if use.windows is not None and pulls is not None and alone[to] > 0:
+                    joint.append(float((share * np.square(_sums(moved, use.windows)).sum(0)).sum()) / alone[to])
+            for to in alone:  # what is joint is a matter of the inputs, and known better from all candidates
+                own[to] += alone[to] * (float(np.mean(joint)) if joint else 1)
+
+
+def _sums(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Of the rows of each group."""
+    found = np.zeros((groups.max() + 1, rows.shape[1]))
+    np.add.at(found, groups, rows)
+    return found
 
 
 def _drawn(pull: np.ndarray) -> np.ndarray:
@@ -281,19 +320,19 @@ def _drawn(pull: np.ndarray) -> np.ndarray:
     return np.minimum(np.searchsorted(total, points), len(pull) - 1)
 
 
-def _by_row(x: mx.array, pull: np.ndarray, transpose: bool) -> _Use:
+def _by_row(x: mx.array, pull: np.ndarray, transpose: bool, windows: np.ndarray | None) -> _Use:
     left, right = pull.reshape(-1, pull.shape[-1]), np.asarray(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     left, right = (left, right) if transpose else (right, left)
     pulls = [left] if left.shape[-1] <= WIDEST else None
-    return _Use(np.square(left).sum(0, dtype=np.float64), [right], pulls)
+    return _Use(np.square(left).sum(0, dtype=np.float64), [right], pulls, windows=windows)
 
 
-def _by_head(x: mx.array, pull: np.ndarray, transpose: bool, rows: np.ndarray) -> _Use:
+def _by_head(x: mx.array, pull: np.ndarray, transpose: bool, rows: np.ndarray, windows: np.ndarray | None) -> _Use:
     """Of a matrix for each head: x (B, 1 or H, L, ...), pull (B, H, L, ...)."""
     wide = np.broadcast_to(np.asarray(x.astype(mx.float32)), (*pull.shape[:-1], x.shape[-1]))
-    heads = [_by_row(mx.array(wide[:, head]), pull[:, head], transpose) for head in range(pull.shape[1])]
+    heads = [_by_row(mx.array(wide[:, head]), pull[:, head], transpose, windows) for head in range(pull.shape[1])]
     squares, pulls = np.concatenate([head.squares for head in heads]), [p for head in heads for p in head.pulls or ()]
-    return _Use(squares, [x for head in heads for x in head.inputs], pulls, rows)
+    return _Use(squares, [x for head in heads for x in head.inputs], pulls, rows, windows=windows)
 
 
 def _by_expert(x: mx.array, pull: np.ndarray, chosen: mx.array, experts: int) -> _Use:
