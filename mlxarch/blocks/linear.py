@@ -60,16 +60,19 @@ class Embedding(Matrix):
 
     def lookup(self, tokens: mx.array) -> mx.array:
         """The rows of the tokens, unpacked."""
-        if self.quantization is None:
-            return self["weight"][tokens]
-        biases = self.get("biases")
-        return self.quantization.dequantize(
-            self["weight"][tokens], self["scales"][tokens], None if biases is None else biases[tokens], self.dtype
-        )
+        parts = {name: self[name][tokens] for name in ("weight", "scales", "biases") if name in self}
+        return unpacked_rows(parts, self.quantization, self.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a model whose embeddings are tied."""
         return self.product(x)
+
+
+def unpacked_rows(parts: dict[str, mx.array], packed: Quantization | None, dtype: mx.Dtype) -> mx.array:
+    """Rows of a table, in memory or read from the disk, as vectors (…, dims): the same operations either way."""
+    if packed is None:
+        return parts["weight"]
+    return packed.dequantize(parts["weight"], parts["scales"], parts.get("biases"), dtype)
 
 
 class ExpertLinear(Matrix):

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxarch.blocks.linear import unpacked_rows
 from mlxarch.errors import InvalidInput
 from mlxarch.packing import Quantization
 from mlxarch.streaming.banks import writes_in_place
@@ -79,7 +80,7 @@ class StreamedEmbedding(nn.Module):
             return self._unpack(late.arrays)
         wanted, places = np.unique(self.known(np.asarray(tokens)), return_inverse=True)
         records = self.cache.rows(wanted.tolist())
-        arrays, at = {}, mx.array(places.reshape(tokens.shape))
+        arrays, at = {}, mx.array(places.reshape(tokens.shape).astype(np.uint32))
         for field, start, stop in self.layout():
             words = np.ascontiguousarray(records[:, start:stop]).view(f"u{field.dtype.size}")
             arrays[field.name] = mx.array(words).view(field.dtype)[at]
@@ -100,9 +101,7 @@ class StreamedEmbedding(nn.Module):
     def _unpack(self, arrays: dict[str, mx.array]) -> mx.array:
         """As ``Embedding``, whose floats the loader has cast."""
         cast = {name: a.astype(self.dtype) if a.dtype in FLOATS else a for name, a in arrays.items()}
-        if self.quantization is None:
-            return cast["weight"]
-        return self.quantization.dequantize(cast["weight"], cast["scales"], cast.get("biases"), self.dtype)
+        return unpacked_rows(cast, self.quantization, self.dtype)
 
 
 class LateRows:
