@@ -42,6 +42,8 @@ def eval_command(
     """
     if against is None and (max_kl is not None or plot is not None):
         raise click.UsageError(f"{'--max-kl' if max_kl is not None else '--plot'} needs --against ORIGINAL")
+    if max_kl is not None and not max_kl >= 0:
+        raise click.UsageError(f"--max-kl is a number from 0 on; found {max_kl:g}")
     from mlxarch.backend import require_backend
 
     require_backend()

@@ -26,7 +26,9 @@ METHODS = ("search", "gptq", "round")
 @click.command("quantize")
 @click.argument("source")
 @click.option("--bits", "--q-bits", type=click.Choice(options.BITS), help="4 unless the mode has others.")
-@click.option("--group-size", "--q-group-size", type=int, help="Weights that share a scale: 32, 64 or 128.")
+@click.option(
+    "--group-size", "--q-group-size", type=int, help="Weights that share a scale: 32, 64 or 128; 64, with a target 128."
+)
 @click.option("--mode", "--q-mode", type=click.Choice(MODES), default="affine", show_default=True)
 @click.option("--method", type=click.Choice(METHODS), help="How scales are chosen; search below 8 bits, else round.")
 @click.option("--calibration", metavar="FILE", help="A text that tells which weights matter; else random tokens.")
@@ -82,6 +84,7 @@ def quantize_command(
     require_backend()
     from mlxarch.progress import on_terminal
     from mlxarch.quantize import Recipe, prepare
+    from mlxarch.quantize.budget import GROUP_SIZE
     from mlxarch.quantize.corpus import read_texts
     from mlxarch.quantize.formats import default_bits, settings
     from mlxarch.quantize.methods import checked
@@ -92,6 +95,8 @@ def quantize_command(
     width = None if wanted == "original" else int(wanted)
     try:
         target, own = _mixture(target_size, target_bits, target_kl, recipe, bits)
+        if target and mode == "affine":
+            group_size = group_size or GROUP_SIZE
         packed = None if width is None else settings(width, group_size, mode)
         chosen = checked(method, packed, calibration)
     except QuantizationError as error:

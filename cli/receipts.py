@@ -53,7 +53,7 @@ def lines(receipt: dict[str, Any]) -> list[tuple[str, str]]:
     evaluation, forecast = _fields(receipt, "evaluation"), _fields(receipt, "forecast")
     expected, measured = forecast.get("kl"), forecast.get("measured")
     if isinstance(expected, float | int) and isinstance(measured, float | int):
-        found.append(("KL:", receipts.compared(expected, measured)))
+        found.append(("forecast:", receipts.compared(expected, measured)))
     if evaluation:
         found += _measured(_fields(evaluation, "all"))
     elif receipt.get("not_evaluated"):

@@ -35,7 +35,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 def compared(forecast: float, measured: float) -> str:
     """A divergence that was expected beside the one that came, in words."""
     off = f" ({measured / forecast - 1:+.0%})" if forecast > 0 else ""
-    return f"forecast {forecast:.3g}, measured {measured:.3g}{off}"
+    return f"{forecast:.3g}, measured {measured:.3g}{off}"
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:

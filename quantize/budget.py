@@ -15,6 +15,7 @@ from mlxarch.errors import QuantizationError
 from mlxarch.quantize.disk import size
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)  # bits
+GROUP_SIZE = 128  # of a mixture, unless it is given: what fewer scales leave is worth more as bits
 
 
 @dataclass(frozen=True, kw_only=True)

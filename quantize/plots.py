@@ -23,11 +23,13 @@ def check(file: Path) -> None:
     """Refuse what could not be drawn, before anything is measured for it.
 
     Raises:
-        InvalidInput: another suffix than .svg or .png.
+        InvalidInput: another suffix than .svg or .png, or no folder to write it to.
         BackendMissing: matplotlib is not installed.
     """
     if file.suffix.lower() not in SUFFIXES:
         raise InvalidInput(f"{file}: pictures are written as {' or '.join(SUFFIXES)}; give the file such a name")
+    if not file.absolute().parent.is_dir():
+        raise InvalidInput(f"{file}: {file.parent} is no folder; make it first")
     if find_spec("matplotlib") is None:
         raise BackendMissing("drawing needs the matplotlib package: pip install 'mlxarch[plot]'")
 

@@ -41,7 +41,7 @@ def markdown(evaluation: Evaluation, forecast: float | None = None) -> str:
     texts = ", ".join(f"{name} {digest[:12]}…" for name, digest in evaluation.texts.items())
     remarks = [f"{sentence}." for sentence in sentences(evaluation)]
     if forecast is not None and evaluation.all.kl_mean is not None:
-        remarks.append(f"Of the mean KL, {compared(forecast, evaluation.all.kl_mean.value)}.")
+        remarks.append(f"Forecast of the mean KL: {compared(forecast, evaluation.all.kl_mean.value)}.")
     return "\n".join(
         [*(f"| {' | '.join(line)} |" for line in lines), "", *remarks, f"Texts, by their SHA-256: {texts}."]
     )
@@ -88,5 +88,12 @@ def worst(evaluation: Evaluation) -> list[list[str]]:
     for place in evaluation.worst:
         text = f"{place.before[-30:]}[{place.token}]{place.after[:12]}".replace("\n", "⏎")
         where = f"{place.text} {place.position}"
-        lines.append([f"{place.kl:.3f}", where, text, f"{place.original_expected!r} -> {place.expected!r}"])
+        lines.append(
+            [
+                f"{place.kl:.3f}" if place.kl >= 0.001 else f"{place.kl:.1e}",
+                where,
+                text,
+                f"{place.original_expected!r} -> {place.expected!r}",
+            ]
+        )
     return lines

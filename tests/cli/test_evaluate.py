@@ -46,7 +46,7 @@ def test_it_prints_a_table_of_all_texts(invoke, here):
     assert f"{found.size.bits_per_weight:.2f} bits per weight" in result.stdout
     assert "its mean exact" in result.stdout
     worst = lines[next(n for n, line in enumerate(lines) if line.startswith("The tokens that changed most")) + 1 :]
-    assert len(worst) == 10 and worst[0].startswith(f"{found.worst[0].kl:.3f}")
+    assert len(worst) == 10 and worst[0].startswith(f"{found.worst[0].kl:.1e}")
 
 
 def test_without_an_original_it_tells_perplexity_alone(invoke, here):
@@ -92,6 +92,9 @@ def test_the_status_tells_whether_a_model_is_too_far_away(invoke, here):
         ([], 2, "MODEL"),
         (["./tiny", "--max-kl", "1"], 2, "--max-kl needs --against"),
         (["./tiny", "--plot", "x.svg"], 2, "--plot needs --against"),
+        (["./tiny", "--against", "./tiny", "--plot", "nowhere/x.svg"], 2, "nowhere is no folder"),
+        (["./tiny", "--against", "./tiny", "--max-kl", "nan"], 2, "--max-kl is a number from 0 on"),
+        (["./tiny", "--against", "./tiny", "--max-kl", "-1"], 2, "--max-kl is a number from 0 on"),
         (["./tiny", "--tokens", "1"], 2, "--tokens"),
         (["./tiny", "--text", "nowhere.txt"], 2, "nowhere.txt cannot be read"),
         (["./nowhere"], 3, "no such folder"),

@@ -102,11 +102,11 @@ def test_a_target_is_foretold_before_the_work_and_compared_after_it(invoke, here
     receipt = json.loads((here / "tiny-mixed" / "receipt.json").read_text())
     expected, measured = (receipt["forecast"][key] for key in ("kl", "measured"))
     assert measured == receipt["evaluation"]["all"]["kl_mean"]["value"] and 0.3 < expected / measured < 3
-    said = f"KL: forecast {expected:.3g}, measured {measured:.3g} ({measured / expected - 1:+.0%})"
+    said = f"forecast: {expected:.3g}, measured {measured:.3g} ({measured / expected - 1:+.0%})"
     assert said in result.stdout.splitlines()
     assert result.stderr.splitlines()[1] == f"expected KL {expected:.3g} nats a token", "before anything is written"
     card = (here / "tiny-mixed" / "README.md").read_text()
-    assert said.removeprefix("KL: ") in card and "# tiny-mixed" in card
+    assert said.removeprefix("forecast: ") in card and "# tiny-mixed" in card
     assert said in " ".join(invoke("show", "./tiny-mixed").stdout.split())
 
 
