@@ -16,7 +16,10 @@ from mlxarch.quantize.rounding import affine, grid_of
 
 # how far a start goes from the weighted mean of a group towards its smallest and its largest weight
 STARTS = ((1, 1), (0.9, 0.9), (0.75, 0.75), (0.55, 0.55), (1, 0.7), (0.7, 1), (0.85, 0.55), (0.55, 0.85))
+FEW_STARTS = STARTS[:1]  # of 8 bits: with so many levels nobody wants to give up a part of the range
+NUDGES = (-1, 0, 1)  # of 8 bits: units in the last place of a scale in bfloat16, and codes, by which grids are tried
 STRIDES = (3, 3, 2, 1)  # times the step of least squares from each: the codes follow, and one step is far too short
+BFLOAT16 = 2**-8  # units in the last place of it, at the most
 FLOOR = 1e-6  # of a weight, the mean being 1: a channel that was silent may yet speak
 CPU_BLOCK, BLOCK = 1 << 17, 1 << 24  # elements at a time: on a CPU they stay in its cache
 
@@ -74,7 +77,7 @@ def _search(groups: mx.array, weights: mx.array, bits: int, dtype: mx.Dtype) -> 
     middle = (weights * groups).sum(-1, keepdims=True) / total
     low, high = groups.min(-1, keepdims=True) - middle, groups.max(-1, keepdims=True) - middle
     best, error = plain, mx.full(total.shape, mx.inf)
-    for down, up in STARTS:
+    for down, up in STARTS if bits < 8 else FEW_STARTS:
         first = middle + low * down
         grid = Grid(mx.maximum((middle + high * up - first) / (2**bits - 1), 1e-7), first)
         for stride in (*STRIDES, None):
@@ -115,11 +118,22 @@ def _step(groups: mx.array, weights: mx.array, total: mx.array, grid: Grid, bits
 
 
 def _as_stored(groups: mx.array, weights: mx.array, total: mx.array, grid: Grid, bits: int, dtype: mx.Dtype) -> Grid:
-    """The grid in ``dtype``, its bias moved to make up for what the scale lost."""
-    scales = grid.scales.astype(dtype).astype(mx.float32)
-    rest = groups - codes_of(groups, grid, bits) * scales
-    biases = (weights * rest).sum(-1, keepdims=True) / total
-    return Grid(scales, biases.astype(dtype).astype(mx.float32))
+    """The grid in ``dtype``, its bias moved to make up for what the scale lost.
+
+    The last of 256 levels is farther away than bfloat16 has digits for: there some neighbours are tried as well, and
+    biases a few codes off, of which one comes to lie where it should.
+    """
+    coarse = bits == 8 and dtype == mx.bfloat16
+    best, error = grid, mx.full(total.shape, mx.inf)
+    for nudge in NUDGES if coarse else (0,):
+        scales = (grid.scales * (1 + nudge * BFLOAT16)).astype(dtype).astype(mx.float32)
+        rest = groups - codes_of(groups, Grid(scales, grid.biases), bits) * scales
+        bias = (weights * rest).sum(-1, keepdims=True) / total
+        for codes in NUDGES if coarse else (0,):
+            stored = Grid(scales, (bias + codes * scales).astype(dtype).astype(mx.float32))
+            new = error_of(groups, weights, stored, bits)
+            best, error = _choose(new < error, stored, best), mx.minimum(new, error)
+    return best
 
 
 def _choose(condition: mx.array, one: Grid, other: Grid) -> Grid:
