@@ -1,6 +1,6 @@
 """``mlxarch quantize``: a checkpoint in, a smaller one out."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from mlxarch.cli.receipts import lines
 from mlxarch.errors import QuantizationError
 
 if TYPE_CHECKING:
-    from mlxarch.progress import Progress
     from mlxarch.quantize import Summary
     from mlxarch.quantize.budget import Target
     from mlxarch.quantize.mixture import Recipe
@@ -89,6 +88,7 @@ def quantize_command(
     from mlxarch.quantize.formats import default_bits, settings
     from mlxarch.quantize.methods import checked
     from mlxarch.quantize.mixture import by_recipe, toward
+    from mlxarch.quantize.staging import Staging
     from mlxarch.streaming.attach import experts_of
 
     wanted = options.parsed_bits(bits) or default_bits(mode)
@@ -106,11 +106,10 @@ def quantize_command(
     texts = read_texts(files) if files else None
     name, opened = _open(source, yes)
     output = output or f"{name}-{label}"
-    # packed experts are laid out anew from an ordinary folder, which is removed in the end
-    ordinary = f"{output.rstrip('/')}.stacked" if experts == "packed" else output
+    staging = Staging(Path(output).expanduser().absolute()) if experts == "packed" else None
     conversion = prepare(
         opened,
-        ordinary,
+        staging.model if staging else output,
         bits=width,
         group_size=group_size,
         mode=mode,
@@ -128,17 +127,20 @@ def quantize_command(
         if target is not None:
             with on_terminal(None) as progress:
                 conversion = toward(conversion, target, progress)
-        say(f"{source}: {conversion.method}; needs {size(conversion.needed)} of disk, at {conversion.output}")
+        needed, place = conversion.needed, conversion.output
+        if staging:
+            needed, place = staging.needed(conversion), staging.output
+        say(f"{source}: {conversion.method}; needs {size(needed)} of disk, at {place}")
         if conversion.forecast is not None:
             say(f"expected KL {conversion.forecast:.3g} nats a token")
         with on_terminal(None) as progress:
             changed = width is not None or dtype is not None
-            summary = conversion.run(
-                force=force or experts == "packed", evaluate=changed and not no_eval, progress=progress
-            )
-            receipt = receipts.read(summary.output) or {}
-            if experts == "packed":
-                summary = _pack(summary, output, force, progress)
+            judged = changed and not no_eval
+            if staging:
+                summary, receipt = staging.run(conversion, force=force, evaluate=judged, progress=progress)
+            else:
+                summary = conversion.run(force=force, evaluate=judged, progress=progress)
+                receipt = receipts.read(summary.output) or {}
     finally:
         conversion.close()
     for note in summary.notes:
@@ -147,7 +149,7 @@ def quantize_command(
         answer_json(asdict(summary) | {"evaluation": receipt.get("evaluation")})
     else:
         answer(_in_words(summary))
-        for label, text in lines(receipt) if changed and not no_eval else ():
+        for label, text in lines(receipt) if judged else ():
             if label not in ("made by:", "from:", "note:", "with:"):
                 answer(f"{label} {text}")
 
@@ -168,19 +170,6 @@ def _mixture(
         return None, None if recipe == AUTO else Recipe.read(recipe)
     size = None if target_size is None else parse_size(target_size)
     return (Target(size=size, bits=target_bits, kl=target_kl) if named and bits is None else None), None
-
-
-def _pack(summary: "Summary", output: str, force: bool, progress: "Progress") -> "Summary":
-    """Pack what was written, and remove it."""
-    import shutil
-
-    from mlxarch.quantize.pack import pack
-
-    packed = pack(summary.output, output, force=force, progress=progress)
-    shutil.rmtree(summary.output)
-    filled = f"records of experts are filled up to pages with {size(packed.filled_bytes)}"
-    notes = [*summary.notes, *([filled] if packed.filled_bytes else [])]
-    return replace(summary, output=packed.output, notes=notes)
 
 
 def _open(source: str, yes: bool) -> "tuple[str, Path | Source]":
