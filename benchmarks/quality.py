@@ -29,9 +29,11 @@ import quality_peers as peers
 from mlxarch import paths
 from mlxarch.errors import MlxArchError
 from mlxarch.quantize import Target, prepare, toward
+from mlxarch.quantize.budget import GROUP_SIZE
 from mlxarch.quantize.corpus import Text, bundled
 from mlxarch.quantize.evaluation import Settings, evaluate
 from mlxarch.quantize.gguf import open_gguf
+from mlxarch.receipts import compared
 from mlxarch.tensors import Packed
 
 Make = Callable[[Path, Path], dict[str, float]]  # (original, output) -> figures that the folder does not tell
@@ -45,8 +47,9 @@ OURS: dict[str, dict[str, Any]] = {
 }
 READERS = {f"{name}, calibrated": settings for name, settings in OURS.items() if settings["method"] != "round"}
 MIXED = {
-    "mixed, 5.0 bits": dict(target=5.0),
-    "mixed, 5.0 bits, gptq": dict(target=5.0, method="gptq"),
+    "mixed, 5.0 bits": dict(target=Target(bits=5.0)),
+    "mixed, 5.0 bits, gptq": dict(target=Target(bits=5.0), method="gptq"),
+    **{f"mixed, KL {kl}": dict(target=Target(kl=kl)) for kl in (0.005, 0.03, 0.15)},
 }
 
 CLAIMS = [  # of two variants' mean KL: what it is called, the two, what the mean ratio must not exceed, and each
@@ -106,25 +109,26 @@ def in_float32(trained: Path, output: Path) -> None:
 # Variants -------------------------------------------------------------------------------------------------------------
 
 
-def ours(target: float | None = None, **settings: Any) -> Make:
+def ours(texts: list[Text], target: Target | None = None, **settings: Any) -> Make:
     def make(original: Path, output: Path) -> dict[str, float]:
-        conversion = prepare(original, output, dtype="bfloat16", **settings)
-        if target is None:
-            conversion.run(force=True)
-            return {}
-        notes = "\n".join(toward(conversion, Target(bits=target)).run(force=True).notes)
-        found = re.search(r"expected KL ([^ ]+)", notes)
-        return {"forecast": float(found[1])} if found else {}
+        if target is not None:
+            settings.setdefault("group_size", GROUP_SIZE)
+        conversion = prepare(original, output, dtype="bfloat16", texts=texts, **settings)
+        conversion = conversion if target is None else toward(conversion, target)
+        conversion.run(force=True)
+        return {} if conversion.forecast is None else {"forecast": conversion.forecast}
 
     return make
 
 
-def makers(options: argparse.Namespace, calibration: str, trained: bool, results: dict[str, Any]) -> dict[str, Make]:
+def makers(
+    options: argparse.Namespace, texts: list[Text], calibration: str, trained: bool, results: dict[str, Any]
+) -> dict[str, Make]:
     """Every variant of an original by name; llama.cpp's blocks need rows that only the trained models have."""
     read = options.work / "calibration.txt"
     read.write_text(calibration)
-    made: dict[str, Make] = {name: ours(**settings) for name, settings in (OURS | MIXED).items()}
-    made |= {name: ours(calibration=read, **settings) for name, settings in READERS.items()}
+    made: dict[str, Make] = {name: ours(texts, **settings) for name, settings in (OURS | MIXED).items()}
+    made |= {name: ours(texts, calibration=read, **settings) for name, settings in READERS.items()}
     for method in peers.MLX_LM:
 
         def theirs(original: Path, output: Path, method: str = method) -> dict[str, float]:
@@ -141,7 +145,7 @@ def makers(options: argparse.Namespace, calibration: str, trained: bool, results
     for peer in ("llama.cpp Q4_K_M", "mlx-lm dynamic_quant"):
 
         def its_size(original: Path, output: Path, peer: str = peer) -> dict[str, float]:
-            return ours(results[peer]["bits_per_weight"])(original, output)
+            return ours(texts, Target(bits=results[peer]["bits_per_weight"]))(original, output)
 
         made[f"mixed, size of {peer.split()[-1]}"] = its_size
     return made
@@ -195,7 +199,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         for variant, row in rows.items():
             if forecast := row.get("forecast"):
                 measured = row["all"]["kl_mean"]["value"]
-                print(f"\n{name}, {variant}: KL {forecast:.4f} was forecast, {measured:.4f} measured")
+                print(f"\n{name}, {variant}: forecast {compared(forecast, measured)}")
         if plain := rows.get("round, 8 bits, group 64"):
             kl, top = (plain["all"][key]["value"] for key in ("kl_mean", "top1_agreement"))
             print(f"\n{name}, 8 bits, group 64: KL {kl:.5f} (must be ≤ 0.0015), top-1 {100 * top:.1f} % (≥ 98 %)")
@@ -235,7 +239,7 @@ def main() -> None:
             write(original)
         rows = results[name] = json.loads(kept.read_text()) if kept.exists() else {}
         texts, calibration = read(options, name)
-        for variant, make in makers(options, calibration, trained, rows).items():
+        for variant, make in makers(options, texts, calibration, trained, rows).items():
             if variant in rows or not all(re.search(part, f"{name}: {variant}") for part in options.only):
                 continue
             folder = place / variant.replace(", ", "-").replace(" ", "-")
