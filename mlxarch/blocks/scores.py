@@ -35,9 +35,8 @@ def attend_by_scores(
     """
     batch, heads, length, size = q.shape
     kv_heads, held = k.shape[1:3]
-    rows, at_once = q.reshape(batch, kv_heads, -1, size), keys_at_once(q, k)  # (B, K, H/K * L, D)
-    rows = k.turned(rows) if isinstance(k, Packed) else rows
-    unpacked = _unpacked(q, k)
+    rows, at_once, unpacked = q.reshape(batch, kv_heads, -1, size), keys_at_once(q, k), _unpacked(q, k)
+    rows = k.turned(rows) if isinstance(k, Packed) else rows  # (B, K, H/K * L, D)
     # two blocks are under way at a time, or all of this layer, and of the next ones, might be there at once
     paced = unpacked or (length > 1 and at_once < held)
     state: Partial | None = None
@@ -74,12 +73,10 @@ def merge(some: Partial | None, more: Partial) -> Partial:
 def keys_at_once(q: mx.array, k: Vectors) -> int:
     """How many keys make a block: decoding takes few blocks, a prompt's step little memory."""
     batch, heads, length, _ = q.shape
-    unpacked = _unpacked(q, k)
-    made = batch * k.shape[1] * k.shape[3] if unpacked else 0
+    made = batch * k.shape[1] * k.shape[3] if _unpacked(q, k) else 0
     at_once = (ELEMENTS if length == 1 else ELEMENTS // 4) // max(batch * heads * length, made)
-    if unpacked:  # two halves of a layer's take less than what packing saves in four layers
-        at_once = min(at_once, -(-k.shape[2] // 2))
-    return max(at_once, LEAST)
+    # unpacked, two halves of a layer's take less than what packing saves in four layers
+    return max(min(at_once, -(-k.shape[2] // 2)) if made else at_once, LEAST)
 
 
 def _unpacked(q: mx.array, k: Vectors) -> bool:
@@ -89,7 +86,8 @@ def _unpacked(q: mx.array, k: Vectors) -> bool:
 
 def _blocks(k: Vectors, v: Vectors, first: int, last: int, unpacked: bool) -> tuple[Held, Held]:
     """Keys and values of some tokens. What both are made of is unpacked once; packed ones stay turned."""
-    if isinstance(k, Made) and isinstance(v, Made) and k.held.parts is v.held.parts:
+    if isinstance(k, Made) or isinstance(v, Made):
+        assert isinstance(k, Made) and isinstance(v, Made)  # of the same latents
         latents = k.held.block(first, last).unpacked()
         return k.make(latents), v.make(latents[..., : v.held.size])
     keys, values = _block(k, first, last), _block(v, first, last)
@@ -100,7 +98,7 @@ def _blocks(k: Vectors, v: Vectors, first: int, last: int, unpacked: bool) -> tu
     return held, held if shared else values.unpacked(turned=True)
 
 
-def _block(vectors: Vectors, first: int, last: int) -> Held:
+def _block(vectors: Held, first: int, last: int) -> Held:
     return vectors[:, :, first:last] if isinstance(vectors, mx.array) else vectors.block(first, last)
 
 

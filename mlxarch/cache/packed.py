@@ -1,7 +1,6 @@
 """Keys and values in few bits: turned and packed as they come, and multiplied, or unpacked a block at a time.
 
-Each group of a vector is turned by an orthonormal matrix before it is packed. Products with turned vectors are the
-same, and a sum of turned values is turned back as one: what is held never has to be.
+Vectors are turned before they are packed. So is what they are multiplied with, and a sum of them is turned back.
 """
 
 from collections.abc import Callable
@@ -59,19 +58,14 @@ class Packed:
 
     def turned(self, x: mx.array) -> mx.array:
         """Vectors (…, D) as the held ones are turned, and as long."""
-        padding = self.parts[1].shape[-1] * self.form.group_size - x.shape[-1]
-        x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) if padding else x
-        return spread(x, self.form.group_size)
+        return fitting(x, self.parts[1].shape[-1] * self.form.group_size, self.form.group_size)
 
     def turned_back(self, x: mx.array) -> mx.array:
         """The vectors (…, D) that turned ones stand for."""
         return spread(x, self.form.group_size)[..., : self.size]
 
     def product(self, x: mx.array, transpose: bool) -> mx.array:
-        """Turned rows (B, K, R, …) times the transposed keys -> (B, K, R, S).
-
-        Or rows (B, K, R, S) times the values -> turned (B, K, R, …).
-        """
+        """Turned rows (B, K, R, …) times the transposed keys, or rows (B, K, R, S) times the values, turned."""
         weight, scales, biases = self.parts
         return self.form.matmul(x, {"weight": weight, "scales": scales, "biases": biases}, transpose)
 
@@ -90,13 +84,17 @@ def spread(x: mx.array, group: int) -> mx.array:
     return mx.hadamard_transform(mx.unflatten(x, -1, (-1, group))).flatten(-2)
 
 
+def fitting(x: mx.array, length: int, group: int) -> mx.array:
+    """Vectors (…, D) with zeros up to ``length``, and turned."""
+    missing = length - x.shape[-1]
+    return spread(mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x, group)
+
+
 def pack(x: mx.array, kv: Quantization) -> Packed:
     """Pack vectors (B, K, L, D), each by itself."""
     form, padded = fitted(kv, x.shape[-1])
-    size = x.shape[-1]
-    if padded > size:
-        x = mx.pad(x, [(0, 0)] * 3 + [(0, padded - size)])
-    return Packed(tuple(mx.quantize(spread(x, form.group_size), form.group_size, form.bits)), form, size)
+    turned = fitting(x, padded, form.group_size)
+    return Packed(tuple(mx.quantize(turned, form.group_size, form.bits)), form, x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,3 @@ class Made:
         """(B, K, S, D)."""
         batch, _, length, _ = self.held.shape
         return batch, self.heads, length, self.size
-
-    def block(self, start: int, stop: int) -> mx.array:
-        """Those of the tokens from ``start`` to ``stop``."""
-        return self.make(self.held.block(start, stop).unpacked())
