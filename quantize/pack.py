@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from mlxarch import receipts
 from mlxarch.checkpoint import Checkpoint, child
 from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
 from mlxarch.expert_files import MANIFEST, PROJECTIONS, STRIDE, Array, Layer, Manifest, Projection, Settings
@@ -148,7 +149,12 @@ class Packing:
             small[MANIFEST] = _json(Manifest("mlxarch-experts", 1, NOTE, tuple(layers)))
         for name, data in small.items():
             self.disk.write_file(folder / name, data)
-        return [*(layer.file for layer in layers), *([ROWS] if self.tables else []), "model.safetensors", *small]
+        names = [*(layer.file for layer in layers), *([ROWS] if self.tables else []), "model.safetensors", *small]
+        if (receipt := receipts.read(self.folder)) is not None:  # what it says of the tensors still holds
+            receipt["files"] = receipts.sha256(folder / name for name in names)
+            self.disk.write_file(folder / receipts.RECEIPT, _json(receipt))
+            names.append(receipts.RECEIPT)
+        return names
 
     def _write_layer(self, folder: Path, path: str, records: Records) -> Layer:
         stride, checksums = _stride(records), []
@@ -235,7 +241,7 @@ def pack(
     folder: str | Path, output: str | Path | None = None, *, force: bool = False, progress: Progress = silent
 ) -> PackSummary:
     """Write a model folder anew with its experts packed, as docs/experts-format.md says, and per-layer embeddings, as
-    docs/rows-format.md does. Every tensor keeps its bytes.
+    docs/rows-format.md does. Every tensor keeps its bytes; a receipt goes along, with the hashes of the new files.
 
     The output appears under its name complete or not at all. Memory is that of one expert.
 
@@ -247,8 +253,8 @@ def pack(
 
     Raises:
         InvalidInput: the model has neither, or is packed already.
-        CheckpointError, ConfigError: the source is not a sound checkpoint, or stores experts in a number format that
-            has to be computed with first: quantize it.
+        CheckpointError, ConfigError: the source is not a sound checkpoint, has a damaged receipt, or stores experts in
+            a number format that has to be computed with first: quantize it.
         DiskSpaceError: the disk has less room than is needed.
         OutputError: the output exists, is being written by another process, or cannot be written.
     """
@@ -263,5 +269,5 @@ def _stride(records: Records) -> int:
     return -(-records.nbytes // STRIDE) * STRIDE
 
 
-def _json(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+def _json(content: Manifest | dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"

@@ -14,6 +14,7 @@ import pytest
 import sliced_grok2
 
 from faulty_disk import FaultyDisk
+from mlxarch import receipts
 from mlxarch.blocks import Quantization
 from mlxarch.checkpoint import Shard
 from mlxarch.errors import CheckpointError, InvalidInput, OutputError
@@ -67,6 +68,22 @@ def test_packing_and_unpacking_keep_every_byte(name: str, tmp_path: Path) -> Non
     convert(tmp_path / "packed", tmp_path / "again", bits=None)
     assert contents(resolve(open_source(tmp_path / "again"))) == wanted
     assert summary.experts == 12 * summary.layers and not (tmp_path / "again" / MANIFEST).exists()
+
+
+def test_a_receipt_goes_along_and_covers_the_new_files(tmp_path: Path) -> None:
+    convert(make_moe(tmp_path / "model"), tmp_path / "quantized", bits=8, method="round")
+    pack(tmp_path / "quantized", tmp_path / "packed")
+    assert receipts.verify(tmp_path / "packed") == []
+    before, after = (receipts.read(tmp_path / name) for name in ("quantized", "packed"))
+    assert before and after and before | {"files": 0} == after | {"files": 0} and before["files"] != after["files"]
+    with (tmp_path / "packed" / "experts.L02.bin").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    assert receipts.verify(tmp_path / "packed") == ["experts.L02.bin has changed"]
+    pack(tmp_path / "model", tmp_path / "plain")
+    assert receipts.read(tmp_path / "plain") is None
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "grok2", "llama4_scout", "llama4_maverick", "deepseek_v3", "kimi_k2"])
