@@ -20,8 +20,9 @@ from mlxarch.blocks.head_linear import HeadLinear
 from mlxarch.cache import Cache
 
 # MLX prepares operations before the earlier ones have run, and what those read cannot be let go of until then. It waits
-# when more than ten tasks of ten parts are under way, with nine parts behind them at most; see ``_parts``.
-PARTS_AHEAD = 105
+# when more than ten tasks of ten parts are under way. Up to nine parts may stand behind these, and the part that ends a
+# task says so before it lets go of what it read. See ``_parts``.
+PARTS_AHEAD = 110
 MAPPED = 32 << 20  # bytes from which on the C library gives an array pages of its own, which come when it is written to
 # MLX gives these the memory of what they are made of
 VIEWS = {
@@ -39,9 +40,9 @@ VIEWS = {
 VIEWS |= {"Transpose", "Unflatten", "View"}
 # These cannot write over an input, even if nobody else needs it
 KEEPING = {"AddMM", "ArgPartition", "ArgSort", "Concatenate", "Gather", "GatherAxis", "GatherMM", "GatherQMM"}
-KEEPING |= {"Matmul", "QuantizedMatmul", "Reduce", "ScaledDotProductAttention"}
+KEEPING |= {"Hadamard", "Matmul", "QuantizedMatmul", "Reduce", "ScaledDotProductAttention"}
 WIDTH = 20  # operations side by side that MLX looks at (MLX_BFS_MAX_WIDTH)
-MARK = "Depends"  # of ``blocks.pace``: what went before the last but one of these has been computed
+MARK = "Depends"  # of ``blocks.pace``: all up to here is begun, and its second input waited for
 Skip = Callable[[tuple[int, ...]], bool]
 
 
@@ -124,9 +125,9 @@ def peak_bytes(
     scattered = dict[str, str]()  # views whose rows do not lie one behind the other -> product that would copy them
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
     under_way: deque[tuple[int, set[str]]] = deque()  # parts that were prepared up to here, and buffers to be read
-    marks, parts = [0, 0], 0  # where arrays were waited for: only what stands behind the last but one is under way
+    begun, waited, parts = dict[str, int](), 0, 0  # marks and the parts up to them; parts that were waited for
     for step in steps:
-        while under_way and under_way[0][0] <= max(parts - ahead, marks[-2]):
+        while under_way and under_way[0][0] <= max(parts - ahead, waited):
             for buffer in under_way.popleft()[1]:
                 memory.pending[buffer] -= 1
                 memory.release(buffer)
@@ -157,7 +158,8 @@ def peak_bytes(
             if not uses[name]:
                 memory.forget(name)
         under_way.append((parts, held))
-        marks += [parts] if step["name"] == MARK else []
+        if step["name"] == MARK:
+            begun[made[0][0]], waited = parts, begun.get(step["inputs"][1][0], parts)
     return memory.peak
 
 
@@ -166,7 +168,7 @@ def _parts(step: dict[str, Any]) -> int:
     match step["name"]:
         case "Concatenate":
             return len(step["inputs"]) + 1
-        case "Pad":
+        case "Hadamard" | "Pad":
             return 3
         case name:
             return 1 if name in VIEWS else 2
@@ -297,7 +299,12 @@ def fill(model: CausalLM, caches: Sequence[Cache | None], tokens: int) -> None:
     """
     if tokens < 1:
         return
-    model.states(mx.zeros((1, 1), mx.int32), caches)
+
+    def first(ids: mx.array) -> mx.array:
+        return model.states(ids, caches)
+
+    # as a list of operations, for parts of attention would begin to compute
+    mx.export_function(lambda item: None, first, mx.zeros((1, 1), mx.int32))
     for cache in caches:
         if cache is not None:
             _replace(cache, lambda array: stand_in(array.shape, array.dtype))

@@ -8,12 +8,14 @@ import mlx.core as mx
 def two_under_way(newest: Sequence[mx.array], before: Sequence[mx.array]) -> list[mx.array]:
     """Begin to compute ``newest``, and wait for those ``before``; returns the newest.
 
+    What was begun together is waited for together: where nothing of ``before`` was begun earlier, for all.
+
     Where MLX only lists the operations of a step (``mx.export_function``), nothing can be computed: there the last of
-    the newest bears a mark, which ``mlxarch.activations`` knows.
+    the newest bears a mark, which ``mlxarch.activations`` knows, and which names what is waited for.
     """
     try:
         mx.async_eval(*newest)
     except ValueError:
-        return [*newest[:-1], mx.depends(newest[-1], [newest[-1]])]
+        return [*newest[:-1], mx.depends(newest[-1], [before[-1]])]
     mx.eval(*before)
     return list(newest)

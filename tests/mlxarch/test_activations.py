@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlxarch.activations import fill, in_order, peak_bytes, stand_ins, step_bytes
+from mlxarch.blocks import Quantization
 from mlxarch.blocks.pace import two_under_way
 from mlxarch.registry import architecture
 
@@ -43,6 +44,37 @@ def test_what_mlx_prepares_ahead_counts() -> None:
 
     one_by_one, two_ahead, all_ahead = (peak_bytes(listed(chain), ahead) // SIZE for ahead in (0, 4, 100))
     assert (one_by_one, two_ahead, all_ahead) == (3, 5, 11)
+
+
+def test_views_of_constants_are_prepared_too_wherever_they_are_used() -> None:
+    weight = mx.ones((1024, 1024))
+    mx.eval(weight)
+
+    def chain(turned: bool) -> Callable[[mx.array], mx.array]:
+        def function(x: mx.array) -> mx.array:
+            for _ in range(10):
+                x = x @ (weight.T if turned else weight)
+            return x
+
+        return function
+
+    assert [step["name"] for step in listed(chain(True)) if step["type"] == "primitive"].count("Transpose") == 1
+    plain, turned = (peak_bytes(listed(chain(kind)), ahead=6) // SIZE for kind in (False, True))
+    assert (plain, turned) == (5, 4), "six parts are three products, or two and what they view"
+
+
+def test_what_is_begun_together_is_waited_for_together() -> None:
+    def two(x: mx.array, first: bool) -> mx.array:
+        """Two chains, one begun behind the other; ``first``: what precedes both was begun before them."""
+        start = two_under_way([mx.exp(x)], [mx.exp(x)])[0] if first else mx.exp(x)
+        outs: list[mx.array] = []
+        for n in range(2):
+            outs.append(((start + n) @ x @ x @ x).sum(-1, keepdims=True))
+            outs[-1:] = two_under_way(outs[-1:], [start])
+        return mx.concatenate(outs, axis=-1)
+
+    together, apart = (peak_bytes(listed(lambda x: two(x, first)), ahead=1000) for first in (False, True))  # noqa: B023
+    assert together < apart - 2 * SIZE, "nothing of the first chain is left when the second is begun"
 
 
 def test_what_is_waited_for_is_not_ahead() -> None:
@@ -96,3 +128,25 @@ def test_a_step_of_a_large_model_takes_no_memory_to_look_at() -> None:
     fill(model, caches, 65_024)
     flat = step_bytes(model, caches, 512, [0, 1, 2, 3], skip=lambda shape: shape[-1:] > (60_000,))
     assert 4 * hidden < flat.prepared < 0.1 * found.prepared
+
+
+def test_caches_are_filled_without_computing() -> None:
+    config: dict[str, Any] = dict(
+        model_type="deepseek_v3", hidden_size=512, intermediate_size=512, num_hidden_layers=1, vocab_size=1000
+    )
+    config |= dict(num_attention_heads=64, num_key_value_heads=64, q_lora_rank=None, kv_lora_rank=512, v_head_dim=64)
+    config |= dict(qk_nope_head_dim=64, qk_rope_head_dim=64, first_k_dense_replace=1, max_position_embeddings=8192)
+    config |= dict(
+        n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=64
+    )
+    config |= dict(rms_norm_eps=1e-6, rope_theta=1e4, routed_scaling_factor=1.0, norm_topk_prob=True)
+    model = architecture(config).build()
+    stand_ins(model, mx.float32)
+    caches = model.make_caches(8192, kv=Quantization(8, 64))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    fill(model, caches, 8000)
+    assert mx.get_peak_memory() - before < 10**6, "the matrices of the heads have 8 MB each"
+    [cache] = caches
+    assert cache is not None and cache.length == 8000
+    assert [array.shape[2] for array in cache.arrays()] == [8192] * 3
