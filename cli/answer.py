@@ -1,20 +1,18 @@
 """One answer, from the model to the writer, with Ctrl-C as its brake."""
 
-import resource
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlxarch.cli.output import is_terminal, size
+from mlxarch.cli.output import is_terminal
 from mlxarch.cli.render import Silence, Writer
 
 if TYPE_CHECKING:
     from mlxarch.generation import Timings
-    from mlxarch.language_model import LanguageModel, Piece
-    from mlxarch.streaming.rows import RowStats
+    from mlxarch.language_model import Piece
 
 STOPPED = "stopped"  # the finish reason of an answer that Ctrl-C ended
 
@@ -58,92 +56,11 @@ def receive(pieces: "Iterator[Piece]", writer: Writer, thoughts: Writer | None =
     return Answer(texts[False], last.finish_reason or STOPPED, last.timings, texts[True])
 
 
-def stats_line(timings: "Timings", *, long: bool = False) -> str:
-    """How fast it was, for a person."""
-    parts = [
-        f"first token after {timings.time_to_first_token:.2f} s",
-        f"{timings.decode_rate:.1f} tokens/s",
-        f"{timings.generated_tokens} tokens",
-        f"prompt {timings.prompt_tokens} tokens"
-        + (f", {timings.reused_tokens} reused" if timings.reused_tokens else ""),
-    ]
-    return " · ".join([*parts, f"prefill {timings.prefill_rate:.0f} tokens/s"] if long else parts)
-
-
 def left_out(timings: "Timings") -> str | None:
     """What is to be said where the context was full."""
     if not timings.dropped_tokens:
         return None
     return f"the context was full: {timings.dropped_tokens} tokens behind the opening are left out"
-
-
-def stats(timings: "Timings") -> dict[str, Any]:
-    """The same for a program: counts of tokens, seconds, and tokens per second."""
-    return {
-        "prompt_tokens": timings.prompt_tokens,
-        "reused_tokens": timings.reused_tokens,
-        "dropped_tokens": timings.dropped_tokens,
-        "generated_tokens": timings.generated_tokens,
-        "time_to_first_token": round(timings.time_to_first_token, 6),
-        "prefill_seconds": round(timings.prefill_seconds, 6),
-        "decode_seconds": round(timings.decode_seconds, 6),
-        "prefill_rate": round(timings.prefill_rate, 3),
-        "decode_rate": round(timings.decode_rate, 3),
-    }
-
-
-def streaming_line(model: "LanguageModel") -> str | None:
-    """What was read from the disk since the model was loaded, and what memory it took, for a person."""
-    found = streaming_stats(model)
-    if found is None:
-        return None
-    planned = f" of {size(found['planned_bytes'])} planned" if found["planned_bytes"] else ""
-    memory = f"peak memory {size(found['peak_bytes'])}{planned}"
-    if model.streaming is None:
-        parts = [
-            f"per-layer embeddings from the disk: {found['bytes_per_token'] / 1000:.1f} kB a token",
-            f"{found['hit_rate']:.0%} were in memory, {found['recent_hit_rate']:.0%} of the last 64",
-            f"{found['read_seconds']:.2f} s reading",
-            memory,
-        ]
-        return " · ".join(parts)
-    seconds = f"{found['read_seconds']:.1f} s reading, {found['router_seconds']:.1f} s waiting for routers"
-    parts = [
-        f"experts from the disk: {size(found['bytes_per_token'])} a token",
-        f"{found['hit_rate']:.0%} were in memory, {found['recent_hit_rate']:.0%} for the last 64 tokens",
-        f"{seconds}, {found['expert_seconds']:.1f} s for experts",
-        memory,
-    ]
-    return " · ".join(parts)
-
-
-def streaming_stats(model: "LanguageModel") -> dict[str, Any] | None:
-    """The same for a program: None where nothing is read from the disk."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    memory = {"peak_bytes": peak, "planned_bytes": model.plan.total if model.plan else None}
-    if model.streaming is None:
-        return _row_stats(model.streamed_rows.stats) | memory if model.streamed_rows else None
-    counted = model.streaming.stats
-    return memory | {
-        "bytes_read": counted.bytes_read,
-        "bytes_per_token": round(counted.bytes_per_token),
-        "hit_rate": round(counted.hit_rate, 4),
-        "recent_hit_rate": round(counted.steady_hit_rate, 4),
-        "read_seconds": round(counted.read_seconds, 6),
-        "router_seconds": round(counted.sync_seconds, 6),
-        "expert_seconds": round(counted.compute_seconds, 6),
-        "bank_bytes": model.streaming.nbytes,
-    }
-
-
-def _row_stats(counted: "RowStats") -> dict[str, Any]:
-    return {
-        "bytes_read": counted.bytes_read,
-        "bytes_per_token": round(counted.bytes_read / max(counted.rows, 1)),
-        "hit_rate": round(counted.hit_rate, 4),
-        "recent_hit_rate": round(counted.steady_hit_rate, 4),
-        "read_seconds": round(counted.read_seconds, 6),
-    }
 
 
 class _Brake:

@@ -9,12 +9,13 @@ import click
 
 from mlxarch import paths
 from mlxarch.cli import options
-from mlxarch.cli.answer import STOPPED, Answer, left_out, stats_line
+from mlxarch.cli.answer import STOPPED, Answer, left_out
 from mlxarch.cli.conversation import Conversation
 from mlxarch.cli.editor import Editor, Interrupted, Lines, editor
 from mlxarch.cli.output import is_terminal, say
 from mlxarch.cli.render import Writer, thoughts, writer
 from mlxarch.cli.slash import ALIASES, COMMANDS, obey
+from mlxarch.cli.stats import stats_line
 from mlxarch.errors import MlxArchError
 
 

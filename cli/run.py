@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxarch.cli import options
-from mlxarch.cli.answer import STOPPED, Answer, left_out, receive, stats, stats_line, streaming_line, streaming_stats
+from mlxarch.cli.answer import STOPPED, Answer, left_out, receive
 from mlxarch.cli.output import answer_json, is_terminal, say
 from mlxarch.cli.render import Silence, thoughts, writer
+from mlxarch.cli.stats import memory_line, memory_stats, stats, stats_line, streaming_line, streaming_stats
 from mlxarch.errors import InvalidInput, ModelNotFound
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ def run_command(
     answer = receive(pieces, out, thoughts(as_json or given["hide_thinking"]))
     if as_json:
         streamed = streaming_stats(model)
-        answer_json({"model": name, **_outcome(answer), **({"streaming": streamed} if streamed else {})})
+        told = {"model": name, **_outcome(answer), "memory": memory_stats(model)}
+        answer_json(told | ({"streaming": streamed} if streamed else {}))
     if given["stats"]:
         say(stats_line(answer.timings, long=True), dim=True)
+        say(memory_line(model), dim=True)
         if streamed := streaming_line(model):
             say(streamed, dim=True)
     if note := left_out(answer.timings):

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mlxarch.cli import conversation
-from mlxarch.cli.answer import Answer, stats_line, streaming_line
+from mlxarch.cli.answer import Answer
 from mlxarch.cli.output import say
 from mlxarch.cli.render import Writer
+from mlxarch.cli.stats import memory_line, stats_line, streaming_line
 from mlxarch.errors import InvalidInput
 from mlxarch.thinking import switches
 
@@ -152,6 +153,7 @@ def _stats(chat: Chat, argument: str) -> None:
         held = done[-1].prompt_tokens + done[-1].generated_tokens
         say(f"{len(done)} answers · {tokens} tokens in {seconds:.1f} s", dim=True)
         say(f"context {held} of {chat.conversation.model.context_length} tokens after the last answer", dim=True)
+        say(memory_line(chat.conversation.model), dim=True)
         if streamed := streaming_line(chat.conversation.model):
             say(streamed, dim=True)
 

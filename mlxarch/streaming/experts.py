@@ -164,10 +164,12 @@ class StreamedExperts:
         ``decoding`` only counts: whether the pass is over one new token.
         """
         stats, begin = self.shared.stats, time.perf_counter()
-        mx.eval([call.chosen for call in calls])
+        mx.async_eval([call.chosen for call in calls])
         self.shared.finish()
+        computed = time.perf_counter()
         ids = np.concatenate([call.ids for call in calls])
-        stats.sync_seconds += time.perf_counter() - begin
+        stats.compute_seconds += computed - begin
+        stats.sync_seconds += time.perf_counter() - computed
         if decoding and self._first:
             stats.token(calls[0].chosen.shape[0])
         counts = np.bincount(ids, minlength=self.records.count)

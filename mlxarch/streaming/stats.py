@@ -17,8 +17,8 @@ class Stats:
         decode_bytes: of these, while single tokens were generated.
         decoded: tokens that were generated.
         read_seconds: waited for records.
-        sync_seconds: waited for the routers; what the model computes between them is in it.
-        compute_seconds: waited for experts' outputs, in passes of more than one wave.
+        compute_seconds: waited for experts' outputs.
+        sync_seconds: waited for the routers behind that; what the model computes between the two is in it.
     """
 
     wanted: int = 0

@@ -62,7 +62,9 @@ def test_json_has_text_reason_and_timings(invoke, tiny):
     result = invoke("run", tiny, "Hi", "-n", "5", "--json")
     assert result.stdout.count("\n") == 1
     report = json.loads(result.stdout)
-    assert set(report) == {"model", "text", "thinking", "finish_reason", "timings"}
+    assert set(report) == {"model", "text", "thinking", "finish_reason", "timings", "memory"}
+    memory = report["memory"]
+    assert memory["peak_bytes"] > memory["peak_mlx_bytes"] > 0 < memory["planned_mlx_bytes"] < memory["planned_bytes"]
     assert (report["model"], report["finish_reason"]) == (tiny, "length")
     timings = report["timings"]
     assert set(timings) == {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxarch.blocks import Quantization
-from mlxarch.cli.answer import streaming_line, streaming_stats
+from mlxarch.cli.stats import memory_line, memory_stats, streaming_line, streaming_stats
 from mlxarch.generation import Session, decode
 from mlxarch.sampling import Sampling
 from streamed import load
@@ -75,12 +75,17 @@ def test_the_bank_takes_what_its_slots_take(folder: Path) -> None:
 def test_a_person_and_a_program_see_it(folder: Path) -> None:
     model = load(folder, 4)
     generate(model, 6)
-    shown: Any = SimpleNamespace(streaming=model.streaming, plan=SimpleNamespace(total=5_000_000_000))
+    plan = SimpleNamespace(peak=5_000_000_000, mlx=4_000_000_000)
+    shown: Any = SimpleNamespace(streaming=model.streaming, plan=plan)
     line, found = streaming_line(shown), streaming_stats(shown)
     assert line and found
-    assert line.startswith("experts from the disk: ") and "of 5.0 GB planned" in line
+    assert line.startswith("experts from the disk: ") and "s computing experts" in line
     assert found["bytes_read"] == model.streaming.stats.bytes_read and found["bank_bytes"] == model.streaming.nbytes
-    assert found["peak_bytes"] > 10_000_000
+    assert memory_line(shown).count(" planned") == 2 and "of 5.0 GB" in memory_line(shown)
+    taken = memory_stats(shown)
+    assert (taken["peak_bytes"] or 0) > (taken["peak_mlx_bytes"] or 0) > 0 and taken["planned_mlx_bytes"] == plan.mlx
+    shown.plan = None
+    assert "planned" not in memory_line(shown) and memory_stats(shown)["planned_bytes"] is None
     shown.streaming = shown.streamed_rows = None
     assert streaming_line(shown) is None and streaming_stats(shown) is None
 
