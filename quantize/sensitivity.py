@@ -28,7 +28,8 @@ from mlxarch.tensors import FLOATS
 from mlxarch.weights import Resolved
 
 ROWS = 64  # of a matrix, that stand for all of them
-LOGITS = 16 << 20  # of them at once
+TABLE_ROWS = 512  # of one outside of the layers: few, that make up a third of the costs
+LOGITS = 4 << 20  # of them at once, of which a pass back holds several copies
 WIDEST = 1 << 15  # outputs of a matrix, of which the pull at every token is kept
 
 Rounded = Callable[[str, int, mx.array, np.ndarray, Quantization], mx.array]
@@ -108,6 +109,7 @@ class Pass:
         self._seed, self._progress, self._count = seed, progress, tokens.size
         self._walk = Walk(resolved, [tokens])
         self._costs: dict[str, dict[Quantization, float]] = {}
+        self._in_layers = set(resolved.parameters).difference(self._walk.paths(None))
         self._heard: dict[tuple[str, int], _Use] = {}
         self._together = False  # whether tokens of a window act on each other's labels
         self._calls: Counter[str] | None = None  # of the pass back that is under way
@@ -286,7 +288,8 @@ class Pass:
         own = self._costs.setdefault(path, dict.fromkeys(self._candidates, 0.0))
         if not pull.any():
             return
-        drawn, high = _drawn(pull), len(pull) // len(use.inputs)
+        count = ROWS if path in self._in_layers else TABLE_ROWS
+        drawn, high = _drawn(pull, count), len(pull) // len(use.inputs)
         for index in np.unique(drawn // high).tolist():
             these, x = drawn[drawn // high == index], use.inputs[index]
             ids = these if use.rows is None else use.rows[these]
@@ -313,10 +316,10 @@ def _sums(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return found
 
 
-def _drawn(pull: np.ndarray) -> np.ndarray:
-    """Indices of rows, in order, evenly spaced on the sum of ``pull``; a heavy one may come more than once."""
+def _drawn(pull: np.ndarray, count: int) -> np.ndarray:
+    """Indices of ``count`` rows, evenly spaced on the sum of ``pull``; a heavy one may come more than once."""
     total = np.cumsum(pull, dtype=np.float64)
-    points = (np.arange(ROWS) + 0.5) / ROWS * total[-1]
+    points = (np.arange(count) + 0.5) / count * total[-1]
     return np.minimum(np.searchsorted(total, points), len(pull) - 1)
 
 
