@@ -124,7 +124,7 @@ def test_a_mixture_is_described_by_all_its_bits_and_keeps_its_size_when_floats_a
         for path, tensor in receipt["tensors"].items():
             own = weights[path].size * 32 // tensor["bits"]
             nbytes, elements = nbytes + tensor["bits_per_weight"] * own / 8, elements + own
-        assert 5 < 8 * nbytes / elements <= 6
+        assert 5.7 < 8 * nbytes / elements <= 6, "counted as the source stores scales, it would be 5 in bfloat16"
         assert {w.dtype for name, w in weights.items() if name.endswith("scales")} == {getattr(mx, dtype)}
 
 
