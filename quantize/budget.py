@@ -1,15 +1,16 @@
 """Bits where they are worth most: a choice of settings for each matrix, under a limit of bytes or of divergence.
 
 Each step gives more bits to the matrix where a byte saves the most divergence, by what ``sensitivity`` measured. On the
-lower convex hull of what a matrix offers, that is the best choice but for the last step. Projections that share an
-input keep the same settings, for they run as one product.
+lower convex hull of what a matrix offers, that is the best choice but for the last step. Projections of a feed-forward
+that share an input keep the same settings, for they run as one product. Those of an attention would, too; but they are
+small, and values matter so much more than queries that a tenth of the divergence would be lost by it.
 """
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlxarch.blocks import CausalLM, Quantization
+from mlxarch.blocks import Attention, CausalLM, LatentAttention, Quantization
 from mlxarch.blocks.linear import SharedInput
 from mlxarch.errors import QuantizationError
 from mlxarch.quantize.disk import size
@@ -65,10 +66,12 @@ class Choice:
 
 
 def ties(model: CausalLM, paths: Iterable[str]) -> list[tuple[str, ...]]:
-    """The paths of matrices, those together that share an input."""
+    """The paths of matrices, those together that share the input of a feed-forward."""
     names = {id(module): f"{path}.weight" for path, module in model.named_modules()}
     groups: dict[str, tuple[str, ...]] = {}
     for module in model.modules():
+        if isinstance(module, Attention | LatentAttention):
+            continue
         for value in vars(module).values():
             if isinstance(value, SharedInput):
                 together = tuple(names[id(projection)] for projection in value.projections)

@@ -17,8 +17,8 @@ from mlxarch.quantize.mixture import presets
 from mlxarch.weights import open_source, resolve
 
 MEANT = {  # a golden checkpoint of each architecture, and the bits of some of its matrices, by the ends of their names
-    "llama3": ("dense", {"q_proj": 5, "v_proj": 5, "o_proj": 4, "down_proj": 5, "embed_tokens": 4, "lm_head": 6}),
-    "llama3_tied": ("tied", {"v_proj": 5, "up_proj": 4, "embed_tokens": 6}),
+    "llama3": ("dense", {"q_proj": 4, "k_proj": 5, "v_proj": 6, "down_proj": 5, "embed_tokens": 4, "lm_head": 6}),
+    "llama3_tied": ("tied", {"v_proj": 6, "up_proj": 4, "embed_tokens": 6}),
     "ministral3": ("dense", {"k_proj": 5, "gate_proj": 4, "lm_head": 6}),
     "olmo2": ("dense", {"down_proj": 5, "lm_head": 6}),
     "qwen3": ("tied", {"down_proj": 5, "embed_tokens": 6}),
