@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxarch.errors import TokenizerError
-from mlxarch.progress import Progress, silent
 from mlxarch.quantize.corpus import read_texts
-from mlxarch.quantize.importance import random_tokens, redrawn, text_tokens
+from mlxarch.quantize.importance import random_tokens, text_tokens
 from mlxarch.tokenizer import Tokenizer
 from mlxarch.weights import Resolved, Source
 
 BUNDLED = Path(__file__).with_name("texts") / "calibration.txt"  # no evaluation reads it
 MOST = 8192  # tokens of a text
 BYTES = 16 * MOST  # of a text that are looked at for them
-DRAWN, PASSES = 4096, 2  # tokens that the model draws: of pairs of channels they tell four times as much as random ones
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class Calibration:
     batches: tuple[mx.array, ...]
     words: str
     is_text: bool = False
-    passes: int = 0
 
     @classmethod
     def random(cls, resolved: Resolved) -> "Calibration":
@@ -39,27 +35,16 @@ class Calibration:
         return cls._of(random_tokens(model.vocab_size, model.context_length), "random tokens", False)
 
     @classmethod
-    def drawn(cls, resolved: Resolved) -> "Calibration":
-        """No text either: more random tokens, which the model draws anew before they are used."""
-        model = resolved.model
-        tokens = random_tokens(model.vocab_size, model.context_length, DRAWN)
-        return replace(cls._of(tokens, "tokens that the model drew itself", False), passes=PASSES)
-
-    def tokens(self, resolved: Resolved, progress: Progress = silent) -> Sequence[mx.array]:
-        """The batches as they are used."""
-        return redrawn(resolved, self.batches, self.passes, progress) if self.passes else self.batches
-
-    @classmethod
     def usual(cls, method: str, source: Source, resolved: Resolved) -> "Calibration":
         """Where nothing is named. For a search, random tokens do nearly as well as text; what gptq has to know, which
-        channels are large together, only text tells. Without a tokenizer the model has to draw it.
+        channels are large together, only text tells. Without a tokenizer there is none.
         """
         if method != "gptq":
             return cls.random(resolved)
         try:
             found = cls.text(BUNDLED, source, resolved)
         except TokenizerError:
-            return cls.drawn(resolved)
+            return cls.random(resolved)
         return replace(found, words=f"{found.count:,} tokens of the text that comes with mlxarch")
 
     @classmethod
@@ -90,7 +75,7 @@ class Calibration:
     @cached_property
     def digest(self) -> str:
         """Changes with any token."""
-        facts = repr((self.passes, [batch.tolist() for batch in self.batches]))
+        facts = repr([batch.tolist() for batch in self.batches])
         return hashlib.sha256(facts.encode()).hexdigest()
 
 

@@ -157,7 +157,7 @@ class Conversion:
         label = "copying" if self.wanted is None else "quantizing"
         unsynced, new = 0, dict[str, Fact]()
         progress(label, finished, total)
-        batches = self.calibration.tokens(self.resolved, progress) if self.calibration and todo else ()
+        batches = self.calibration.batches if self.calibration and todo else ()
         for path, pack, unreached in in_turn(self.resolved, self.chosen, batches, todo, progress):
             entry, tensor, loss = entries[path], parameters[path], Loss()
             for start, stop in chunks(tensor, self.limits.chunk):

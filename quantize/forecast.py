@@ -94,7 +94,7 @@ def rounder(
 
     Of what gptq looks at, too much would have to be kept: it gets half of the inputs that tell the divergence.
     """
-    batches = calibration.tokens(resolved, progress) if calibration and method == "search" else ()
+    batches = calibration.batches if calibration and method == "search" else ()
     known = "search" if batches else "round"
     packs = {name: pack for name, pack, _ in in_turn(resolved, known, batches, resolved.published_matrices, progress)}
 

@@ -12,22 +12,20 @@ from mlxarch.blocks import Quantization
 from mlxarch.quantize.rounding import affine, grid_of
 from mlxarch.quantize.search import Grid, search
 
-DAMPING = 0.1  # of the mean of H's diagonal, added to it: few tokens tell less of pairs of channels than of each
+DAMPING = 0.1  # of the mean of H's diagonal, added to it: tokens tell less of pairs of channels than of each channel
+SPARSE = 0.5  # of the same, times channels for each token: the less, the fewer they are
 
 
 class Feedback:
-    """What the inputs (T, in) of a matrix say about all its rows.
+    """What the inputs (T, in) of a matrix say about all its rows."""
 
-    Args:
-        evenly: added to the square of every channel, the mean being 1.
-    """
-
-    def __init__(self, inputs: np.ndarray, evenly: float = 0) -> None:
-        self.moments = inputs.T @ inputs / np.float32(max(len(inputs), 1))
-        diagonal = self.moments.diagonal()
-        np.fill_diagonal(self.moments, diagonal + np.float32(evenly) * diagonal.mean())
+    def __init__(self, inputs: np.ndarray) -> None:
+        tokens, channels = inputs.shape
+        self.moments = inputs.T @ inputs / np.float32(max(tokens, 1))
+        if not np.isfinite(self.moments).all():  # the weight that made them so is refused when it is written
+            self.moments = np.zeros_like(self.moments)
         self.importance = mx.array(np.ascontiguousarray(self.moments.diagonal()))
-        self.steps = _steps(self.moments)
+        self.steps = _steps(self.moments, DAMPING + SPARSE * channels / max(tokens, 1))
 
     def pack(
         self, rows: mx.array, to: Quantization, dtype: mx.Dtype
@@ -70,11 +68,14 @@ class Feedback:
         return np.einsum("ri,ri->r", change @ self.moments, change)
 
 
-def _steps(moments: np.ndarray) -> np.ndarray:
-    """U, upper triangular with Uᵀ U = H⁻¹: row j tells how the columns behind j make up for its error."""
+def _steps(moments: np.ndarray, damping: float) -> np.ndarray:
+    """U, upper triangular with Uᵀ U = H⁻¹: row j tells how the columns behind j make up for its error.
+
+    Args:
+        damping: times the mean of H's diagonal, added to it.
+    """
     own = moments.astype(np.float64) if len(moments) <= 4096 else moments.copy()
-    mean = float(own.diagonal().mean()) or 1.0
-    damping = DAMPING * mean
+    damping *= float(own.diagonal().mean()) or 1.0
     while True:
         np.fill_diagonal(own, moments.diagonal() + damping)
         try:

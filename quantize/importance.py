@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from mlxarch.blocks import Embedding
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize import host_attention
 from mlxarch.quantize.walk import Walk
@@ -17,8 +19,6 @@ from mlxarch.weights import Resolved
 TOKENS = 1024  # random ones
 WINDOW = 128  # of them
 BATCH = 2048  # tokens whose activations are held at once
-LOGITS = 16 << 20  # of them at once
-TIED = 0.3  # what the channels of a table that is looked up as well count all alike, beside 1 for what it multiplies
 
 
 @dataclass
@@ -34,6 +34,12 @@ class Inputs:
     squares: np.ndarray
     counts: np.ndarray
     rows: list[list[np.ndarray]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, *parts: np.ndarray, keep: bool = False) -> "Inputs":
+        """What reaches a matrix, or each of E experts: rows (N, in)."""
+        squares = np.stack([np.einsum("ri,ri->i", part, part, dtype=np.float64) for part in parts])
+        return cls(squares, np.array([len(part) for part in parts]), [[part] for part in parts] if keep else [])
 
     @property
     def unreached(self) -> list[int]:
@@ -62,7 +68,7 @@ class Gathering:
         keep: whether the rows themselves are kept, and not only their squares.
 
     Attributes:
-        table: the path of the embeddings, if they are the head as well.
+        tables: paths of the embeddings, of which this tells nothing: they are looked up. See ``tables.uses``.
     """
 
     def __init__(self, resolved: Resolved, batches: Sequence[mx.array], keep: bool = False) -> None:
@@ -70,9 +76,8 @@ class Gathering:
         host_attention.install(self.walk.model)
         self.keep, self._found = keep, dict[str, Inputs]()
         self._tensors = resolved.parameters
-        tied = resolved.architecture.config.tie_word_embeddings
-        tables = [f"{path}.weight" for path, m in self.walk.model.named_modules() if m is self._embeddings()]
-        self.table = tables[0] if tied else None
+        modules: list[tuple[str, nn.Module]] = self.walk.model.named_modules()
+        self.tables = {f"{path}.weight" for path, module in modules if isinstance(module, Embedding)}
         self._last: tuple[mx.array, mx.array | None, Inputs] | None = None
 
     def layers(self, progress: Progress = silent) -> Iterator[tuple[list[str], dict[str, Inputs]]]:
@@ -99,14 +104,13 @@ class Gathering:
     def _bytes(self, index: int | None) -> int:
         return sum(self._tensors[path].nbytes for path in self.walk.paths(index))
 
-    def _embeddings(self) -> object:
-        return self.walk.model.model.embed_tokens
-
     def _taken(self) -> dict[str, Inputs]:
         found, self._found, self._last = self._found, {}, None
         return found
 
     def _observe(self, path: str, x: mx.array, chosen: mx.array | None) -> None:
+        if path in self.tables:
+            return
         if self._last is None or self._last[0] is not x or self._last[1] is not chosen:
             self._last = x, chosen, self._inputs(x, chosen, self._tensors[path].shape[0])
         inputs = self._last[2]
@@ -122,8 +126,7 @@ class Gathering:
         else:
             ids = np.asarray(chosen).ravel()
             own = [rows[ids == expert] for expert in range(experts)]
-        squares = np.stack([np.einsum("ri,ri->i", part, part, dtype=np.float64) for part in own])
-        return Inputs(squares, np.array([len(part) for part in own]), [[part] for part in own] if self.keep else [])
+        return Inputs.of(*own, keep=self.keep)
 
 
 def _quiet() -> np.errstate:
@@ -137,43 +140,6 @@ def random_tokens(vocabulary: int, context: int, count: int = TOKENS, seed: int 
     windows = np.random.default_rng(seed).integers(0, vocabulary, (count // length, length))
     step = max(BATCH // length, 1)
     return [mx.array(windows[start : start + step]) for start in range(0, len(windows), step)]
-
-
-def redrawn(
-    resolved: Resolved, batches: Sequence[mx.array], passes: int, progress: Progress = silent
-) -> list[mx.array]:
-    """The same windows with every token but the first drawn anew by the model, from what it expects there.
-
-    All places of a window are drawn at once, each behind the tokens of the pass before. One pass makes pairs of tokens
-    that the model thinks likely, and more make longer runs, all with no text at hand and at the price of a prompt.
-    """
-    random, total = np.random.default_rng(passes), sum(tensor.nbytes for tensor in resolved.parameters.values())
-    drawn = list(batches)
-    for number in range(passes):
-        walk = Walk(resolved, drawn)
-        host_attention.install(walk.model)
-        with _quiet():
-            states, layers = walk.embed(), len(walk.model.layers)
-            for index in range(layers):
-                progress("drawing tokens", total * (number * layers + index) // (passes * layers), total)
-                states = walk.layer(index, states)
-            with walk.weights(None):
-                drawn = [_drawn(walk, tokens, state, random) for tokens, state in zip(drawn, states, strict=True)]
-    progress("drawing tokens", total, total)
-    return drawn
-
-
-def _drawn(walk: Walk, tokens: mx.array, state: mx.array, random: np.random.Generator) -> mx.array:
-    flat = state[:, :-1].reshape(1, -1, *state.shape[2:])
-    found, many = np.empty(flat.shape[1], np.int64), max(LOGITS // walk.model.vocab_size, 1)
-    for start in range(0, len(found), many):
-        logits = np.asarray(walk.model.head(flat[:, start : start + many])[0])
-        for row, chances in enumerate(logits, start):
-            sums = np.cumsum(np.exp(chances - chances.max()), dtype=np.float64)
-            found[row] = min(np.searchsorted(sums, random.random() * sums[-1], "right"), len(sums) - 1)
-    rows = np.array(tokens)
-    rows[:, 1:] = found.reshape(len(rows), -1)
-    return mx.array(rows)
 
 
 def text_tokens(ids: Sequence[int], context: int) -> list[mx.array]:

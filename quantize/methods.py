@@ -11,10 +11,11 @@ from mlxarch.blocks import Quantization
 from mlxarch.errors import QuantizationError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.gptq import Feedback
-from mlxarch.quantize.importance import TIED, Gathering, Inputs
+from mlxarch.quantize.importance import Gathering, Inputs
 from mlxarch.quantize.rounding import affine
 from mlxarch.quantize.rows import Loss, Pack, round_rows
 from mlxarch.quantize.search import search
+from mlxarch.quantize.tables import uses
 from mlxarch.weights import Resolved
 
 Method = Literal["search", "gptq", "round"]
@@ -54,30 +55,35 @@ def in_turn(
     """Each of ``todo``, by its published name, with how to pack it, and those of its experts that no token reached.
 
     What is rounded comes in the order of ``todo``; else layer by layer, for the inputs of a layer are known when those
-    before it have been passed. Of a matrix that multiplies nothing, as embeddings do, nothing is known: it is rounded.
+    before it have been passed, and of tables when the likelihood has been passed back.
     """
     left = dict.fromkeys(todo)
     gathering = None if method == "round" else Gathering(resolved, batches, keep=method == "gptq")
     for paths, found in gathering.layers(progress) if gathering else ():
-        for path in paths:
-            if (name := resolved.architecture.published(path)) in left:
-                del left[name]
-                inputs, high = found.get(path), resolved.tensors[path].shape[-2:-1]
-                if inputs is None or gathering is None:
-                    yield name, round_rows, []
-                else:
-                    pack = _searcher if method == "search" else _feeder
-                    yield name, pack(inputs, prod(high), TIED if path == gathering.table else 0), inputs.unreached
+        due = {path: name for path in paths if (name := resolved.architecture.published(path)) in left}
+        if gathering and not gathering.tables.isdisjoint(due):
+            found |= _tables(uses(resolved, batches, progress=progress), keep=method == "gptq")
+        for path, name in due.items():
+            del left[name]
+            inputs, high = found.get(path), prod(resolved.tensors[path].shape[-2:-1])
+            if inputs is None:
+                yield name, round_rows, []
+            else:
+                yield name, (_feeder if inputs.rows else _searcher)(inputs, high), inputs.unreached
         if not left:
             return
     for name in left:
         yield name, round_rows, []
 
 
-def _searcher(inputs: Inputs, high: int, evenly: float) -> Pack:
-    """For a matrix of ``high`` rows, or for one of each expert's; ``evenly`` is added to what a channel counts."""
-    importance = inputs.importance()
-    importance = mx.array(importance / np.maximum(importance.mean(-1, keepdims=True), 1e-30) + evenly)
+def _tables(used: dict[str, list[np.ndarray]], keep: bool) -> dict[str, Inputs]:
+    """The rows are kept of a table that is used in two ways: one weight for each channel cannot stand for both."""
+    return {path: Inputs.of(np.concatenate(rows), keep=keep or len(rows) > 1) for path, rows in used.items()}
+
+
+def _searcher(inputs: Inputs, high: int) -> Pack:
+    """For a matrix of ``high`` rows, or for one of each expert's."""
+    importance = mx.array(inputs.importance())
 
     def pack(rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
         own = importance[0] if len(importance) == 1 else importance[mx.arange(start, start + len(rows)) // high]
@@ -88,9 +94,9 @@ def _searcher(inputs: Inputs, high: int, evenly: float) -> Pack:
     return pack
 
 
-def _feeder(inputs: Inputs, high: int, evenly: float) -> Pack:
+def _feeder(inputs: Inputs, high: int) -> Pack:
     """As ``_searcher``, with error feedback; an expert that no token reached is only searched."""
-    searched = _searcher(inputs, high, evenly)
+    searched = _searcher(inputs, high)
     held: dict[int, Feedback] = {}  # one at a time
 
     def pack(rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
@@ -104,7 +110,7 @@ def _feeder(inputs: Inputs, high: int, evenly: float) -> Pack:
             else:
                 if expert not in held:
                     held.clear()
-                    held[expert] = Feedback(np.concatenate(inputs.rows[expert]), evenly)
+                    held[expert] = Feedback(np.concatenate(inputs.rows[expert]))
                 parts, error, rounded = held[expert].pack(part, to, dtype)
                 loss.add_weighted(error, rounded)
                 pieces.append(parts)

@@ -41,9 +41,9 @@ def test_gptq_reads_a_text_and_a_search_random_tokens(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(source).encode(text)[: len(ids)] == ids
 
 
-def test_without_a_tokenizer_gptq_draws_its_text(tmp_path: Path) -> None:
+def test_without_a_tokenizer_gptq_takes_random_tokens(tmp_path: Path) -> None:
     make_llama(tmp_path / "source")
-    assert "tokens that the model drew itself" in prepare(tmp_path / "source", tmp_path / "out", method="gptq").method
+    assert "random tokens" in prepare(tmp_path / "source", tmp_path / "out", method="gptq").method
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

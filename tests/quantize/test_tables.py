@@ -1,0 +1,93 @@
+"""Tables of embeddings: what their rows are looked up and multiplied for decides how they are packed."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxarch.loading import load_model
+from mlxarch.quantize import convert
+from mlxarch.quantize.importance import random_tokens
+from mlxarch.quantize.tables import TOKENS, uses
+from mlxarch.weights import open_source, resolve
+from parity import GOLDEN
+from tiny_llama import make_llama
+
+TABLE = "model.embed_tokens.weight"
+
+
+def batches(name: str, count: int = 512) -> list[mx.array]:
+    model = resolve(open_source(GOLDEN / name)).model
+    return random_tokens(model.vocab_size, model.context_length, count)
+
+
+def found(name: str, count: int = 512) -> dict[str, list[np.ndarray]]:
+    return uses(resolve(open_source(GOLDEN / name)), batches(name, count))
+
+
+def test_a_tied_table_multiplies_the_last_states_and_another_does_not() -> None:
+    assert [len(found(name)[TABLE]) for name in ("llama3_tied", "llama3")] == [2, 1]
+    head, looked_up = found("qwen3")[TABLE]
+    model, _ = load_model(GOLDEN / "qwen3")
+    table, seen = dict(model.named_modules())[TABLE.removesuffix(".weight")], []
+    usual = table.product
+    table.product = lambda x, *more: seen.append(np.array(x)) or usual(x, *more)
+    model(batches("qwen3")[0])
+    states = seen[0].reshape(head.shape)
+
+    def alike(rows: np.ndarray) -> float:
+        return float(np.vdot(rows, states) / np.linalg.norm(rows) / np.linalg.norm(states))
+
+    assert alike(head) == pytest.approx(1, abs=1e-4)
+    assert abs(alike(looked_up)) < 0.5
+    assert np.linalg.norm(head) < 1.01 * np.linalg.norm(states), "as far as labels are uncertain, and no further"
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_moving_a_looked_up_row_moves_the_logits_along_its_pull(name: str) -> None:
+    """The mean square of a change's product with the pulls is what the change makes of KL, twice."""
+    resolved, [tokens] = resolve(open_source(GOLDEN / name)), batches(name, 256)
+    pulls = [uses(resolved, [tokens], seed=seed)[TABLE][-1] for seed in range(12)]
+    model, _ = load_model(GOLDEN / name)
+    table = dict(model.named_modules())[TABLE.removesuffix(".weight")]
+    change = np.random.default_rng(0).standard_normal(pulls[0].shape[-1]).astype(np.float32)
+    change *= 1e-3 / np.linalg.norm(change)
+    usual, before = table.lookup, logs(model, tokens)
+    kls = []
+    for place in range(0, tokens.shape[1], 3):  # one token of each window at a time
+        where = np.zeros((*tokens.shape, 1), np.float32)
+        where[:, place] = 1
+        table.lookup = lambda ids, where=where: usual(ids) + mx.array(where * change)
+        after = logs(model, tokens)
+        kls.append((np.exp(before) * (before - after)).sum(-1).sum(1).mean())
+    table.lookup = usual
+    expected = np.mean([np.square(pull @ change).reshape(tokens.shape)[:, ::3].mean() for pull in pulls]) / 2
+    assert np.mean(kls) == pytest.approx(expected, rel=0.35)
+    assert np.mean(kls) != pytest.approx(2 * expected, rel=0.35)
+
+
+def logs(model, tokens: mx.array) -> np.ndarray:
+    logits = np.array(model(tokens)).astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_a_few_windows_from_all_over_pass_back() -> None:
+    resolved = resolve(open_source(GOLDEN / "llama3"))
+    windows = np.zeros((3 * TOKENS // 128, 128), np.int32)
+    windows[-1] = 5
+    rows = uses(resolved, [mx.array(windows[:1]), mx.array(windows[1:])])[TABLE][0]
+    assert len(rows) == TOKENS
+    assert not np.allclose(rows[-128:].std(0), rows[:128].std(0))
+
+
+def test_every_table_is_searched_for_and_one_with_two_uses_gets_feedback(tmp_path: Path) -> None:
+    ratios = {}
+    for tied in (True, False):
+        make_llama(tmp_path / str(tied), tied=tied)
+        convert(tmp_path / str(tied), tmp_path / f"{tied}.out", bits=3, method="search")
+        receipt = json.loads((tmp_path / f"{tied}.out" / "receipt.json").read_text())
+        ratios[tied] = receipt["tensors"][TABLE]["against_rounding"]
+    assert 0 < ratios[True] < 1 and 0 < ratios[False] < 1
