@@ -29,7 +29,7 @@ METHODS = ("search", "gptq", "round")
     "--group-size", "--q-group-size", type=int, help="Weights that share a scale: 32, 64 or 128; 64, with a target 128."
 )
 @click.option("--mode", "--q-mode", type=click.Choice(MODES), default="affine", show_default=True)
-@click.option("--method", type=click.Choice(METHODS), help="How scales are chosen; search below 8 bits, else round.")
+@click.option("--method", type=click.Choice(METHODS), help="How scales are chosen; search, in mode affine.")
 @click.option("--calibration", metavar="FILE", help="A text that tells which weights matter; else random tokens.")
 @click.option("--target-size", metavar="SIZE", help="Choose bits for each matrix: of the whole folder, as 14GB.")
 @click.option("--target-bits", type=float, metavar="X", help="The same for bits per weight, scales included.")

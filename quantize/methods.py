@@ -27,15 +27,15 @@ METHODS: dict[Method, str] = {
 
 
 def checked(method: str | None, wanted: Quantization | None, calibration: object = None) -> Method:
-    """The method asked for. Without one, a search below 8 bits: at 8 there is nothing to win.
+    """The method asked for. Without one, a search wherever there are scales and biases to search for.
 
     Raises:
         QuantizationError: it does not exist, or not for these settings; or a calibration text without a use for it.
     """
-    affine, bits = (wanted.mode == "affine", wanted.bits) if wanted else (False, 0)
+    affine = wanted is not None and wanted.mode == "affine"
     known: list[Method] = list(METHODS)
     if method is None:
-        chosen: Method = "search" if affine and bits < 8 else "round"
+        chosen: Method = "search" if affine else "round"
     elif method not in known:
         raise QuantizationError(f"method {method!r} does not exist; allowed: {', '.join(known)}")
     else:

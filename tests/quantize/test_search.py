@@ -164,11 +164,11 @@ def test_a_searched_model_is_nearer_to_its_original_than_a_rounded_one(source: P
     assert sizes[0] == sizes[1]
 
 
-def test_search_is_the_default_below_8_bits_and_in_affine_mode(source: Path, tmp_path: Path) -> None:
+def test_search_is_the_default_in_affine_mode(source: Path, tmp_path: Path) -> None:
     def method(**settings: object) -> str:
         return prepare(source, tmp_path / "out", **settings).chosen  # type: ignore[arg-type]
 
-    assert [method(bits=bits) for bits in (2, 3, 4, 5, 6, 8, None)] == ["search"] * 5 + ["round"] * 2
+    assert [method(bits=bits) for bits in (2, 3, 4, 5, 6, 8, None)] == ["search"] * 6 + ["round"]
     assert method(bits=4, mode="mxfp4") == "round"
 
 
@@ -190,7 +190,7 @@ def test_the_same_call_writes_the_same_bytes_and_another_text_others(tmp_path: P
         ({"method": "best"}, "method 'best' does not exist; allowed: search, gptq, round"),
         ({"method": "gptq", "bits": 4, "mode": "mxfp4"}, "which only mode affine has"),
         ({"method": "search", "bits": None}, "which only mode affine has"),
-        ({"calibration": "a.txt", "bits": 8}, "rounding looks at no text"),
+        ({"calibration": "a.txt", "method": "round"}, "rounding looks at no text"),
     ],
 )
 def test_methods_that_do_not_fit_are_refused(source: Path, tmp_path: Path, settings: dict, problem: str) -> None:
