@@ -69,7 +69,7 @@ class _Use:
         pulls: g of each token, (tokens, rows), likewise; None where a token pulls as hard as another.
         rows: indices of the rows, where these are not all of them in order.
         looked_up: the row that each token takes from a table, (tokens,): it pulls at no other.
-        windows: of each token, where tokens that share one act together.
+        windows: the shape (n, B, L) of the tokens, where those of one of B windows act together.
     """
 
     squares: np.ndarray
@@ -77,7 +77,7 @@ class _Use:
     pulls: list[np.ndarray] | None = None
     rows: np.ndarray | None = None
     looked_up: np.ndarray | None = None
-    windows: np.ndarray | None = None
+    windows: tuple[int, int, int] | None = None
 
     def pulls_at(self, index: int, rows: np.ndarray) -> np.ndarray | None:
         """g of each token at some rows of a matrix, (tokens, rows)."""
@@ -267,15 +267,15 @@ class Pass:
         first = high * self._calls[path] if self._calls else 0
         return ids[:, first : first + high].ravel() if first + high <= ids.shape[1] else ids[:, -high:].ravel()
 
-    def _windows(self, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Of inputs (..., B, L, in) to one matrix, the windows that they are from.
+    def _windows(self, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+        """Of inputs (..., B, L, in) to one matrix, how they are from windows.
 
         None in front of the head, where a token acts on its own label alone.
         """
         count, length = self._walk.batches[0].shape
         if not self._together or shape[-3:-1] != (count, length):
             return None
-        return np.tile(np.repeat(np.arange(count), length), prod(shape[:-3]))
+        return prod(shape[:-3]), count, length
 
     def _count_costs(self) -> None:
         for (path, _), heard in self._heard.items():
@@ -304,16 +304,10 @@ class Pass:
                 moved = moved if pulls is None else pulls * moved
                 alone[to] = float((share * np.square(moved).sum(0)).sum())
                 if use.windows is not None and pulls is not None and alone[to] > 0:
-                    joint.append(float((share * np.square(_sums(moved, use.windows)).sum(0)).sum()) / alone[to])
+                    sums = moved.reshape(*use.windows, -1).sum((0, 2), dtype=np.float64)
+                    joint.append(float((share * np.square(sums).sum(0)).sum()) / alone[to])
             for to in alone:  # what is joint is a matter of the inputs, and known better from all candidates
                 own[to] += alone[to] * (float(np.mean(joint)) if joint else 1)
-
-
-def _sums(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Of the rows of each group."""
-    found = np.zeros((groups.max() + 1, rows.shape[1]))
-    np.add.at(found, groups, rows)
-    return found
 
 
 def _drawn(pull: np.ndarray, count: int) -> np.ndarray:
@@ -323,14 +317,16 @@ def _drawn(pull: np.ndarray, count: int) -> np.ndarray:
     return np.minimum(np.searchsorted(total, points), len(pull) - 1)
 
 
-def _by_row(x: mx.array, pull: np.ndarray, transpose: bool, windows: np.ndarray | None) -> _Use:
+def _by_row(x: mx.array, pull: np.ndarray, transpose: bool, windows: tuple[int, int, int] | None) -> _Use:
     left, right = pull.reshape(-1, pull.shape[-1]), np.asarray(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     left, right = (left, right) if transpose else (right, left)
     pulls = [left] if left.shape[-1] <= WIDEST else None
     return _Use(np.square(left).sum(0, dtype=np.float64), [right], pulls, windows=windows)
 
 
-def _by_head(x: mx.array, pull: np.ndarray, transpose: bool, rows: np.ndarray, windows: np.ndarray | None) -> _Use:
+def _by_head(
+    x: mx.array, pull: np.ndarray, transpose: bool, rows: np.ndarray, windows: tuple[int, int, int] | None
+) -> _Use:
     """Of a matrix for each head: x (B, 1 or H, L, ...), pull (B, H, L, ...)."""
     wide = np.broadcast_to(np.asarray(x.astype(mx.float32)), (*pull.shape[:-1], x.shape[-1]))
     heads = [_by_row(mx.array(wide[:, head]), pull[:, head], transpose, windows) for head in range(pull.shape[1])]
