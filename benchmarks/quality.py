@@ -41,8 +41,9 @@ Make = Callable[[Path, Path], dict[str, float]]  # (original, output) -> figures
 OURS: dict[str, dict[str, Any]] = {
     f"{method}, {bits} bits, group {group}": dict(bits=bits, group_size=group, method=method)
     for method, bits, group in [
-        *(("round", bits, group) for bits, group in ((4, 64), (4, 32), (3, 64), (8, 64))),
+        *(("round", bits, group) for bits, group in ((4, 64), (4, 32), *((bits, 64) for bits in (8, 6, 5, 3, 2)))),
         *((method, bits, 64) for bits in (4, 3) for method in ("search", "gptq")),
+        ("search", 8, 64),
     ]
 }
 READERS = {f"{name}, calibrated": settings for name, settings in OURS.items() if settings["method"] != "round"}
@@ -200,9 +201,14 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             if forecast := row.get("forecast"):
                 measured = row["all"]["kl_mean"]["value"]
                 print(f"\n{name}, {variant}: forecast {compared(forecast, measured)}")
-        if plain := rows.get("round, 8 bits, group 64"):
-            kl, top = (plain["all"][key]["value"] for key in ("kl_mean", "top1_agreement"))
-            print(f"\n{name}, 8 bits, group 64: KL {kl:.5f} (must be ≤ 0.0015), top-1 {100 * top:.1f} % (≥ 98 %)")
+        for method in ("round", "search"):
+            if eight := rows.get(f"{method}, 8 bits, group 64"):
+                kl, top = (eight["all"][key]["value"] for key in ("kl_mean", "top1_agreement"))
+                print(f"\n{name}, {method}, 8 bits: KL {kl:.5f} (must be ≤ 0.0015), top-1 {100 * top:.1f} % (≥ 98 %)")
+        rounded = [rows.get(f"round, {bits} bits, group 64") for bits in (8, 6, 5, 4, 3, 2)]
+        if all(rounded):
+            kls = [row["all"]["kl_mean"]["value"] for row in rounded if row]
+            print(f"\n{name}, rounded to 8, 6, 5, 4, 3 and 2 bits: KL {', '.join(f'{kl:.3g}' for kl in kls)}")
 
 
 def ratio(rows: dict[str, Any], one: str, other: str) -> dict[str, float]:
