@@ -91,8 +91,8 @@ def load(
         name_or_path: what is not on the disk yet is downloaded, and quantized where no quantized copy exists.
         bits: of the weights, or "original"; None takes the largest of 8 and 4 that fits this machine.
         dtype: to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end.
-        memory: that the process may use, in bytes or as "16GB"; None takes what this machine gives. What fits only in
-            part is streamed from the disk; what does not fit is refused before anything is downloaded or read.
+        memory: that it may use beside models loaded before, in bytes or as "16GB"; None takes what this machine gives.
+            What fits only in part is streamed from the disk; what does not fit is refused before it is downloaded.
         context: tokens to plan for: the caches are allocated at once. None grows them, up to what the model and the
             memory allow.
         kv_bits: of keys and values, 8 or 4; None keeps them in the type that is computed in.
@@ -113,8 +113,9 @@ def load(
         path = store.obtain(name_or_path, bits=bits, progress=report, request=request)
         tokenizer = Tokenizer.from_folder(path)  # before the weights: what is wrong with it shows at once
         plan = plan_for(path, request, dtype=dtype, slice=slice).require()
-        set_limits(plan, wire=wire)
-        model, config = load_model(path, dtype=dtype, slice=slice, progress=report, execution=plan.execution)
+        with set_limits(plan, wire=wire) as claim:
+            model, config = load_model(path, dtype=dtype, slice=slice, progress=report, execution=plan.execution)
+        claim.belongs_to(model)
     loaded = LanguageModel(path, model, config, tokenizer, context, plan.execution.kv)
     loaded.context_length, loaded.plan = plan.context, plan
     return loaded

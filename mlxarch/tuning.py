@@ -59,8 +59,9 @@ _UNBOUNDED = 2**62
 
 
 def _try(folder: Path, plan: Plan, prompt: list[int], tokens: int) -> Trial:
-    set_limits(plan)
-    model, _ = load_model(folder, execution=plan.execution)
+    with set_limits(plan) as claim:
+        model, _ = load_model(folder, execution=plan.execution)
+    claim.belongs_to(model)
     session = Session(model.make_caches(kv=plan.execution.kv))
     [(_, timings)] = deque(decode(model, session, prompt, Sampling(), tokens), maxlen=1)
     stats = model.streaming.stats

@@ -1,0 +1,104 @@
+"""MLX's limits are those of the models that there are."""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import mlxarch
+from mlxarch import LanguageModel, language_model
+from mlxarch.errors import CheckpointError
+from mlxarch.limits import set_limits
+from mlxarch.memory import Plan
+
+MB = 10**6
+
+
+def limits() -> tuple[int, int]:
+    """Of memory and of what is kept, as they are."""
+    memory, kept = mx.set_memory_limit(10**9), mx.set_cache_limit(MB)
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(kept)
+    return memory, kept
+
+
+@pytest.fixture(autouse=True)
+def own() -> Iterator[tuple[int, int]]:
+    """Limits that no model of another test has set."""
+    gc.collect()
+    before = mx.set_memory_limit(7_000_000_000), mx.set_cache_limit(77 * MB)
+    yield limits()
+    gc.collect()
+    mx.set_memory_limit(before[0])
+    mx.set_cache_limit(before[1])
+
+
+def loaded(folder: Path, memory: int) -> LanguageModel:
+    return mlxarch.load(folder, memory=memory, context=64)
+
+
+def plan_of(model: LanguageModel) -> Plan:
+    assert model.plan is not None
+    return model.plan
+
+
+def test_two_models_have_their_plans_together_and_the_last_one_leaves_no_limits(
+    talker: Path, own: tuple[int, int]
+) -> None:
+    held = mx.get_active_memory()
+    first = loaded(talker, 300 * MB)
+    plan = plan_of(first)
+    alone = 300 * MB - plan.process - plan.free
+    assert limits() == (held + alone, plan.free) != own
+    second = loaded(talker, 500 * MB)
+    both = plan.mlx + 500 * MB - plan_of(second).process - plan.free
+    assert limits() == (held + both, plan.free)
+    answer = first.generate("hello", max_tokens=3).tokens
+    del second
+    assert limits()[0] == held + alone, "what was the second model's is nobody's"
+    assert first.generate("hello", max_tokens=3).tokens == answer
+    del first
+    assert limits() == own
+
+
+def test_the_first_model_may_go_first(talker: Path, own: tuple[int, int]) -> None:
+    held = mx.get_active_memory()
+    first, second = loaded(talker, 300 * MB), loaded(talker, 500 * MB)
+    plan, session = plan_of(second), first.session()
+    both, left = limits()[0], held + 500 * MB - plan.process - plan.free
+    del first
+    assert limits()[0] == both > left, "the session needs its model"
+    del session
+    assert limits()[0] == left
+    del second
+    assert limits() == own
+
+
+def test_what_cannot_be_loaded_takes_nothing(
+    talker: Path, own: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        assert limits() != own
+        raise CheckpointError("a weight file is damaged")
+
+    monkeypatch.setattr(language_model, "load_model", broken)
+    with pytest.raises(CheckpointError):
+        loaded(talker, 300 * MB)
+    assert limits() == own
+
+
+def test_the_larger_of_what_may_be_kept_counts_and_a_plan_is_never_too_small(
+    talker: Path, own: tuple[int, int]
+) -> None:
+    model = loaded(talker, 300 * MB)
+    held, plan = limits()[0] - (300 * MB - plan_of(model).process - plan_of(model).free), plan_of(model)
+    claim = set_limits(replace(plan, free=plan.free * 2, memory=MB))
+    assert limits() == (held + 2 * plan.mlx, plan.free * 2), "less memory than planned for would only be slow"
+    claim.release()
+    claim.release()
+    assert limits()[1] == plan.free
+    del model
+    assert limits() == own
