@@ -269,7 +269,10 @@ def prepare(
     limits: Limits = Limits(),
     disk: Disk | None = None,
 ) -> Conversion:
-    """Check everything that can be checked without reading weights or writing; arguments and errors as ``convert``."""
+    """Check everything that can be checked without reading weights or writing; arguments and errors as ``convert``.
+
+    ``texts`` are what the result is to be judged by, in place of those that come with the package.
+    """
     wanted = None if bits is None else settings(bits, group_size, mode)
     chosen = checked(method, wanted, calibration)
     if dtype is not None and dtype not in DTYPE_NAMES:
