@@ -61,14 +61,14 @@ DEEPSEEK: dict[str, Any] = COMMON | dict(
     moe_intermediate_size=512, norm_topk_prob=True, routed_scaling_factor=2.5, scoring_func="sigmoid",
     tie_word_embeddings=False, hidden_act="silu", attention_bias=False, topk_method="noaux_tc", moe_layer_freq=1,
 )  # fmt: skip
-LONG_LATENT = DEEPSEEK | dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8)
+LONG_LATENT = DEEPSEEK | dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, kv_lora_rank=256)
 MOE: dict[str, Any] = COMMON | dict(
-    model_type="qwen3_moe", hidden_size=768, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=12,
+    model_type="qwen3_moe", hidden_size=768, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12,
     num_key_value_heads=4, head_dim=64, moe_intermediate_size=384, num_experts=128, num_experts_per_tok=4,
     norm_topk_prob=True, tie_word_embeddings=False, hidden_act="silu", attention_bias=False,
 )  # fmt: skip
 GPT_OSS: dict[str, Any] = COMMON | dict(
-    model_type="gpt_oss", hidden_size=768, intermediate_size=768, num_hidden_layers=6, num_attention_heads=12,
+    model_type="gpt_oss", hidden_size=768, intermediate_size=768, num_hidden_layers=4, num_attention_heads=12,
     num_key_value_heads=4, head_dim=64, num_local_experts=32, num_experts_per_tok=2, sliding_window=128,
     tie_word_embeddings=False, hidden_act="silu",
 )  # fmt: skip
@@ -84,18 +84,18 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "dense, 1k": (QWEN3, 16, 1024, {}),
     "dense, 8k": (QWEN3, 16, 8192, {}),
     "dense, 32k": (LONG, 16, 32_768, {}),
-    "dense, 8k, KV 8": (QWEN3, 16, 8192, {"kv_bits": 8}),
+    "dense, 8k, KV 8": (LONG, 16, 8192, {"kv_bits": 8}),
     "dense, 32k, KV 4": (LONG, 16, 32_768, {"kv_bits": 4}),
     "sliding, 8k": (GEMMA3, 16, 8192, {}),
-    "sliding, 32k, KV 8": (GEMMA3, 16, 32_768, {"kv_bits": 8}),
+    "sliding, 32k, KV 8": (GEMMA3 | {"num_hidden_layers": 6}, 16, 32_768, {"kv_bits": 8}),
     "soft cap, 4k": (GEMMA2, 16, 4096, {}),
     "chunked, 8k": (LLAMA4, 16, 8192, {}),
     "latent, 4k": (DEEPSEEK, 4, 4096, {}),
     "latent, 16k": (LONG_LATENT, 4, 16_384, {}),
     "latent, 8k, KV 8": (LONG_LATENT, 4, 8192, {"kv_bits": 8}),
     "experts, 4k": (MOE, 4, 4096, {}),
-    "experts streamed, 4k": (MOE, 4, 4096, {"memory": "900MB"}),
-    "experts streamed, 16k, KV 4": (MOE, 4, 16_384, {"memory": "1200MB", "kv_bits": 4}),
+    "experts streamed, 4k": (MOE, 4, 4096, {"memory": "450MB"}),
+    "experts streamed, 16k, KV 4": (MOE, 4, 16_384, {"memory": "600MB", "kv_bits": 4}),
     "experts and sinks, 8k": (GPT_OSS, 4, 8192, {}),
     "per-layer embeddings, 2k": (GEMMA3N, 16, 2048, {"ple": "memory"}),
     "per-layer embeddings on the disk, 2k": (GEMMA3N, 16, 2048, {"ple": "ssd"}),
@@ -128,6 +128,7 @@ def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]
     """Plan, load, fill the caches, run the last chunk and generate."""
     asked = asked | ({"memory": parse_size(asked["memory"])} if "memory" in asked else {})
     plan = plan_for(folder, Request(context=context, **asked)).require()
+    assert (plan.verdict == "streamed") == ("memory" in asked or asked.get("ple") == "ssd"), plan.words
     set_limits(plan)
     model, _ = load_model(folder, execution=plan.execution)
     session = Session(model.make_caches(context, kv=plan.execution.kv))
