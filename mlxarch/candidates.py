@@ -186,7 +186,7 @@ def _convert(source: Any, target: Path, bits: Bits, progress: Progress, evaluate
     from mlxarch.quantize import convert
 
     width = bits if isinstance(bits, int) else None
-    # at 8 bits all that is fetched is rounded, wherever it comes from: on the way from the Hub each file passes only once
+    # at 8 bits all that is fetched is rounded, wherever it comes from: on the way from the Hub a file passes only once
     options = {"method": None if width and width < 8 else "round"} | options
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
