@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DOES_NOT_FIT = 4  # exit code, as of MemoryBudgetError
 CONTEXTS = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
 BITS = (16, 8, 6, 5, 4, 3, 2)
+WIDTHS = tuple(map(str, BITS))
 
 
 @click.command("fit")
@@ -21,14 +22,14 @@ BITS = (16, 8, 6, 5, 4, 3, 2)
 @options.model_option
 @options.memory_options
 @click.option("--machine", metavar="NAME", help="Plan for this one, such as m4-24gb or m4-pro-48gb.")
-@click.option("--bits", type=click.IntRange(2, 16), help="Of the weights; else as they are, or the most that fits.")
+@click.option("--bits", type=click.Choice(WIDTHS), help="Of the weights; else as they are, or the most that fits.")
 @click.option(*options.CONTEXT, type=options.Tokens(), metavar="TOKENS", help="Such as 32k; else what fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/fit.md explains the keys.")
 def fit_command(
     model: str | None,
     named: str | None,
     machine: str | None,
-    bits: int | None,
+    bits: str | None,
     context: int | None,
     as_json: bool,
     **given: Any,
@@ -46,18 +47,18 @@ def fit_command(
     from mlxarch.memory import best_plan, plan
 
     blueprint, asked = blueprint_of(options.the_model(named, model))
-    if isinstance(asked, int) and bits not in (None, asked):
+    if isinstance(asked, int) and bits not in (None, str(asked)):
         raise click.UsageError(f"the name asks for {asked} bits and --bits for {bits}; say it once")
     target = machines.named(machine) if machine else machines.here()
-    bits = bits or (asked if isinstance(asked, int) else None)
-    request = replace(options.asked(context=context, **given), bits=bits)
+    wanted = int(bits) if bits else asked if isinstance(asked, int) else None
+    request = replace(options.asked(context=context, **given), bits=wanted)
     chosen = (plan if asked == "original" or blueprint.packed else best_plan)(blueprint, target, request)
-    widths = [chosen.bits] if bits or asked or blueprint.packed else [b for b in BITS if b <= 8 or b == 16]
+    widths = [chosen.bits] if wanted or asked or blueprint.packed else [b for b in BITS if b <= 8 or b == 16]
     contexts = [context] if context else [c for c in CONTEXTS if c <= blueprint.longest] or [blueprint.longest]
 
     def cell(width: int, context: int) -> "Plan":
-        wanted = bits if blueprint.packed else width
-        return plan(blueprint, target, replace(request, bits=wanted, context=context), advise=False)
+        width_or_own = wanted if blueprint.packed else width
+        return plan(blueprint, target, replace(request, bits=width_or_own, context=context), advise=False)
 
     cells = [[cell(width, context) for context in contexts] for width in widths]
     if as_json:
@@ -108,13 +109,24 @@ def _show(chosen: "Plan", cells: "list[list[Plan]]") -> None:
     width = max(len(term) for term, _ in rows)
     for term, amount in rows:
         answer(f"  {term.ljust(width)}  {amount:>10}")
-    answer(f"{chosen.verdict}{': ' if chosen.streamed else ''}{chosen.streamed}{_rate(chosen)}")
+    how = chosen.streamed or ("all of it in memory" if chosen.verdict == "resident" else "")
+    answer(f"{chosen.verdict}{': ' if how else ''}{how}{_rate(chosen)}")
     for remedy in chosen.remedies:
         answer(f"  {remedy}")
     answer()
     table([["bits", *(_tokens(cell.context) for cell in cells[0])], *([str(r[0].bits), *map(_word, r)] for r in cells)])
+    told = {word: text for word, text in _CELLS.items() if any(word in _word(cell) for row in cells for cell in row)}
+    say("each cell: the memory it takes" + "".join(f"; {word}: {text}" for word, text in told.items()), dim=True)
     if chosen.rate is not None:
         say(f"estimated: {FORMULA}; bandwidths as measured elsewhere", dim=True)
+
+
+_CELLS = {
+    "no": "does not fit",
+    "streamed": "experts from the disk, as many as need be",
+    "PLE": "per-layer embeddings from the disk",
+    "/s": "tokens a second",
+}
 
 
 def _rate(plan: "Plan") -> str:

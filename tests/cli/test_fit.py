@@ -27,6 +27,9 @@ def test_the_table_has_a_row_for_each_width_and_a_column_for_each_context(invoke
     assert table[0].split() == ["bits", "4k", "8k", "16k", "32k", "64k", "128k"]
     assert [line.split()[0] for line in table[1:]] == ["16", "8", "6", "5", "4", "3", "2"]
     assert "no, " in table[1] and "no, " not in table[-1].rsplit("no, ", 1)[0] and "/s" in table[-1]
+    legend = {name: invoke("fit", name, "--machine", "m4-16gb").stderr for name in ("gemma3-12b", "qwen3-30b-a3b")}
+    assert "; no: does not fit" in legend["gemma3-12b"] and "streamed: " not in legend["gemma3-12b"]
+    assert "streamed: experts from the disk" in legend["qwen3-30b-a3b"]
 
 
 def test_the_keys_of_fits_json_are_those_of_the_documentation(invoke):
@@ -59,7 +62,7 @@ def test_a_folder_is_planned_from_its_headers(invoke, tiny):
 def test_what_cannot_be_planned_is_told(invoke, execute):
     assert invoke("fit", "qwen3-0.7b").exit_code == 3
     assert execute("fit", "org/model").returncode == 5, "a repository, and the Hub is out of reach"
-    for wrong in (["--machine", "m9"], ["--memory", "much"], ["--context", "32q"], ["--kv-bits", "5"], ["--bits", "1"]):
+    for wrong in (["--machine", "m9"], ["--memory", "much"], ["--context", "32q"], ["--kv-bits", "5"], ["--bits", "7"]):
         assert invoke("fit", "qwen3-0.6b", *wrong).exit_code == 2
     assert invoke("fit", "qwen3-0.6b-4bit", "--bits", "8").exit_code == 2
     assert (
