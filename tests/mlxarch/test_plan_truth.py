@@ -61,10 +61,10 @@ def too_little(whole: Plan) -> int:
     return whole.total - whole.activations - whole.weights["experts"] // 4
 
 
-def check(found: dict[str, int]) -> None:
-    # smaller models than the benchmark's: here single arrays weigh more
-    assert found["mlx"] == pytest.approx(found["measured_mlx"], rel=0.15)
-    assert found["process"] == pytest.approx(found["measured_process"], rel=0.15)
+def check(found: dict[str, int], above: float = 1.08) -> None:
+    # smaller models than the benchmark's: what MLX prepares ahead is seldom at its most, and what it keeps weighs more
+    assert 0.95 * found["measured_mlx"] <= found["mlx"] <= above * found["measured_mlx"]
+    assert 0.92 * found["measured_process"] <= found["process"] <= 1.12 * found["measured_process"]
 
 
 @pytest.mark.parametrize("asked", [{}, {"kv_bits": 8}], ids=["as computed", "8 bits"])
@@ -82,7 +82,7 @@ def test_streamed_experts_keep_within_the_memory_they_may_use(sparse: Path) -> N
     whole = plan_for(sparse, Request(context=1024))
     allowed = too_little(whole)
     found = measured(sparse, 1024, {"memory": str(allowed)})
-    check(found)
+    check(found, above=1.15)  # planned for a prompt as long as the context, of which each token holds a state
     assert plan_for(sparse, Request(context=1024, memory=allowed)).verdict == "streamed"
     assert found["measured_process"] <= allowed < whole.total
 
