@@ -12,8 +12,8 @@ from mlxarch.blocks import Quantization
 from mlxarch.quantize.rounding import affine, grid_of
 from mlxarch.quantize.search import Grid, search
 
-DAMPING = 0.1  # of the mean of H's diagonal, added to it: tokens tell less of pairs of channels than of each channel
-SPARSE = 0.5  # of the same, times channels for each token: the less, the fewer they are
+DAMPING = 0.1  # of the mean of H's diagonal, added to it
+SHRINKAGE = 2  # tokens for each channel that leave half of what was seen of pairs of channels; more tokens leave more
 
 
 class Feedback:
@@ -25,7 +25,7 @@ class Feedback:
         if not np.isfinite(self.moments).all():  # the weight that made them so is refused when it is written
             self.moments = np.zeros_like(self.moments)
         self.importance = mx.array(np.ascontiguousarray(self.moments.diagonal()))
-        self.steps = _steps(self.moments, DAMPING + SPARSE * channels / max(tokens, 1))
+        self.steps = _steps(_shrunk(self.moments, tokens / (tokens + SHRINKAGE * channels)))
 
     def pack(
         self, rows: mx.array, to: Quantization, dtype: mx.Dtype
@@ -68,14 +68,17 @@ class Feedback:
         return np.einsum("ri,ri->r", change @ self.moments, change)
 
 
-def _steps(moments: np.ndarray, damping: float) -> np.ndarray:
-    """U, upper triangular with Uᵀ U = H⁻¹: row j tells how the columns behind j make up for its error.
+def _shrunk(moments: np.ndarray, share: float) -> np.ndarray:
+    """Less of what is off the diagonal: few tokens tell more of each channel than of pairs of them."""
+    own = moments * np.float32(share)
+    np.fill_diagonal(own, moments.diagonal())
+    return own
 
-    Args:
-        damping: times the mean of H's diagonal, added to it.
-    """
+
+def _steps(moments: np.ndarray) -> np.ndarray:
+    """U, upper triangular with Uᵀ U = H⁻¹: row j tells how the columns behind j make up for its error."""
     own = moments.astype(np.float64) if len(moments) <= 4096 else moments.copy()
-    damping *= float(own.diagonal().mean()) or 1.0
+    damping = DAMPING * float(own.diagonal().mean()) or 1.0
     while True:
         np.fill_diagonal(own, moments.diagonal() + damping)
         try:

@@ -7,6 +7,7 @@ cost of an error d is d H dᵀ. One pass back tells both; see ``sensitivity``.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,9 @@ from mlxarch.progress import Progress, silent
 from mlxarch.quantize.sensitivity import Pass, _Use
 from mlxarch.weights import Resolved
 
-TOKENS = 2048  # that pass back, at most
+TOKENS = 1024  # that pass back, at most
+LOGITS = 2 << 20  # of them at once
+BATCH = 256  # of them at once: a layer's activations are held several times on the way back
 
 
 def uses(
@@ -31,12 +34,24 @@ def uses(
         progress: told the layers done, forwards and back.
     """
     windows = mx.concatenate(list(batches))
-    count = min(max(TOKENS // windows.shape[1], 1), len(windows))
-    some = windows[mx.array(np.linspace(0, len(windows) - 1, count).astype(np.int32))]
-    found = _Uses(resolved, some, (), lambda path, index, rows, x, to: rows, seed, progress)
-    with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
-        found.run()
-    return found.rows
+    length = windows.shape[1]
+    chosen = np.linspace(0, len(windows) - 1, min(max(TOKENS // length, 1), len(windows))).astype(int)
+    parts = np.array_split(chosen, -(-len(chosen) * length // BATCH))
+    found: dict[str, list[list[np.ndarray]]] = {}
+    for number, part in enumerate(part for part in parts if len(part)):
+        told = partial(_told, progress, number, len(parts))
+        own = _Uses(resolved, windows[mx.array(part)], (), lambda path, index, rows, x, to: rows, seed + number, told)
+        with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
+            own.run()
+        for path, rows in own.rows.items():
+            found.setdefault(path, [[] for _ in rows])
+            for use, more in zip(found[path], rows, strict=True):
+                use.append(more)
+    return {path: [np.concatenate(use) for use in rows] for path, rows in found.items()}
+
+
+def _told(progress: Progress, number: int, count: int, label: str, done: int, total: int) -> None:
+    progress(label, number * total + done, count * total)
 
 
 class _Uses(Pass):
@@ -50,7 +65,30 @@ class _Uses(Pass):
         if isinstance(matrix, Embedding):
             super()._listen(path, matrix)
 
+    def _head(self, state: mx.array) -> mx.array:
+        """Draw labels, and return how their likelihood pulls at the state, in less memory than a pass for costs."""
+        model, draw, pulls = self._walk.model, np.random.default_rng(self._seed), []
+        flat, at_once = mx.flatten(state, 0, 1)[None], max(LOGITS // model.vocab_size, 1)
+        with self._walk.weights(None):
+            for start in range(0, self._count, at_once):
+                part = flat[:, start : start + at_once]
+                pull = mx.array(_pull(np.array(model.head(part)), draw))
+                pulls += self._backward(lambda x: [model.head(x)], [part], [pull])
+        self._count_costs()
+        return mx.concatenate(pulls, axis=1).reshape(state.shape)
+
     def _add(self, path: str, use: _Use) -> None:
         [inputs] = use.inputs
         share = use.squares.sum() / len(inputs)  # of a lookup 1; of the head 1 less the chance that labels agree
         self.rows.setdefault(path, []).append(inputs * np.float32(np.sqrt(share)))
+
+
+def _pull(logits: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """How the likelihood of labels that are drawn by logits (1, T, V) pulls at these; in their place."""
+    logits -= logits.max(-1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= -logits.sum(-1, keepdims=True)
+    for row in logits[0]:
+        sums = np.cumsum(row, dtype=np.float64)  # down to -1
+        row[min(np.searchsorted(-sums, draw.random() * -sums[-1], "right"), len(row) - 1)] += 1
+    return logits

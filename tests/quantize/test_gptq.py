@@ -8,7 +8,7 @@ import pytest
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize import convert
-from mlxarch.quantize.gptq import DAMPING, Feedback, _steps
+from mlxarch.quantize.gptq import Feedback, _steps
 from mlxarch.quantize.rounding import quantize as rounded
 from mlxarch.quantize.search import quantize as searched
 from tiny_llama import contents, make_llama
@@ -60,7 +60,9 @@ def test_without_correlation_nothing_is_gained() -> None:
 def test_the_step_of_a_column_is_the_best_answer_to_its_error() -> None:
     feedback = Feedback(inputs())
     moments = feedback.moments.astype(np.float64)
-    damped = moments + (0.1 + 0.5 * COLUMNS / TOKENS) * moments.diagonal().mean() * np.eye(COLUMNS)
+    pairs = moments - np.diag(moments.diagonal())
+    damped = moments - pairs * (2 * COLUMNS) / (TOKENS + 2 * COLUMNS)
+    damped += 0.1 * moments.diagonal().mean() * np.eye(COLUMNS)
     j = 100  # the best change of the columns behind it, by least squares under H
     best = -np.linalg.solve(damped[j + 1 :, j + 1 :], damped[j + 1 :, j])
     assert np.allclose(feedback.steps[j, j + 1 :] / feedback.steps[j, j], -best * -1, atol=1e-3)
@@ -84,7 +86,7 @@ def test_the_fewer_tokens_the_less_is_made_of_pairs_of_channels() -> None:
     x, to = np.random.default_rng(5).standard_normal((COLUMNS // 2, COLUMNS)).astype(np.float32), Quantization(4, 64)
     seen = Feedback(x)
     own = np.square(unpacked(seen.pack(weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
-    seen.steps = _steps(seen.moments, DAMPING)
+    seen.steps = _steps(seen.moments)
     believed = np.square(unpacked(seen.pack(weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
     assert own < 0.9 * believed
 
