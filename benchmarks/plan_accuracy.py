@@ -30,6 +30,7 @@ from mlxarch.machines import parse_size
 from mlxarch.memory import TOKEN, Plan, Request
 from mlxarch.registry import architecture
 from mlxarch.sampling import Sampling
+from mlxarch.streaming.prefill import HELD, STATES
 
 MLX, PROCESS = 0.05, 0.10  # by how much a prediction may be off
 TOKENS = 3  # generated behind a prompt
@@ -140,16 +141,22 @@ def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]
             pass
     allowed = asked.get("memory", 0)
     return {
-        **_figures(plan, folder),
+        **_figures(plan, folder, chunk),
         "measured_mlx": mx.get_peak_memory(),
         "measured_process": high_water(),
         "allowed": allowed,
     }
 
 
-def _figures(plan: Plan, folder: Path) -> dict[str, int]:
-    tokenizer = TOKEN * of_folder(folder).at().vocabulary  # there is none here
-    return {"mlx": plan.mlx, "process": plan.peak - tokenizer, "weights": sum(plan.weights.values())}
+def _figures(plan: Plan, folder: Path, prompt: int) -> dict[str, int]:
+    footprint = of_folder(folder).at()
+    tokenizer = TOKEN * footprint.vocabulary  # there is none here
+    mlx, process = plan.mlx, plan.peak - tokenizer
+    if plan.execution.slots:  # planned for a prompt as long as the context, of which each token's states are held
+        one = (max(experts.chosen for experts in footprint.experts if experts) + STATES) * footprint.hidden * 4
+        longer = min(HELD, plan.context * one) - min(HELD, prompt * one)
+        mlx, process = mlx - longer, process - longer
+    return {"mlx": mlx, "process": process, "weights": sum(plan.weights.values())}
 
 
 def fill(folder: Path, session: Session, tokens: int, chunk: int) -> None:
