@@ -30,7 +30,11 @@ METHODS = ("search", "gptq", "round")
 )
 @click.option("--mode", "--q-mode", type=click.Choice(MODES), default="affine", show_default=True)
 @click.option("--method", type=click.Choice(METHODS), help="How scales are chosen; search, in mode affine.")
-@click.option("--calibration", metavar="FILE", help="A text that tells which weights matter; else random tokens.")
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="A text that tells which weights matter; else random tokens, and for gptq a text that comes along.",
+)
 @click.option("--target-size", metavar="SIZE", help="Choose bits for each matrix: of the whole folder, as 14GB.")
 @click.option("--target-bits", type=float, metavar="X", help="The same for bits per weight, scales included.")
 @click.option("--target-kl", type=float, metavar="X", help="The same for a KL from the source, nats per token.")

@@ -129,7 +129,7 @@ def describe(name: str | os.PathLike[str]) -> dict[str, Any]:
         config, size = dict(repository.config), sum(file.size for file in repository.files)
         source = f"{repository.repo}@{repository.revision}"
     return {
-        **{"name": reference.name, "architecture": config.get("model_type"), "bits": stored_bits(config)},
+        **{"name": reference.name, "architecture": config.get("model_type"), "bits": _widths(config)},
         **{"context": config.get("max_position_embeddings"), "source_bytes": size, "sources": [source]},
         "installed": [copy for copy in copies if copy["name"] == reference.name or copy["path"] == str(folder)],
     }
@@ -233,6 +233,14 @@ def stored_bits(config: object) -> int | None:
     section = config.get("quantization") if isinstance(config, dict) else None
     bits = section.get("bits") if isinstance(section, dict) else None
     return bits if type(bits) is int else None
+
+
+def _widths(config: dict[str, Any]) -> int | list[int] | None:
+    """The bits of a model's matrices, and of a mixture all there are."""
+    section = config.get("quantization")
+    parts = [section, *section.values()] if isinstance(section, dict) else []
+    found = sorted({part["bits"] for part in parts if isinstance(part, dict) and type(part.get("bits")) is int})
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def _known_as(repo: str, commit: str, folder: Path) -> str:

@@ -379,6 +379,11 @@ def test_describe_tells_facts_of_names_folders_and_repositories(
     assert facts["bytes"][8] > facts["bytes"][4] and [copy["bits"] for copy in facts["installed"]] == [8]
     json.dumps(facts)
     assert store.describe(packed)["bits"] == 8
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization"] |= {"lm_head": {"group_size": 64, "bits": 4}, "model.layers.0.mlp": False}
+    mixture = shutil.copytree(packed, home / "mixture")
+    (mixture / "config.json").write_text(json.dumps(config))
+    assert store.describe(mixture)["bits"] == [4, 8]
     remote = worker("from mlxarch import store; return store.describe('org/tiny')")
     assert remote["architecture"] == "llama" and remote["context"] == 128
     assert weights(server, "org/tiny") == []
