@@ -162,7 +162,7 @@ def test_slice_at_load_slice_written_and_built_small_are_equal(
     mode: str, bits: int | None, folder: Path, tmp_path: Path
 ) -> None:
     group = 64 if mode == "affine" else None
-    settings: dict[str, Any] = {"bits": bits} | ({"mode": mode, "group_size": group} if bits else {})
+    settings: dict[str, Any] = {"bits": bits, "method": "round"} | ({"mode": mode, "group_size": group} if bits else {})
     whole = tmp_path / "whole"
     convert(folder, whole, **settings)
     small = cut_by_hand(whole, tmp_path / "small")
@@ -191,7 +191,7 @@ def test_nothing_of_the_whole_is_held(folder: Path) -> None:
 
 
 def test_settings_of_single_matrices_move_with_their_layers(folder: Path, tmp_path: Path) -> None:
-    convert(folder, tmp_path / "whole", bits=4, group_size=32)
+    convert(folder, tmp_path / "whole", bits=4, group_size=32, method="round")
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     for key in ("quantization", "quantization_config"):
         config[key] |= {f"model.layers.{i}.mlp.up_proj": {"bits": 4, "group_size": 32, "layer": i} for i in (1, 2, 3)}
@@ -216,7 +216,7 @@ def test_settings_of_single_matrices_move_with_their_layers(folder: Path, tmp_pa
 def test_a_cut_through_a_group_is_refused_with_widths_that_would_do(
     cut: Slice, said: str, folder: Path, tmp_path: Path
 ) -> None:
-    convert(folder, tmp_path / "whole", bits=4, group_size=64)
+    convert(folder, tmp_path / "whole", bits=4, group_size=64, method="round")
     with pytest.raises(InvalidInput, match=said):
         slice_source(open_source(tmp_path / "whole"), cut)
     slice_source(open_source(folder), cut)  # floats have no groups
@@ -228,7 +228,13 @@ def test_a_layer_whose_embeddings_share_a_group_with_the_next_stays(tmp_path: Pa
         **{"num_hidden_layers": 4, "num_kv_shared_layers": 1, "layer_types": kinds, "intermediate_size": 8},
         **{"activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 16},
     }
-    convert(write(tmp_path / "whole", config, random_weights(config)), tmp_path / "packed", bits=8, group_size=32)
+    convert(
+        write(tmp_path / "whole", config, random_weights(config)),
+        tmp_path / "packed",
+        bits=8,
+        group_size=32,
+        method="round",
+    )
     source = open_source(tmp_path / "packed")
     with pytest.raises(InvalidInput, match=r"embed_tokens_per_layer.* groups of 32 .* at 0 or 32, not at 16"):
         slice_source(source, Slice(skip=(0,)))

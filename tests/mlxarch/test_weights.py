@@ -34,7 +34,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(dense, tmp_path_factory.mktemp("packed") / "model", bits=4, group_size=32).output
+    return convert(dense, tmp_path_factory.mktemp("packed") / "model", bits=4, group_size=32, method="round").output
 
 
 def read(folder: Path) -> tuple[Config, Arrays]:
@@ -201,7 +201,7 @@ def test_float8_in_other_blocks_is_refused_or_plain(block: Any, dense: Path, tmp
 @pytest.mark.parametrize("bits", [8, 4, 3])
 def test_rows_of_a_packed_matrix_are_exact_whatever_its_scales(dtype: type, bits: int, tmp_path: Path) -> None:
     make_llama(tmp_path / "dense", dtype=dtype)
-    folder = convert(tmp_path / "dense", tmp_path / "packed", bits=bits, group_size=32).output
+    folder = convert(tmp_path / "dense", tmp_path / "packed", bits=bits, group_size=32, method="round").output
     tensor = open_source(folder).tensors[f"{GATE}.weight"]
     assert isinstance(tensor, Packed)
     rows = tensor.rows(5, 20)

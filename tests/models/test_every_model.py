@@ -66,7 +66,7 @@ def twin_of(model: CausalLM) -> None:
 def test_a_quantized_copy_computes_what_its_weights_stand_for(name: str, bits: int, tmp_path: Path) -> None:
     source = parity.copy(name, "config.json", tmp_path)
     target = tmp_path / "quantized"
-    summary = convert(source, target, bits=bits, group_size=GROUP)
+    summary = convert(source, target, bits=bits, group_size=GROUP, method="round" if bits == 8 else None)
     assert summary.quantized > 0
     ids = mx.array([tokens(name)])
     model, config = load_model(target, dtype="float32")

@@ -163,7 +163,7 @@ def test_the_published_wrapper_gives_the_same_logits(dialect: str, tmp_path: Pat
 
 def test_a_quantized_wrapper_keeps_the_published_names(tmp_path: Path) -> None:
     folder = parity.copy(NAME, "config.json", tmp_path, wrapped)
-    convert(folder, tmp_path / "quantized", bits=8, group_size=32)
+    convert(folder, tmp_path / "quantized", bits=8, group_size=32, method="round")
     names = open_source(tmp_path / "quantized").tensors
     assert all(name.startswith("model.language_model.") for name in names)
     packed = {name for name, tensor in names.items() if isinstance(tensor, Packed)}
@@ -183,7 +183,7 @@ def test_what_a_checkpoint_holds_for_sharing_layers_is_left_out_and_named(tmp_pa
 def test_a_converted_checkpoint_has_them_too_packed_as_those_that_count(tmp_path: Path) -> None:
     folder = parity.copy(NAME, "config.json", tmp_path, wrapped)
     for bits in (None, 8):
-        convert(folder, tmp_path / f"{bits}", bits=bits, group_size=32)
+        convert(folder, tmp_path / f"{bits}", bits=bits, group_size=32, method="round")
         before, after = open_source(folder).tensors, open_source(tmp_path / f"{bits}").tensors
         unused = {name for name in before if ".layers.3.self_attn.k_" in name or ".layers.3.self_attn.v_" in name}
         assert len(unused) == 3 and unused <= after.keys()

@@ -21,7 +21,7 @@ TABLE = "model.embed_tokens_per_layer"
 ROWS, VOCAB = 300, 320
 MEMORY, SSD = Execution(), Execution(ple="ssd")
 MODES: dict[str, dict[str, Any]] = {
-    **{f"affine-{bits}": {"bits": bits, "group_size": 32} for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"affine-{bits}": {"bits": bits, "group_size": 32, "method": "round"} for bits in (2, 3, 4, 5, 6, 8)},
     **{mode: {"bits": int(bits), "mode": mode} for mode, bits in (("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4))},
     **{dtype: {"bits": None, "dtype": dtype} for dtype in ("float32", "bfloat16", "float16")},
 }
