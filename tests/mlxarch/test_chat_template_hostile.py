@@ -17,33 +17,34 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, tuple[str, float, float]]:
+def results() -> dict[str, tuple[str, float, float, float]]:
     import json
 
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {name: (outcome, seconds, peak) for name, outcome, seconds, peak in lines}
+    return {name: (outcome, seconds, allowed, peak) for name, outcome, seconds, allowed, peak in lines}
 
 
-def test_every_template_ends_within_three_seconds_and_512_mb(results: dict[str, tuple[str, float, float]]):
+def test_every_template_ends_soon_after_its_time_and_below_512_mb(results: dict[str, tuple[str, float, float, float]]):
     assert len(results) >= 37 + 29
-    slow = {name: seconds for name, (_, seconds, _) in results.items() if seconds >= 3}
+    slow = {name: seconds for name, (_, seconds, allowed, _) in results.items() if seconds >= allowed + 1}
     assert slow == {}
-    assert max(peak for _, _, peak in results.values()) < 512
-    assert sum("longer than 2 s" in outcome for outcome, _, _ in results.values()) >= 3  # the clock did stop some
+    assert max(peak for *_, peak in results.values()) < 512
+    assert sum("longer than 2 s" in outcome for outcome, *_ in results.values()) >= 3  # the clock did stop some
+    assert sum("longer than 0.25 s" in outcome for outcome, *_ in results.values()) >= 3
 
 
-def test_no_template_breaks_out(results: dict[str, tuple[str, float, float]]):
+def test_no_template_breaks_out(results: dict[str, tuple[str, float, float, float]]):
     harmless = {"text: ", "text: [Undefined]"}
-    for name, (outcome, _, _) in results.items():
+    for name, (outcome, *_) in results.items():
         if outcome.startswith("text: ") and outcome not in harmless:
             for trace in ("<class", "<module", "root:", "uid=", "built-in", "environment", "/", "hello"):
                 assert trace not in outcome, (name, outcome)
 
 
-def test_most_are_refused_in_words(results: dict[str, tuple[str, float, float]]):
-    refused = [outcome for outcome, _, _ in results.values() if outcome.startswith("refused: ")]
+def test_most_are_refused_in_words(results: dict[str, tuple[str, float, float, float]]):
+    refused = [outcome for outcome, *_ in results.values() if outcome.startswith("refused: ")]
     assert len(refused) > 0.85 * len(results)
     assert all(outcome.startswith("refused: The chat template ") for outcome in refused)
     assert sum("exceeds a limit: it " in outcome for outcome in refused) > 40
