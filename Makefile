@@ -26,8 +26,9 @@ demo: $(READY)-gguf
 	$(BIN)/mlxarch pull $(MODEL) --bits 8 --no-eval --yes </dev/null
 	$(BIN)/mlxarch run $(MODEL) --bits 8 --stats --seed 0 --max-tokens 200 "$(PROMPT)" </dev/null
 
-test: $(READY)-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+# What dev brings is enough for the suite. Each of its processes has a core: more threads would only wait for each other.
+test: $(firstword $(wildcard $(READY)-dev) $(READY)-test)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)-dev
 	$(BIN)/ruff check .
