@@ -90,16 +90,47 @@ class Peak(NamedTuple):
     touched: int
 
 
+class Operations(NamedTuple):
+    """A list from ``mx.export_function``, made ready for ``peak_bytes``.
+
+    Attributes:
+        inputs: (name, shape, dtype) of the first ones.
+        steps: in the order in which MLX runs them, but those that only view a constant.
+        outputs: names.
+        views: of constants, and of how many operations each consists.
+    """
+
+    inputs: list[tuple[str, Sequence[int], mx.Dtype]]
+    steps: list[dict[str, Any]]
+    outputs: list[str]
+    views: dict[str, int]
+
+    @classmethod
+    def of(cls, items: Sequence[dict[str, Any]]) -> "Operations":
+        """The items as the callback got them."""
+        inputs, outputs, steps, views = [], [], [], dict[str, int]()
+        for item in items:
+            match item["type"]:
+                case "inputs":
+                    inputs += item["inputs"]
+                case "outputs":
+                    outputs = [name for name, *_ in item["outputs"]]
+                case "constants":
+                    views |= {name: 0 for name, _ in item["constants"]}
+                case "primitive":
+                    steps.append(item)
+        return cls(inputs, in_order(_without_views(steps, views), outputs), outputs, views)
+
+
 def peak_bytes(
-    items: Sequence[dict[str, Any]],
+    operations: Operations,
     ahead: int = PARTS_AHEAD,
     skip: Skip = lambda shape: False,
     sizes: tuple[int, int] = (0, 2**63),
 ) -> int:
-    """The most that the arrays of a list from ``mx.export_function`` take at once, its first inputs included.
+    """The most that the arrays of a step take at once, its first inputs included. Constants are weights: nothing.
 
     Args:
-        items: as the callback got them. Constants are weights, and count nothing.
         ahead: parts of operations that MLX prepares before the first of them has run.
         skip: shapes of arrays that another back end would not make.
         sizes: of arrays that count, in bytes.
@@ -109,19 +140,9 @@ def peak_bytes(
         nbytes = prod(shape) * dtype.size
         return 0 if skip(tuple(shape)) or not sizes[0] <= nbytes < sizes[1] else nbytes
 
-    memory, outputs, steps, views = _Memory(), [], [], dict[str, int]()
-    for item in items:
-        match item["type"]:
-            case "inputs":
-                for name, shape, dtype in item["inputs"]:
-                    memory.new(name, counted(shape, dtype))
-            case "outputs":
-                outputs = [name for name, *_ in item["outputs"]]
-            case "constants":
-                views |= {name: 0 for name, _ in item["constants"]}
-            case "primitive":
-                steps.append(item)
-    steps = in_order(_without_views(steps, views), outputs)
+    memory, (inputs, steps, outputs, views) = _Memory(), operations
+    for name, shape, dtype in inputs:
+        memory.new(name, counted(shape, dtype))
     scattered = dict[str, str]()  # views whose rows do not lie one behind the other -> product that would copy them
     uses = Counter(name for step in steps for name, *_ in step["inputs"]) + Counter(outputs)
     under_way: deque[tuple[int, set[str]]] = deque()  # parts that were prepared up to here, and buffers to be read
@@ -275,33 +296,42 @@ def step_bytes(
     items: list[dict[str, Any]] = []
 
     def step(ids: mx.array, *arrays: mx.array) -> list[mx.array]:
-        new, shared = iter(arrays), Step(tokens, caches)
+        new = iter(arrays)
         for cache in chosen:
             _replace(cache, lambda _: next(new))
-        state = model.embed(ids, shared)
-        for index in layers:
-            state = model.layers[index](state, shared, caches[index])
+        _through(model, layers, ids, caches)
         return [array for cache in chosen for _, array in _arrays(cache)]
 
     mx.export_function(items.append, step, mx.zeros((1, tokens), mx.int32), *held)
     before = sum(array.nbytes for array in held)
     small, large = (0, MAPPED), (MAPPED, 2**63)
-    touched = peak_bytes(items, skip=skip, sizes=small) + peak_bytes(items, 0, skip, large)
-    prepared = peak_bytes(items, skip=skip)
+    listed = Operations.of(items)
+    touched = peak_bytes(listed, skip=skip, sizes=small) + peak_bytes(listed, 0, skip, large)
+    prepared = peak_bytes(listed, skip=skip)
     return Peak(prepared - before, min(touched, prepared) - before)
 
 
-def fill(model: CausalLM, caches: Sequence[Cache | None], tokens: int) -> None:
+def _through(model: CausalLM, layers: Sequence[int], ids: mx.array, caches: Sequence[Cache | None]) -> mx.array:
+    """The state behind some of the layers."""
+    step = Step(ids.shape[1], caches)
+    state = model.embed(ids, step)
+    for index in layers:
+        state = model.layers[index](state, step, caches[index])
+    return state
+
+
+def fill(model: CausalLM, caches: Sequence[Cache | None], tokens: int, layers: Sequence[int]) -> None:
     """Let ``caches`` hold ``tokens`` tokens, without the memory for them.
 
     Args:
         model: whose caches they are, with ``stand_ins`` for its weights.
+        layers: that stand for all of them, the first among them; only their caches are filled.
     """
     if tokens < 1:
         return
 
     def first(ids: mx.array) -> mx.array:
-        return model.states(ids, caches)
+        return _through(model, layers, ids, caches)
 
     # as a list of operations, for parts of attention would begin to compute
     mx.export_function(lambda item: None, first, mx.zeros((1, 1), mx.int32))

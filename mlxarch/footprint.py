@@ -187,6 +187,7 @@ class Blueprint:
         self.matrices = frozenset(f"{p}.weight" for p, m in modules.items() if isinstance(m, Matrix) and m.quantizable)
         self._widths: dict[tuple[int | None, int], Footprint] = {}
         self._steps: dict[tuple[Any, ...], Peak] = {}
+        self._models: dict[tuple[int, bool], CausalLM] = {}
         self._kinds = {path: _kind(path, modules) for path in tensors}
         self._typical = _typical(model)
         self._outline = _outline(name, model)
@@ -210,12 +211,9 @@ class Blueprint:
     def _activations(
         self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, packed: bool
     ) -> Peak:
-        model, tokens, dtype = self.build(), min(chunk, context), mx.float32 if float_bytes == 4 else mx.bfloat16
-        stand_ins(model, dtype)
-        if packed:
-            pack_heads(model, Quantization(4, KV_GROUP), dtype)
+        model, tokens = self._light(float_bytes, packed), min(chunk, context)
         caches = model.make_caches(context, kv=kv)
-        fill(model, caches, context - tokens)
+        fill(model, caches, context - tokens, self._typical)
         sizes = {getattr(layer.self_attn, "head_size", 0) for layer in model.layers}
         scores = (
             (lambda shape: False)
@@ -224,6 +222,16 @@ class Blueprint:
         )
         found, logits = step_bytes(model, caches, tokens, self._typical, skip=scores), LOGITS * model.vocab_size
         return Peak(found.prepared + logits, found.touched + logits)
+
+    def _light(self, float_bytes: int, packed: bool) -> CausalLM:
+        """The model with weights that take no memory; ``packed``: also those that each head has of its own."""
+        if (float_bytes, packed) not in self._models:
+            model, dtype = self.build(), mx.float32 if float_bytes == 4 else mx.bfloat16
+            stand_ins(model, dtype)
+            if packed:
+                pack_heads(model, Quantization(4, KV_GROUP), dtype)
+            self._models[float_bytes, packed] = model
+        return self._models[float_bytes, packed]
 
     def at(self, bits: int | None = None, group_size: int = 64) -> Footprint:
         """At ``bits`` as the quantizer would write it (16: without packing); None takes the tensors as they are.

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxarch.activations import fill, in_order, peak_bytes, stand_ins, step_bytes
+from mlxarch.activations import Operations, fill, in_order, peak_bytes, stand_ins, step_bytes
 from mlxarch.blocks import Quantization
 from mlxarch.blocks.pace import two_under_way
 from mlxarch.registry import architecture
@@ -32,7 +32,7 @@ def listed(function: Callable[[mx.array], mx.array]) -> list[dict[str, Any]]:
     ],
 )
 def test_arrays_count_while_somebody_needs_them(function: Callable[[mx.array], mx.array], arrays: int) -> None:
-    assert peak_bytes(listed(function), ahead=0) == pytest.approx(arrays * SIZE, rel=0.001)
+    assert peak_bytes(Operations.of(listed(function)), ahead=0) == pytest.approx(arrays * SIZE, rel=0.001)
 
 
 def test_what_mlx_prepares_ahead_counts() -> None:
@@ -42,7 +42,9 @@ def test_what_mlx_prepares_ahead_counts() -> None:
             y = y @ x
         return y
 
-    one_by_one, two_ahead, all_ahead = (peak_bytes(listed(chain), ahead) // SIZE for ahead in (0, 4, 100))
+    one_by_one, two_ahead, all_ahead = (
+        peak_bytes(Operations.of(listed(chain)), ahead) // SIZE for ahead in (0, 4, 100)
+    )
     assert (one_by_one, two_ahead, all_ahead) == (3, 5, 11)
 
 
@@ -59,7 +61,7 @@ def test_views_of_constants_are_prepared_too_wherever_they_are_used() -> None:
         return function
 
     assert [step["name"] for step in listed(chain(True)) if step["type"] == "primitive"].count("Transpose") == 1
-    plain, turned = (peak_bytes(listed(chain(kind)), ahead=6) // SIZE for kind in (False, True))
+    plain, turned = (peak_bytes(Operations.of(listed(chain(kind))), ahead=6) // SIZE for kind in (False, True))
     assert (plain, turned) == (5, 4), "six parts are three products, or two and what they view"
 
 
@@ -73,7 +75,10 @@ def test_what_is_begun_together_is_waited_for_together() -> None:
             outs[-1:] = two_under_way(outs[-1:], [start])
         return mx.concatenate(outs, axis=-1)
 
-    together, apart = (peak_bytes(listed(lambda x: two(x, first)), ahead=1000) for first in (False, True))  # noqa: B023
+    together, apart = (
+        peak_bytes(Operations.of(listed(lambda x: two(x, first))), ahead=1000)  # noqa: B023
+        for first in (False, True)
+    )
     assert together < apart - 2 * SIZE, "nothing of the first chain is left when the second is begun"
 
 
@@ -89,15 +94,15 @@ def test_what_is_waited_for_is_not_ahead() -> None:
 
         return function
 
-    paced, unpaced = (peak_bytes(listed(parts(wait)), ahead=1000) for wait in (True, False))
+    paced, unpaced = (peak_bytes(Operations.of(listed(parts(wait))), ahead=1000) for wait in (True, False))
     assert paced < 0.5 * unpaced
     with_wait, without = (parts(wait)(mx.ones((8, 8))) for wait in (True, False))
     assert mx.array_equal(with_wait, without), "outside of a listing it only waits"
 
 
 def test_shapes_that_another_back_end_does_not_make_are_left_out() -> None:
-    items = listed(lambda x: mx.softmax(x[:512] @ x, axis=-1) @ x)
-    assert peak_bytes(items, 0, skip=lambda shape: shape == (512, 1024)) < peak_bytes(items, 0)
+    step = Operations.of(listed(lambda x: mx.softmax(x[:512] @ x, axis=-1) @ x))
+    assert peak_bytes(step, 0, skip=lambda shape: shape == (512, 1024)) < peak_bytes(step, 0)
 
 
 def test_only_what_is_asked_for_runs_and_inputs_run_first() -> None:
@@ -119,13 +124,13 @@ def test_a_step_of_a_large_model_takes_no_memory_to_look_at() -> None:
     mx.reset_peak_memory()
     stand_ins(model, mx.bfloat16)
     caches = model.make_caches(65_536)
-    fill(model, caches, 65_024)
+    fill(model, caches, 65_024, range(len(caches)))
     found = step_bytes(model, caches, 512, [0, 1, 2, 3])
     assert mx.get_peak_memory() - before < 10**6
     hidden = 512 * 8192 * 2
     assert found.prepared > 512 * 65_536 * 64 * 2 + hidden, "on a CPU: the scores of all heads"
     caches = model.make_caches(65_536)
-    fill(model, caches, 65_024)
+    fill(model, caches, 65_024, range(len(caches)))
     flat = step_bytes(model, caches, 512, [0, 1, 2, 3], skip=lambda shape: shape[-1:] > (60_000,))
     assert 4 * hidden < flat.prepared < 0.1 * found.prepared
 
@@ -145,7 +150,7 @@ def test_caches_are_filled_without_computing() -> None:
     caches = model.make_caches(8192, kv=Quantization(8, 64))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    fill(model, caches, 8000)
+    fill(model, caches, 8000, range(len(caches)))
     assert mx.get_peak_memory() - before < 10**6, "the matrices of the heads have 8 MB each"
     [cache] = caches
     assert cache is not None and cache.length == 8000
