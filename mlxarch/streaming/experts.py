@@ -243,7 +243,9 @@ class StreamedExperts:
         count, missing = len(tokens), max(shape.least - len(tokens), 0)
         if missing:  # the last row again
             tokens, places = (np.pad(a, (0, missing), mode="edge") for a in (tokens, places))
-        return self.experts.rows(x[mx.array(tokens)][:, None], mx.array(places), shape.ordered)[:count, 0]
+        # reshaped before they are picked: CUDA's gather_mm takes the stride of an axis that was put in, 1, for a row's
+        rows = x.reshape(-1, 1, x.shape[-1])[mx.array(tokens)]
+        return self.experts.rows(rows, mx.array(places), shape.ordered)[:count, 0]
 
     def _shape(self, call: Call, most: int) -> Shape:
         """Of the products that the call is carried out in; ``most`` rows at a time on a CPU."""
