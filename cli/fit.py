@@ -22,7 +22,7 @@ WIDTHS = tuple(map(str, BITS))
 @options.model_option
 @options.memory_options
 @click.option("--machine", metavar="NAME", help="Plan for this one, such as m4-24gb or m4-pro-48gb.")
-@click.option("--bits", type=click.Choice(WIDTHS), help="Of the weights; else as they are, or the most that fits.")
+@click.option("--bits", type=click.Choice(WIDTHS), help="Of the weights; else as they are, or of a short name 8, or 4.")
 @click.option(*options.CONTEXT, type=options.Tokens(), metavar="TOKENS", help="Such as 32k; else what fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/fit.md explains the keys.")
 def fit_command(
@@ -53,7 +53,7 @@ def fit_command(
     wanted = int(bits) if bits else asked if isinstance(asked, int) else None
     request = replace(options.asked(context=context, **given), bits=wanted)
     chosen = (plan if asked == "original" or blueprint.packed else best_plan)(blueprint, target, request)
-    widths = [chosen.bits] if wanted or asked or blueprint.packed else [b for b in BITS if b <= 8 or b == 16]
+    widths = [chosen.bits] if wanted or blueprint.packed else BITS
     contexts = [context] if context else [c for c in CONTEXTS if c <= blueprint.longest] or [blueprint.longest]
 
     def cell(width: int, context: int) -> "Plan":

@@ -1,6 +1,7 @@
 """Options and arguments that several commands share."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ class Tokens(click.ParamType):
         """A number from 1 on; k stands for 1024."""
         text = str(value).strip().lower()
         number = text.removesuffix("k")
-        if not number.isdecimal() or not int(number):
+        if not re.fullmatch(r"[0-9]{1,15}", number) or not int(number):
             self.fail(f"{value!r} is no number of tokens; write 4096 or 32k", param, ctx)
         return int(number) * (1024 if text.endswith("k") else 1)
 
@@ -84,6 +85,7 @@ answer_options = _combined(
             "--overflow",
             type=click.Choice(OVERFLOW),
             default="refuse",
+            show_default=True,
             help="Where the context is too short; keep-ends: leave out the middle.",
         ),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
@@ -108,11 +110,14 @@ memory_options = _combined(
         click.option(
             "--memory", type=Bytes(), metavar="SIZE", help="That it may use, such as 16GB; else the machine's."
         ),
-        click.option("--kv-bits", type=click.Choice(KV_BITS), help="Of keys and values; 16: as they are computed."),
+        click.option(
+            "--kv-bits", type=click.Choice(KV_BITS), help="Of keys and values; 16, the default: as they are computed."
+        ),
         click.option(
             "--ple",
             type=click.Choice(PLE),
             default="auto",
+            show_default=True,
             help="Where per-layer embeddings are; auto: ssd if need be.",
         ),
     ]

@@ -23,7 +23,7 @@ from mlxarch.weights import Resolved, open_source, resolve
 
 
 def blueprint_of(name: str | os.PathLike[str]) -> tuple[Blueprint, Bits | None]:
-    """The blueprint of a model, and the bits that its name asks for.
+    """The blueprint of a model, and the bits that its name asks for: "original" of weights that run as they are stored.
 
     Args:
         name: of the catalog, for which the published config comes with mlxarch; a config.json, or a folder of weights;
@@ -43,11 +43,11 @@ def blueprint_of(name: str | os.PathLike[str]) -> tuple[Blueprint, Bits | None]:
     if entry := reference.entry:
         return from_config(entry.name, read_json(entry.config)), reference.bits
     if reference.path is not None:
-        return of_folder(reference.path), None
+        return of_folder(reference.path), "original"
     repo, revision = str(reference.repo), reference.revision or "main"
     if (folder := hub.cached(repo, revision)) is not None:
-        return of_folder(folder, reference.name), None
-    return from_resolved(reference.name, resolve(headers(hub.look_up(repo, revision)))), None
+        return of_folder(folder, reference.name), "original"
+    return from_resolved(reference.name, resolve(headers(hub.look_up(repo, revision)))), "original"
 
 
 def of_folder(folder: Path, name: str | None = None) -> Blueprint:

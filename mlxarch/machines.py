@@ -18,8 +18,9 @@ from mlxarch.errors import InvalidInput
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
-_NAME = re.compile(r"([a-z0-9-]+?)-(\d+)gb?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?", re.IGNORECASE | re.ASCII)
+LEAST = 2**20  # bytes that somebody means who writes no unit
+_NAME = re.compile(r"([a-z0-9-]+?)-(\d{1,6})gb?", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,13 @@ def parse_size(text: str) -> int:
     """Bytes in ``16GB``, ``16 GiB``, ``900MB`` or ``17179869184``.
 
     Raises:
-        InvalidInput: it is no size, or nothing.
+        InvalidInput: it is no size, or nothing, or a number without a unit that hardly means bytes.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None or (count := int(float(found[1]) * UNITS[found[2].lower()])) < 1:
         raise InvalidInput(f"{text!r} is no size of memory; write 16GB, 16GiB, 900MB or a number of bytes")
+    if not found[2] and count < LEAST:
+        raise InvalidInput(f"{text.strip()} without a unit is a number of bytes, and too few; write 16GB or 900MB")
     return count
 
 

@@ -53,16 +53,20 @@ def test_fewer_bits_of_keys_and_values_and_more_memory_change_the_plan(invoke):
     assert fit("--memory", "6GB")["verdict"] == "does not fit" and fit("--memory", "30GB")["verdict"] == "resident"
 
 
-def test_a_folder_is_planned_from_its_headers(invoke, tiny):
+def test_a_folder_is_planned_from_its_headers_as_it_runs(invoke, tiny):
     found = json.loads(invoke("fit", tiny, "--json").stdout)
     assert found["verdict"] == "resident" and found["machine"]["backend"] in ("cpu", "cuda", "metal")
+    assert found["bits"] == 16 and {cell["bits"] for cell in found["table"]} == {16, 8, 6, 5, 4, 3, 2}
+    ran = json.loads(invoke("run", tiny, "Hi", "-n", "2", "--json").stdout)["memory"]
+    assert (ran["planned_bytes"], ran["planned_mlx_bytes"]) == (found["process_peak_bytes"], found["mlx_peak_bytes"])
     assert invoke("fit", tiny, "--memory", "1MB").exit_code == 4
+    assert json.loads(invoke("fit", tiny, "--bits", "8", "--json").stdout)["mlx_peak_bytes"] != found["mlx_peak_bytes"]
 
 
 def test_what_cannot_be_planned_is_told(invoke, execute):
     assert invoke("fit", "qwen3-0.7b").exit_code == 3
     assert execute("fit", "org/model").returncode == 5, "a repository, and the Hub is out of reach"
-    for wrong in (["--machine", "m9"], ["--memory", "much"], ["--context", "32q"], ["--kv-bits", "5"], ["--bits", "7"]):
+    for wrong in (["--machine", "m9"], ["--memory", "much"], ["-c", "9" * 5000], ["--kv-bits", "5"], ["--bits", "7"]):
         assert invoke("fit", "qwen3-0.6b", *wrong).exit_code == 2
     assert invoke("fit", "qwen3-0.6b-4bit", "--bits", "8").exit_code == 2
     assert (

@@ -28,13 +28,13 @@ def test_a_machine_that_is_not_is_refused_with_those_that_are(name: str) -> None
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("16GB", 16 * 10**9), ("16 GiB", 16 * GIB), ("900mb", 9 * 10**8), ("1.5g", 15 * 10**8), ("123", 123)],
+    [("16GB", 16 * 10**9), ("16 GiB", 16 * GIB), ("900mb", 9 * 10**8), ("1.5g", 15 * 10**8), ("9000000", 9 * 10**6)],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "16 bytes", "1e9", "0", "16XB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "16 bytes", "1e9", "0", "16XB", "16i", "16", "9" * 400 + "GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput, match="write 16GB"):
         parse_size(text)
