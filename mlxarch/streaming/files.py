@@ -64,7 +64,7 @@ class RecordFile:
         except OSError as problem:
             raise ReadFailed(f"the system reports: {problem.strerror or problem}") from problem
         if not same:
-            raise ReadFailed("the file was changed or cut short while the model runs")
+            raise ReadFailed("the file was changed or cut short while the model runs; load the model again")
 
     def close(self) -> None:
         """Close it; closing again is no error."""

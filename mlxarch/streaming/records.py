@@ -173,7 +173,7 @@ class Records:
         try:
             place = self._read(expert, buffers)
         except ReadFailed as problem:
-            raise self._error(expert, str(problem), problem.args[1:]) from None
+            raise self._error(expert, problem.args[0], problem.args[1:]) from None
         if self.verify == "always" or (self.verify == "first" and expert not in self._checked):
             self._check(expert, buffers, place)
 
@@ -208,7 +208,7 @@ class Records:
         try:
             self.files[place.shard].read(buffers, place.start)
         except ReadFailed as problem:
-            raise ReadFailed(str(problem), place) from problem.__cause__
+            raise ReadFailed(problem.args[0], place) from problem.__cause__
 
     def _check(self, expert: int, buffers: Sequence[Any], place: Extent) -> None:
         found = 0
