@@ -49,7 +49,11 @@ METHODS = ("search", "gptq", "round")
 @click.option("--dtype", type=click.Choice(options.DTYPES), help="Of what is not quantized; else as in the source.")
 @click.option("-o", "--output", "--mlx-path", metavar="DIR", help="The folder to make; else ./NAME-BITSbit.")
 @click.option(
-    "--experts", type=click.Choice(("stacked", "packed")), default="stacked", help="Packed: to be read one at a time."
+    "--experts",
+    type=click.Choice(("stacked", "packed")),
+    default="stacked",
+    show_default=True,
+    help="Packed: to be read one at a time.",
 )
 @click.option("--force", is_flag=True, help="Replace an output that exists, once the new one is complete.")
 @click.option("--no-eval", is_flag=True, help="Do not measure the result against the source in the end.")
@@ -90,6 +94,7 @@ def quantize_command(
     from mlxarch.quantize.budget import GROUP_SIZE
     from mlxarch.quantize.corpus import read_texts
     from mlxarch.quantize.formats import default_bits, settings
+    from mlxarch.quantize.journal import Workspace
     from mlxarch.quantize.methods import checked
     from mlxarch.quantize.mixture import by_recipe, toward
     from mlxarch.quantize.staging import Staging
@@ -97,8 +102,12 @@ def quantize_command(
 
     wanted = options.parsed_bits(bits) or default_bits(mode)
     width = None if wanted == "original" else int(wanted)
+    if width is None and (group_size is not None or mode != "affine"):
+        raise click.UsageError("--bits original packs nothing; leave out --group-size and --mode")
     try:
         target, own = _mixture(target_size, target_bits, target_kl, recipe, bits)
+        if (target or recipe is not None) and mode != "affine":
+            raise click.UsageError("targets and recipes choose bits of mode affine; leave out --mode")
         if target and mode == "affine":
             group_size = group_size or GROUP_SIZE
         packed = None if width is None else settings(width, group_size, mode)
@@ -125,6 +134,7 @@ def quantize_command(
     if experts == "packed" and not experts_of(conversion.resolved):
         raise click.UsageError(f"{source} has no experts; leave out --experts packed")
     try:
+        Workspace(staging.output if staging else conversion.output, conversion.disk).check_target(force)
         if recipe is not None:
             own = own or Recipe.meant_for(conversion.resolved.architecture)
             conversion = by_recipe(conversion, own, group_size)

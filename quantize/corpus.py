@@ -64,7 +64,7 @@ def read_texts(files: Sequence[str | Path]) -> list[Text]:
     """Texts of the user's, by the names of their files.
 
     Raises:
-        InvalidInput: one cannot be read, is too long or not UTF-8, or two have one name.
+        InvalidInput: one cannot be read, is empty, too long or not UTF-8, or two have one name.
     """
     texts: list[Text] = []
     for file in map(Path, files):
@@ -72,6 +72,8 @@ def read_texts(files: Sequence[str | Path]) -> list[Text]:
             if file.stat().st_size > MAX_TEXT_BYTES:
                 raise InvalidInput(f"{file} has more than {MAX_TEXT_BYTES} bytes; the first part of it is enough")
             texts.append(Text(file.stem, file.read_text(encoding="utf-8")))
+            if not texts[-1].content.strip():
+                raise InvalidInput(f"{file} is empty; name a file with some text in it")
         except OSError as error:
             raise InvalidInput(f"{file} cannot be read: {error.strerror or error}; name a text file") from error
         except UnicodeDecodeError as error:

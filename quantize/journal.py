@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxarch.errors import OutputError
+from mlxarch.errors import OutputError, QuantizationError
 from mlxarch.quantize.disk import Disk
 from mlxarch.weights import Source
 
@@ -55,9 +55,11 @@ class Workspace:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
         if not os.path.lexists(self._replaced):
             with contextlib.suppress(OSError):
+                if error is QuantizationError:  # another source is needed, and what came of this one is of no use
+                    self.disk.remove(self.model)
                 if self.model.exists():
                     self.model.rmdir()  # fails, and ends this, where there is something to go on with
                 self._journal.unlink(missing_ok=True)

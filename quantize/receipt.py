@@ -52,7 +52,8 @@ def judge(
             opened=lambda: nullcontext(resolved),
             identity=partial(identity, source.shards, source.config),
         )
-        return evaluate(made, original, texts=texts, settings=SETTINGS, progress=progress)
+        settings = replace(SETTINGS, context=min(SETTINGS.context, resolved.model.context_length))
+        return evaluate(made, original, texts=texts, settings=settings, progress=progress)
     except Exception as error:
         reason = str(error).replace(f"{model}/", "").replace(str(model), "the model") or type(error).__name__
         logger.warning("not evaluated: %s", reason)

@@ -99,7 +99,12 @@ class Staging:
                 for old in (self.model, self.model.with_name("model.partial")):
                     self.disk.remove(old)
                 self.disk.write_file(mark, wanted.encode())
-            yield
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if os.listdir(self.folder) == [mark.name]:  # nothing is there to go on with
+                        self.disk.remove(self.folder)
         finally:
             os.close(descriptor)
 
@@ -108,8 +113,6 @@ class Staging:
         held = sum(path.stat().st_blocks * 512 for path in files)
         needed, free = max(self.needed(conversion) - held, 0), self.disk.free(self.folder)
         if needed > free:
-            if not files:
-                self.disk.remove(self.folder)
             raise DiskSpaceError(
                 f"{self.output} needs {size(needed)} of disk, for an ordinary folder and the packed one made of it, "
                 f"and {size(free)} are free; free some space, or name an output on another disk"

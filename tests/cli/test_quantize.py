@@ -1,6 +1,7 @@
 """mlxarch quantize: options, output, summary."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 import mlxarch
+from mlxarch.quantize import mixture
 
 
 @pytest.fixture
@@ -82,6 +84,13 @@ def test_an_output_that_exists_is_refused_unless_forced(invoke, here):
         (["./tiny", "--mode", "q4_k"], 2),
         (["./tiny", "--group-size", "48"], 2),
         (["./tiny", "--mode", "mxfp4", "--bits", "8"], 2),
+        (["./tiny", "--bits", "original", "--group-size", "32"], 2),
+        (["./tiny", "--bits", "original", "--mode", "mxfp4"], 2),
+        (["./tiny", "--mode", "mxfp4", "--target-bits", "5"], 2),
+        (["./tiny", "--mode", "mxfp4", "--recipe"], 2),
+        (["./tiny", "--target-size", "16"], 2),
+        (["./tiny", "--calibration", os.devnull], 2),
+        (["./tiny", "--text", os.devnull], 2),
         ([], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -148,3 +157,10 @@ def test_texts_of_the_users_foretell_and_measure(invoke, here, tmp_path):
     (tmp_path / "letter.txt").write_text("a")
     short = invoke("quantize", *arguments, "--force")
     assert short.exit_code == 2 and "letter is too short" in short.stderr
+
+
+def test_an_output_that_exists_is_refused_before_a_target_costs_anything(invoke, here, monkeypatch):
+    (here / "out").mkdir()
+    monkeypatch.setattr(mixture, "forecast", lambda *_, **__: pytest.fail("computed"))
+    refused = invoke("quantize", "./tiny", "--target-bits", "5", "-o", "out")
+    assert refused.exit_code == 1 and "exists already" in refused.stderr

@@ -74,7 +74,7 @@ def test_what_mlx_reads_from_the_output_is_what_was_packed(
 
 def test_chunks_and_files_of_any_size_hold_the_same_weights(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole", bits=4)
-    small = Limits(chunk=1000, sync=5000, shard=15_000)
+    small = Limits(chunk=3000, sync=5000, shard=15_000)
     prepare(source, tmp_path / "pieces", bits=4, limits=small).run()
     index = json.loads((tmp_path / "pieces" / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -106,7 +106,7 @@ def test_many_source_files_make_the_same_weights_as_one(source: Path, tmp_path: 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
 def test_dtype_is_that_of_norms_scales_and_config(tmp_path: Path, stored: type, dtype: str | None) -> None:
     make_llama(tmp_path / "source", dtype=stored)
-    convert(tmp_path / "source", tmp_path / "out", dtype=dtype)
+    convert(tmp_path / "source", tmp_path / "out", dtype=dtype, method=None if stored is np.float32 else "round")
     arrays = mx.load(str(tmp_path / "out" / "model.safetensors"))
     assert isinstance(arrays, dict)
     wanted = dtype or np.dtype(stored).name
@@ -210,8 +210,8 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(
     weights[name].flat[-7] = bad
     save_weights(tmp_path / "source", weights)
     with pytest.raises(QuantizationError, match=f"tensor {name} holds NaN or infinity"):
-        prepare(tmp_path / "source", tmp_path / "out", bits=bits, limits=Limits(chunk=512)).run()
-    assert not (tmp_path / "out").exists()
+        prepare(tmp_path / "source", tmp_path / "out", bits=bits, limits=Limits(chunk=8192)).run()  # a fourth of it
+    assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing is there that could be gone on with"
 
 
 @pytest.mark.parametrize("name", [f"{GATE}.weight", NORM])
@@ -320,7 +320,7 @@ def test_an_output_below_a_file_is_an_output_error(source: Path, tmp_path: Path)
 
 def test_progress_counts_source_bytes_up_to_all_of_them(source: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    summary = prepare(source, tmp_path / "out", limits=Limits(chunk=1000)).run(
+    summary = prepare(source, tmp_path / "out", limits=Limits(chunk=3000)).run(
         progress=lambda label, done, total: seen.append((label, done, total))
     )
     done = [count for label, count, _ in seen if label == "quantizing"]

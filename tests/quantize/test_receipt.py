@@ -44,7 +44,7 @@ def receipt_of(folder: Path) -> dict[str, Any]:
 
 
 def test_it_says_what_was_done_and_with_what(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "out", bits=4)
+    convert(source, tmp_path / "out", bits=4, method="round")
     found = receipt_of(tmp_path / "out")
     page = (Path(__file__).parents[2] / "docs" / "receipt.md").read_text()
     assert all(f"| `{key}` |" in page for key in found), "every key is documented"
@@ -60,7 +60,7 @@ def test_it_says_what_was_done_and_with_what(source: Path, tmp_path: Path) -> No
     assert (found["evaluation"], found["not_evaluated"]) == (None, "it was not asked for")
 
 
-@pytest.mark.parametrize("bits, chunk", [(4, 8 << 20), (4, 700), (2, 8 << 20)])
+@pytest.mark.parametrize("bits, chunk", [(4, 8 << 20), (4, 3000), (2, 8 << 20)])
 def test_the_error_of_each_tensor_is_what_is_lost_in_the_file(
     source: Path, tmp_path: Path, bits: int, chunk: int
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_copy_has_a_receipt_too_and_lost_nothing(source: Path, tmp_path: Path)
 
 
 def test_it_ends_with_an_evaluation_that_can_be_repeated(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "tiny-4bit", bits=4, evaluate=True)
+    convert(source, tmp_path / "tiny-4bit", bits=4, method="round", evaluate=True)
     found = receipt_of(tmp_path / "tiny-4bit")
     assert found["not_evaluated"] is None
     again = evaluate(tmp_path / "tiny-4bit", source, settings=receipt.SETTINGS)
@@ -102,11 +102,11 @@ def test_it_ends_with_an_evaluation_that_can_be_repeated(source: Path, tmp_path:
 def test_the_same_call_writes_the_same_bytes_whatever_was_read_before(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert(source, tmp_path / "one" / "out", evaluate=True)
-    convert(source, tmp_path / "two" / "other", evaluate=True)  # what the original said is known now
+    convert(source, tmp_path / "one" / "out", method="round", evaluate=True)
+    convert(source, tmp_path / "two" / "other", method="round", evaluate=True)  # what the original said is known now
     assert contents(tmp_path / "one" / "out") == contents(tmp_path / "two" / "other")
     assert str(tmp_path) not in (tmp_path / "one" / "out" / RECEIPT).read_text()
-    convert(source, tmp_path / "three", bits=3, evaluate=True)
+    convert(source, tmp_path / "three", bits=3, method="round", evaluate=True)
     assert contents(tmp_path / "one" / "out")[RECEIPT] != contents(tmp_path / "three")[RECEIPT]
 
 
@@ -130,11 +130,18 @@ def test_a_run_that_goes_on_writes_the_receipt_of_an_undisturbed_one(source: Pat
 
 def test_what_cannot_be_judged_is_made_all_the_same_and_says_why(tmp_path: Path, caplog) -> None:
     make_llama(tmp_path / "mute")  # its tokenizer files hold nothing
-    convert(tmp_path / "mute", tmp_path / "out", evaluate=True)
+    convert(tmp_path / "mute", tmp_path / "out", method="round", evaluate=True)
     found = receipt_of(tmp_path / "out")
     assert found["evaluation"] is None and "tokenizer.json" in found["not_evaluated"]
     assert str(tmp_path) not in found["not_evaluated"] and "not evaluated" in caplog.text
     assert verify(tmp_path / "out") == []
+
+
+def test_a_model_of_a_short_context_is_judged_within_it(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "short", context=16)
+    convert(tmp_path / "short", tmp_path / "out", method="round", evaluate=True)
+    found = receipt_of(tmp_path / "out")
+    assert found["not_evaluated"] is None and found["evaluation"]["settings"]["context"] == 16
 
 
 def test_a_memory_that_is_full_undoes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +149,7 @@ def test_a_memory_that_is_full_undoes_nothing(source: Path, tmp_path: Path, monk
         raise MemoryError
 
     monkeypatch.setattr(receipt, "evaluate", fails)
-    convert(source, tmp_path / "out", evaluate=True)
+    convert(source, tmp_path / "out", method="round", evaluate=True)
     assert receipt_of(tmp_path / "out")["not_evaluated"] == "MemoryError"
 
     def interrupted(*_: object, **__: object) -> None:
@@ -150,13 +157,13 @@ def test_a_memory_that_is_full_undoes_nothing(source: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(receipt, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "other", evaluate=True)
+        convert(source, tmp_path / "other", method="round", evaluate=True)
     assert not (tmp_path / "other").exists(), "a person who stops it wants it stopped"
 
 
 def test_hashes_that_the_hub_states_are_taken(source: Path, tmp_path: Path) -> None:
     origin = Origin("org/tiny", "a" * 40, files=(("model.safetensors", "b" * 64),))
-    convert(source, tmp_path / "out", origin=origin)
+    convert(source, tmp_path / "out", method="round", origin=origin)
     assert receipt_of(tmp_path / "out")["source"] == {
         "name": "org/tiny",
         "revision": "a" * 40,
@@ -169,7 +176,7 @@ def test_hashes_that_the_hub_states_are_taken(source: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def made(source: Path, tmp_path: Path) -> Path:
-    convert(source, tmp_path / "made")
+    convert(source, tmp_path / "made", method="round")
     assert verify(tmp_path / "made") == []
     return tmp_path / "made"
 

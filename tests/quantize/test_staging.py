@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
+from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError, QuantizationError
 from mlxarch.expert_files import MANIFEST
 from mlxarch.quantize import staging
 from mlxarch.quantize.conversion import Conversion, prepare
@@ -121,6 +123,15 @@ def test_what_was_left_by_other_settings_is_not_taken(
     make(source, tmp_path / "wanted", bits=8)
     assert fingerprint(load(tmp_path / "out")) == fingerprint(load(tmp_path / "wanted"))
     assert names(tmp_path) == {"moe", "out", "wanted"}
+
+
+def test_nothing_is_left_of_a_source_that_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][0] = np.nan
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(QuantizationError, match="NaN"):
+        make(source, tmp_path / "out")
+    assert names(tmp_path) == {"moe"}
 
 
 def test_two_processes_do_not_work_in_one_place(source: Path, tmp_path: Path) -> None:
