@@ -72,9 +72,9 @@ def eval_command(
         table(report.rows(result))
         for sentence in report.sentences(result):
             answer(sentence)
-        if result.worst:
+        if worst := report.worst(result):
             answer("\nThe tokens that changed most: KL, where, expected by the original -> by the model")
-            table(report.worst(result))
+            table(worst)
     if plot is not None and original is not None:
         with on_terminal(None) as progress:
             source = Subject.from_folder(original)

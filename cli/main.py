@@ -188,8 +188,17 @@ def _debug() -> bool:
 
 
 class _Handler(logging.Handler):
+    """Says everything once: a folder is opened to plan for it, and again to load it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"mlxarch: {record.levelname.lower()}: {record.getMessage()}")
+        line = f"mlxarch: {record.levelname.lower()}: {record.getMessage()}"
+        if line not in self._said:
+            self._said.add(line)
+            say(line)
 
 
 def _log_to_stderr() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.errors import InvalidInput
+from mlxarch.errors import InvalidInput, NonFiniteLogits
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize import references
 from mlxarch.quantize.corpus import Passage, Text, bundled, passages, surroundings
@@ -145,8 +145,11 @@ class _Reader:
 
     def scores(self, subject: Subject, label: str) -> Iterator[Scores]:
         """Of a model, a layer of which is in memory at a time."""
-        with subject.opened() as resolved:
-            yield from scores(resolved, self.read, self.batch, self.progress, label)
+        try:
+            with subject.opened() as resolved:
+                yield from scores(resolved, self.read, self.batch, self.progress, label)
+        except NonFiniteLogits as error:
+            raise NonFiniteLogits(f"{subject.name}: {error}") from error
 
     def compared(self, subject: Subject, original: Subject) -> tuple[Kept, Comparison]:
         """Both models' distributions side by side, precisely enough."""

@@ -83,9 +83,9 @@ def precision(table: Table, kept: int) -> str:
 
 
 def worst(evaluation: Evaluation) -> list[list[str]]:
-    """A row for each of the worst tokens."""
+    """A row for each of the worst tokens, as far as anything became of them at all."""
     lines = []
-    for place in evaluation.worst:
+    for place in (place for place in evaluation.worst if place.kl > 0):
         text = f"{place.before[-30:]}[{place.token}]{place.after[:12]}".replace("\n", "⏎")
         where = f"{place.text} {place.position}"
         lines.append(

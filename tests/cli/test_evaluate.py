@@ -49,6 +49,11 @@ def test_it_prints_a_table_of_all_texts(invoke, here):
     assert len(worst) == 10 and worst[0].startswith(f"{found.worst[0].kl:.1e}")
 
 
+def test_of_a_model_against_itself_no_token_is_said_to_have_changed(invoke, here):
+    result = invoke("eval", "./tiny", "--against", "./tiny", *FEW)
+    assert "KL mean          0.0000" in result.stdout and "changed most" not in result.stdout
+
+
 def test_without_an_original_it_tells_perplexity_alone(invoke, here):
     result = invoke("eval", "./tiny", *FEW)
     assert result.exit_code == 0 and "perplexity" in result.stdout

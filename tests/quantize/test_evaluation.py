@@ -41,7 +41,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def variants(original: Path) -> dict[int, Path]:
     folders = {bits: original.with_name(f"tiny-{bits}") for bits in (8, 6, 5, 4, 3, 2)}
     for bits, folder in folders.items():
-        convert(original, folder, bits=bits)
+        convert(original, folder, bits=bits, method="round")
     return folders
 
 
@@ -240,8 +240,9 @@ def test_what_cannot_be_read_is_refused(original, tmp_path):
     weights["model.norm.weight"][3] = np.nan
     broken = make_chat_model(tmp_path / "broken")
     save_file(weights, broken / "model.safetensors")
-    with pytest.raises(NonFiniteLogits):
-        judged(broken, original)
+    for pair in ((broken, original), (original, broken)):
+        with pytest.raises(NonFiniteLogits, match="^broken: the model's output is not finite"):
+            judged(*pair)
     (broken / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError):
         judged(broken)
@@ -251,10 +252,12 @@ def test_files_of_the_users_must_be_text(tmp_path):
     (tmp_path / "good.txt").write_text("Grüße", encoding="utf-8")
     assert read_texts([tmp_path / "good.txt"]) == [Text("good", "Grüße")]
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "good.txt").write_text("other")
     for files, message in [
         (["bad.txt"], "UTF-8"),
+        (["empty.txt"], "empty.txt is empty; name a file"),
         (["none.txt"], "No such file"),
         (["good.txt", "more/good.txt"], "two texts have one name"),
     ]:
