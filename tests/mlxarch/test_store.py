@@ -45,7 +45,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(original: Path) -> Path:
-    return convert(original, original.with_name("packed"), bits=8).output
+    return convert(original, original.with_name("packed"), bits=8, method="round").output
 
 
 @pytest.fixture
