@@ -130,9 +130,18 @@ def describe(name: str | os.PathLike[str]) -> dict[str, Any]:
         source = f"{repository.repo}@{repository.revision}"
     return {
         **{"name": reference.name, "architecture": config.get("model_type"), "bits": _widths(config)},
-        **{"context": config.get("max_position_embeddings"), "source_bytes": size, "sources": [source]},
+        **{"context": _context(config), "source_bytes": size, "sources": [source]},
         "installed": [copy for copy in copies if copy["name"] == reference.name or copy["path"] == str(folder)],
     }
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    """Tokens; a model that also sees or hears has them in a section of their own."""
+    text = config.get("text_config")
+    places = [config, text if isinstance(text, dict) else {}]
+    return next(
+        (place[key] for place in places for key in ("max_position_embeddings", "n_positions") if key in place), None
+    )
 
 
 def entry_of(folder: Path) -> Entry | None:

@@ -18,8 +18,8 @@ def silent(label: str, done: int, total: int) -> None:
 
 
 def gigabytes(count: int) -> str:
-    """Bytes for a person: 4.6 GB, 27.3 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
+    """Bytes for a person: 4.6 GB, 127.3 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 
 @contextmanager

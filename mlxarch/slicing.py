@@ -86,9 +86,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """
     layers: set[int] = set()
     for part in filter(None, text.replace(" ", "").split(",")):
-        if not (ends := re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        found = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+        if not found:
             raise InvalidInput(f"layers are written as numbers and ranges, such as 3,20-24; found {text!r}")
-        layers |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+        layers |= set(found)
     return tuple(sorted(layers))
 
 

@@ -1,5 +1,6 @@
 """Which model of the catalog a folder holds, and which architectures count as ones that run."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def test_a_folder_is_known_by_where_it_lies(home):
     assert name(cached) == "qwen3-30b-a3b"
     assert name(cached.parent.with_name("refs") / "0123") is None
     assert name(home / "kimi-k2-4bit") is None, "a folder of the user's may hold anything"
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 2048}}, 2048),
+        ({"text_config": "none"}, None),
+    ],
+)
+def test_the_context_of_a_folder_is_found_wherever_it_is_written(tmp_path, config, context):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert inventory.describe(tmp_path)["context"] == context
 
 
 @pytest.mark.parametrize(

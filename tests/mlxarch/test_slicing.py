@@ -328,7 +328,7 @@ def test_only_gemma3n_is_sliced_and_only_a_sound_one(golden: Path, tmp_path: Pat
 def test_layers_are_written_as_numbers_and_ranges() -> None:
     assert parse_layers("3, 20-24") == (3, 20, 21, 22, 23, 24) and parse_layers("") == ()
     assert runs_in_words((3, 20, 21, 22, 24, 25)) == "3,20-22,24-25"
-    for text in ("3-", "a", "1--2", "-1", "1;2"):
+    for text in ("3-", "a", "1--2", "-1", "1;2", "5-2"):
         with pytest.raises(InvalidInput, match="numbers and ranges"):
             parse_layers(text)
 

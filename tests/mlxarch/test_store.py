@@ -146,7 +146,7 @@ def test_a_model_too_large_for_the_memory_is_refused_with_the_arithmetic(server:
     with pytest.raises(Refused) as caught:
         obtain(worker, "tiny-1b", memory=9 * 10**8)
     assert (caught.value.kind, caught.value.code) == ("MemoryBudgetError", 4)
-    assert "it may use 0.9 GB" in caught.value.message and "weights: feed-forward" in caught.value.message
+    assert "it may use 900.0 MB" in caught.value.message and "weights: feed-forward" in caught.value.message
     assert server.requests == []
     assert "4bit" in obtain(worker, "tiny-1b-4bit", memory=9 * 10**8)[0]
 
