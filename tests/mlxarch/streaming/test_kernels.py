@@ -160,3 +160,27 @@ def test_no_more_than_four_times_the_rows_are_computed(tmp_path: Path, monkeypat
         rows.clear()
         forward(200)(loaded(folder, slots))
         assert 800 * 6 <= sum(rows) <= 4 * 800 * 6  # two layers of three matrices
+
+
+def stride(rows: mx.array) -> int:
+    """Elements from one step of the axis before the last to the next."""
+    mx.eval(rows)
+    return np.asarray(rows).strides[-2] // rows.itemsize
+
+
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_a_row_is_where_cuda_looks_for_it(tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gather_mm`` of rows in order takes the stride of (rows, 1, dim)'s middle axis for that from row to row."""
+    folder, real, found = make_moe(tmp_path / "model", packed=None, **FEW), mx.gather_mm, set[bool]()
+
+    def noted(x: mx.array, *rest: Any, **options: Any) -> mx.array:
+        if options["sorted_indices"]:
+            found.add(stride(x) == x.shape[-1])
+        return real(x, *rest, **options)
+
+    monkeypatch.setattr(mx, "gather_mm", noted)
+    for slots in (None, 4, 9):
+        forward(tokens)(loaded(folder, slots))
+    assert found == {True}
+    put_in = mx.zeros((4, 8))[mx.arange(3)][:, None]
+    assert stride(put_in) == 1
