@@ -74,7 +74,7 @@ def decode_ends(
             sampling = replace(sampling, seed=seed)  # or the same draws would come again
         if len(view) < len(tokens):
             left_out = "the context of %d tokens is full: %d of %d are left out, behind the opening"
-            logger.warning(left_out, context, len(tokens) - len(view), len(tokens))
+            logger.info(left_out, context, len(tokens) - len(view), len(tokens))
         count, dropped = min(len(prompt) + limit - len(tokens), context - len(view)), len(tokens) - len(view)
         with closing(decode(model, session, view, sampling, count)) as steps:  # pyright: ignore[reportArgumentType]
             for token, own in steps:

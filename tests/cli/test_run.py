@@ -75,6 +75,13 @@ def test_json_has_text_reason_and_timings(invoke, tiny):
     assert timings["time_to_first_token"] > 0
 
 
+def test_what_a_full_context_leaves_out_is_said_once(invoke, tiny):
+    result = invoke("run", tiny, "Hi " * 60, "-n", "5", "-c", "64", "--overflow", "keep-ends", "--json")
+    dropped = json.loads(result.stdout)["timings"]["dropped_tokens"]
+    assert dropped > 0 and result.stderr.count("context") == 1
+    assert f"the context was full: {dropped} tokens behind the opening are left out" in result.stderr
+
+
 def test_json_keeps_control_characters_from_the_terminal_and_loses_none(invoke, tiny):
     result = invoke("run", tiny, "Hi", "-n", "300", "--temp", "100", "--seed", "3", "--json")
     assert "\x1b" not in result.stdout
