@@ -23,7 +23,7 @@ from mlxarch.cache import Cache
 # when more than ten tasks of ten parts are under way. Up to nine parts may stand behind these, and the part that ends a
 # task says so before it lets go of what it read. See ``_parts``.
 PARTS_AHEAD = 110
-MAPPED = 32 << 20  # bytes from which on the C library gives an array pages of its own, which come when it is written to
+MAPPED = 1 << 20  # bytes from which on an array has pages of its own, which come when it is written to: see ``limits``
 # MLX gives these the memory of what they are made of
 VIEWS = {
     "AsStrided",

@@ -1,16 +1,20 @@
 """The limits of MLX's memory. MLX has one set of them for the process: that of all models that are loaded, together."""
 
+import ctypes
+import sys
 import threading
 import weakref
 from types import TracebackType
 
 import mlx.core as mx
 
+from mlxarch.activations import MAPPED
 from mlxarch.memory import Plan
 
 _lock = threading.RLock()  # a garbage collection may free a model at any moment, also while limits are set
 _claims: list["Claim"] = []  # the oldest first
 _beside = 0  # bytes that MLX held when there was no model
+M_MMAP_THRESHOLD = -3  # of malloc.h
 _before = 0, 0, 0  # the limits that there were then: of memory, of what is kept, of what is wired
 
 
@@ -57,6 +61,8 @@ def set_limits(plan: Plan, *, wire: bool = False) -> Claim:
         wire: keep the weights and caches of the plan from being swapped out, on a Mac; else nothing is.
     """
     global _beside, _before
+    if plan.machine.backend == "cpu":
+        _map_arrays()
     with _lock:
         if not _claims:
             _beside = mx.get_active_memory()
@@ -65,6 +71,16 @@ def set_limits(plan: Plan, *, wire: bool = False) -> Claim:
         _claims.append(claim := Claim(plan, wire))
         _apply()
     return claim
+
+
+def _map_arrays() -> None:
+    """Let arrays from ``MAPPED`` bytes on have pages of their own, which the system gets back when they are let go of.
+
+    Left to itself, glibc takes more and more of them, up to 32 MB each, from one heap, which shrinks from its end only:
+    what was let go of stays with the process while anything behind it is in use. That holds until the process ends.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
+        mallopt(M_MMAP_THRESHOLD, MAPPED)
 
 
 def _apply() -> None:

@@ -1,6 +1,9 @@
 """MLX's limits are those of the models that there are."""
 
 import gc
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -102,3 +105,35 @@ def test_the_larger_of_what_may_be_kept_counts_and_a_plan_is_never_too_small(
     assert limits()[1] == plan.free
     del model
     assert limits() == own
+
+
+ARRAYS = """
+import ctypes
+import numpy as np
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "b", "c", "d", "hblkhd", "f", "g", "h", "i", "j")]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Mallinfo
+
+def mapped():
+    before = mallinfo().hblkhd
+    array = np.empty(4 << 20, np.uint8)
+    return mallinfo().hblkhd - before >= array.nbytes
+
+np.empty(31 << 20, np.uint8)  # whatever is as large was given pages of its own, and let go of
+print(mapped())
+import mlx.core
+from mlxarch.limits import _map_arrays
+_map_arrays()
+print(mapped())
+np.empty(31 << 20, np.uint8)
+print(mapped())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is let go of")
+def test_arrays_that_are_let_go_of_are_given_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", ARRAYS], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "True", "True"], done.stderr
