@@ -93,7 +93,7 @@ def _cell(plan: "Plan") -> dict[str, Any]:
     return {
         **{"bits": plan.bits, "context": plan.context, "kv_bits": plan.kv_bits, "verdict": plan.verdict},
         **{"streamed": plan.streamed, "ple": plan.execution.ple, "slots": list(slots) if slots else None},
-        "chunk": plan.execution.chunk,
+        **{"chunk": plan.execution.chunk, "segment": plan.execution.segment},
         **{"total_bytes": plan.total, "mlx_peak_bytes": plan.mlx, "process_peak_bytes": plan.peak},
         "tokens_per_second": plan.rate and round(plan.rate, 2),
     }

@@ -16,6 +16,8 @@ class Execution:
             from the disk; 0 for a layer without experts. None keeps all experts where the loader puts them.
         ple: where the table of per-layer embeddings is read from.
         chunk: tokens of a prompt that pass at once, which bounds what a step takes; None: what suits the machine.
+        segment: tokens of a prompt that pass a layer with streamed experts together, so that each expert is read once
+            for all of them; at least a chunk. None: as many as usual.
         verify: when the checksums of records read from the disk are checked.
     """
 
@@ -23,4 +25,5 @@ class Execution:
     slots: tuple[int, ...] | None = None
     ple: Literal["memory", "ssd"] = "memory"
     chunk: int | None = None
+    segment: int | None = None
     verify: Literal["first", "always", "never"] = "first"

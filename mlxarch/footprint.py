@@ -68,10 +68,11 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Experts:
-    """Of one layer: ``count`` of them, of which a token takes ``chosen``."""
+    """Of one layer: ``count`` of them, of which a token takes ``chosen`` and then ``row`` numbers while they run."""
 
     count: int
     chosen: int
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Blueprint:
         self.matrices = frozenset(f"{p}.weight" for p, m in modules.items() if isinstance(m, Matrix) and m.quantizable)
         self._widths: dict[tuple[int | None, int], Footprint] = {}
         self._steps: dict[tuple[Any, ...], Peak] = {}
-        self._models: dict[tuple[int, bool], CausalLM] = {}
+        self._models: dict[tuple[int, bool, bool], CausalLM] = {}
         self._kinds = {path: _kind(path, modules) for path in tensors}
         self._typical = _typical(model)
         self._outline = _outline(name, model)
@@ -195,23 +196,31 @@ class Blueprint:
         self.packed = any(isinstance(t, Packed) and path in self.matrices for path, t in tensors.items())
 
     def activations(
-        self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, packed: bool = False
+        self,
+        context: int,
+        chunk: int,
+        float_bytes: int,
+        fused: bool,
+        kv: Quantization | None,
+        packed: bool = False,
+        streamed: bool = False,
     ) -> Peak:
         """Bytes beyond weights and caches while the last ``chunk`` of ``context`` tokens passes through.
 
         Args:
             fused: whether attention has a kernel that never holds the scores of all queries; a CPU has none.
             packed: whether matrices are.
+            streamed: whether experts are; what these take is left out, for they run when nothing else does.
         """
-        key = (context, chunk, float_bytes, fused, kv, packed)
+        key = (context, chunk, float_bytes, fused, kv, packed, streamed)
         if key not in self._steps:
             self._steps[key] = self._activations(*key)
         return self._steps[key]
 
     def _activations(
-        self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, packed: bool
+        self, context: int, chunk: int, float_bytes: int, fused: bool, kv: Quantization | None, *forms: bool
     ) -> Peak:
-        model, tokens = self._light(float_bytes, packed), min(chunk, context)
+        model, tokens = self._light(float_bytes, *forms), min(chunk, context)
         caches = model.make_caches(context, kv=kv)
         fill(model, caches, context - tokens, self._typical)
         sizes = {getattr(layer.self_attn, "head_size", 0) for layer in model.layers}
@@ -223,15 +232,18 @@ class Blueprint:
         found, logits = step_bytes(model, caches, tokens, self._typical, skip=scores), LOGITS * model.vocab_size
         return Peak(found.prepared + logits, found.touched + logits)
 
-    def _light(self, float_bytes: int, packed: bool) -> CausalLM:
+    def _light(self, float_bytes: int, packed: bool, streamed: bool) -> CausalLM:
         """The model with weights that take no memory; ``packed``: also those that each head has of its own."""
-        if (float_bytes, packed) not in self._models:
+        key = (float_bytes, packed, streamed)
+        if key not in self._models:
             model, dtype = self.build(), mx.float32 if float_bytes == 4 else mx.bfloat16
             stand_ins(model, dtype)
             if packed:
                 pack_heads(model, Quantization(4, KV_GROUP), dtype)
-            self._models[float_bytes, packed] = model
-        return self._models[float_bytes, packed]
+            for experts in _stacks(model) if streamed else ():
+                experts.streamed = _nothing
+            self._models[key] = model
+        return self._models[key]
 
     def at(self, bits: int | None = None, group_size: int = 64) -> Footprint:
         """At ``bits`` as the quantizer would write it (16: without packing); None takes the tensors as they are.
@@ -341,9 +353,21 @@ def _outline(name: str, model: CausalLM) -> Footprint:
 
 
 def _experts(layer: nn.Module) -> Experts | None:
-    stack = next((m for m in layer.modules() if isinstance(m, ExpertLinear)), None)
-    router = next((m for m in layer.modules() if isinstance(m, Router)), None)
-    return Experts(stack.weight.shape[0], cast(Any, router).k) if stack is not None and router is not None else None
+    stacks, router = _stacks(layer), next((m for m in layer.modules() if isinstance(m, Router)), None)
+    if not stacks or router is None:
+        return None
+    (count, dim, width), chosen = stacks[0].down_proj.weight.shape, cast(Any, router).k
+    return Experts(count, chosen, chosen * (2 * dim + 3 * width))  # in and out; gate, up, and what comes of both
+
+
+def _stacks(module: nn.Module) -> list[Any]:
+    """The modules below that hold experts."""
+    return [m for m in module.modules() if isinstance(getattr(m, "down_proj", None), ExpertLinear)]
+
+
+def _nothing(x: mx.array, chosen: mx.array) -> mx.array:
+    """In place of experts' outputs, what takes no memory."""
+    return mx.broadcast_to(x[..., None, :], (*chosen.shape, x.shape[-1]))
 
 
 def _cache(span: object, cache: Any) -> LayerCache | None:

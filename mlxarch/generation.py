@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlxarch.blocks import Cache, CausalLM, Quantization
+from mlxarch.blocks import Cache, CausalLM, Quantization, Step
+from mlxarch.cache import last_cache, take_in
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
 from mlxarch.sampling import Sampler, Sampling
 from mlxarch.streaming.embeddings import late_rows
@@ -211,16 +212,24 @@ def _feed(
     """
     *before, last = segments(model, chunks) if model.streaming is not None else [[chunk] for chunk in chunks]
     for some in before:
-        _pass(model, some, caches)
+        if len(some) > 1:
+            prefill_by_layers(model, some, caches, only_caches=True)
+        else:
+            _take_in(model, some[0], caches)
         evaluate(caches)
         taken(sum(chunk.shape[1] for chunk in some))
-    state = _pass(model, last, caches)
+    state = model.states(last[0], caches) if len(last) == 1 else prefill_by_layers(model, last, caches)
     taken(sum(chunk.shape[1] for chunk in last))
     return state
 
 
-def _pass(model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache | None]) -> mx.array:
-    return model.states(chunks[0], caches) if len(chunks) == 1 else prefill_by_layers(model, chunks, caches)
+def _take_in(model: CausalLM, chunk: mx.array, caches: Sequence[Cache | None]) -> None:
+    """Let the caches take in a chunk (B, L), and ask for nothing behind the last of them."""
+    last, step = last_cache(caches), Step(chunk.shape[1], caches)
+    state = model.embed(chunk, step)
+    for layer, cache in zip(model.layers[:last], caches, strict=False):
+        state = layer(state, step, cache)
+    take_in(model.layers[last], state, step, caches[last])
 
 
 def _chunks(model: CausalLM, tokens: Sequence[int]) -> list[list[int]]:

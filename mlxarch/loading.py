@@ -67,6 +67,8 @@ def load_model(
             shard.close()
     source.check_unchanged()
     resolved.model.chunk = execution.chunk
+    if streaming is not None:
+        streaming.segment = execution.segment
     return resolved.model, source.config
 
 

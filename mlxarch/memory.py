@@ -20,9 +20,10 @@ from mlxarch.footprint import KV_GROUP, Blueprint, Footprint
 from mlxarch.generation import MARKS, REWIND
 from mlxarch.machines import Machine
 from mlxarch.progress import gigabytes
-from mlxarch.rates import decode_rate, streaming_seconds
+from mlxarch.rates import decode_rate
+from mlxarch.slots import Places
 from mlxarch.streaming.banks import IN_FLIGHT, STAGED
-from mlxarch.streaming.prefill import HELD, STATES
+from mlxarch.streaming.prefill import HELD
 from mlxarch.streaming.rows import CACHE
 
 MB = 10**6
@@ -202,6 +203,7 @@ class _Way:
     chunk: int
     ple_on_disk: bool
     slots: tuple[int, ...] | None = None
+    segment: int = 0  # tokens that pass through a streamed layer together
 
 
 class _Planner:
@@ -216,6 +218,7 @@ class _Planner:
         self.float_bytes = request.float_bytes or machine.float_bytes
         self.held = self.footprint.held(self.float_bytes)
         self.expert = self.footprint.expert_bytes(self.float_bytes)
+        self.places = Places(self.footprint, self.float_bytes)
         self.has_ple = "per-layer embeddings" in self.held
         if request.ple == "ssd" and not self.has_ple:
             raise InvalidInput(
@@ -237,8 +240,8 @@ class _Planner:
         resident = (self._plan(way) for way in ways)
         if best := next(filter(self._fits, resident), None):
             return best
-        streamed = (replace(way, slots=slots) for way in ways[-2:] if any(self.expert) and (slots := self._slots(way)))
-        return next(map(self._plan, streamed), None) or self._plan(ways[-1])
+        streamed = map(self._streamed, ways[-2:]) if any(self.expert) else ()
+        return next(filter(None, streamed), None) or self._plan(ways[-1])
 
     def longest(self) -> Plan:
         """With as much context as fits beside all weights; if that is little, with a little and what is streamed."""
@@ -272,15 +275,16 @@ class _Planner:
             weights["per-layer embeddings"] = 0
         if slots:
             weights["experts"] = sum(n * size for n, size in zip(slots, self.expert, strict=True))
-            words.append(self._slots_in_words(slots))
+            words.append(self.places.in_words(slots))
         kv = self.footprint.kv(way.context, wide, self.kv_bits)
         kv |= {"to grow": self.footprint.growth(way.context, wide, self.kv_bits)} if way.grows else {}
         if window := self.footprint.windows(way.context, wide, self.kv_bits):
             kv["to go back"] = min(MARKS, REWIND // window) * window
         step = self.blueprint.activations(
-            way.context, way.chunk, wide, backend != "cpu", self.kv, self.footprint.bits < 16
+            way.context, way.chunk, wide, backend != "cpu", self.kv, self.footprint.bits < 16, bool(slots)
         )
-        held = min(HELD, way.context * self._held_of_a_token()) if slots else 0
+        if slots:
+            step = self.places.peak(step, way.segment, way.chunk)
         # while it loads there are neither caches nor activations yet
         loading = max(self.footprint.loading(wide) - sum(kv.values()) - step.touched, 0) if not words else 0
         prepared = max(step.prepared, step.touched + loading)
@@ -293,12 +297,16 @@ class _Planner:
             kv_bits=self.kv_bits,
             context=way.context,
             execution=Execution(
-                kv=self.kv, slots=slots, ple="ssd" if ple else "memory", chunk=None if usual else way.chunk
+                kv=self.kv,
+                slots=slots,
+                ple="ssd" if ple else "memory",
+                chunk=None if usual else way.chunk,
+                segment=way.segment if slots else None,
             ),
             weights=weights,
             kv=kv,
-            activations=prepared + held,
-            touched=(step.touched + loading if backend == "cpu" else prepared) + held,
+            activations=prepared,
+            touched=step.touched + loading if backend == "cpu" else prepared,
             free=FREE[backend] if usual else FREE["cpu"],
             process=PROCESS[backend]
             + TOKEN * self.footprint.vocabulary
@@ -317,49 +325,28 @@ class _Planner:
         row = self.held["per-layer embeddings"] // self.footprint.vocabulary
         return min(CACHE, way.context * row) + 2 * way.chunk * row
 
-    def _held_of_a_token(self) -> int:
-        """What of a prompt is held until all of it has passed a streamed layer: see ``streaming.prefill``."""
-        return (max(e.chosen for e in self.footprint.experts if e) + STATES) * self.footprint.hidden * 4
+    def _streamed(self, way: "_Way") -> Plan | None:
+        """With as many experts as there is room for beside so many tokens of a prompt as usually pass a layer together.
+
+        Where those are too many, half of them must do, and so on, down to a chunk. What is left lets more tokens do so.
+        """
+        one, least = self.places.token_bytes, min(way.context, way.chunk)
+        segment = max(min(way.context, HELD // one), least)
+        while (slots := self._slots(replace(way, segment=segment))) is None:
+            if segment == least:
+                return None
+            segment = max(segment // 2, least)
+        found = self._plan(way := replace(way, slots=slots, segment=segment))
+        more = max(int((self.memory - found.total) / (1 + HEADROOM)), 0) // one
+        return self._plan(replace(way, segment=min(way.context, segment + more)))
 
     def _slots(self, way: "_Way") -> tuple[int, ...] | None:
-        """Places for experts in each layer, for the fastest decode; None if those of one token do not fit.
-
-        Whole layers come first, as they need not wait for their router; what is left is shared by the others.
-        """
+        """Places for experts in each layer; None if those of one token do not fit."""
         without = self._plan(replace(way, slots=(0,) * len(self.expert)))
         budget = int((self.memory - without.total) / (1 + HEADROOM))
-        least = sum(e.chosen * size for e, size in zip(self.footprint.experts, self.expert, strict=True) if e)
         if self.request.bank is not None:
-            budget = min(budget, max(self.request.bank, least))
-        layers = [n for n, e in enumerate(self.footprint.experts) if e]
-        best: tuple[float, tuple[int, ...]] | None = None
-        for whole in range(len(layers) + 1):
-            slots = self._with_whole(layers, whole, budget)
-            if slots is not None:
-                cost = streaming_seconds(self.footprint, self.machine, self.float_bytes, slots)
-                best = min(best, (cost, slots)) if best else (cost, slots)
-        return best[1] if best else None
-
-    def _with_whole(self, layers: list[int], whole: int, budget: int) -> tuple[int, ...] | None:
-        experts, slots = self.footprint.experts, [0] * len(self.expert)
-        for n in layers[:whole]:
-            slots[n] = experts[n].count  # type: ignore[union-attr]
-            budget -= slots[n] * self.expert[n]
-        others = layers[whole:]
-        share = budget // sum(self.expert[n] for n in others) if others else 0
-        for n in others:
-            slots[n] = min(share, experts[n].count)  # type: ignore[union-attr]
-            if slots[n] < experts[n].chosen:  # type: ignore[union-attr]
-                return None
-        return tuple(slots) if budget >= 0 else None
-
-    def _slots_in_words(self, slots: tuple[int, ...]) -> str:
-        layers = [(n, e) for n, e in zip(slots, self.footprint.experts, strict=True) if e]
-        whole = sum(n == e.count for n, e in layers)
-        least, most = min(n for n, _ in layers), layers[0][1].count
-        size = sum((e.count - n) * b for n, e, b in zip(slots, self.footprint.experts, self.expert, strict=True) if e)
-        words = f"{gigabytes(size)} of experts from the disk, {least} of {most} a layer in memory"
-        return words + (f", all of them in {whole} layers" if whole else "")
+            budget = min(budget, max(self.request.bank, self.places.least))
+        return self.places.within(budget, self.machine)
 
     # What to do ---------------------------------------------------------------------------------------------------
 

@@ -59,10 +59,11 @@ class Streaming:
 
     Attributes:
         parameters: paths of the model's parameters that are not loaded.
+        segment: see ``Execution``.
     """
 
     def __init__(self) -> None:
-        self.shared, self.parameters = Shared(), set[str]()
+        self.shared, self.parameters, self.segment = Shared(), set[str](), cast(int | None, None)
         self.layers: dict[int, StreamedExperts] = {}
 
     @property

@@ -8,20 +8,27 @@ import mlx.core as mx
 
 from mlxarch.blocks import CausalLM, Router, Step
 from mlxarch.blocks.layer import Layer
-from mlxarch.cache import Cache
+from mlxarch.cache import Cache, last_cache, take_in
 from mlxarch.streaming.experts import StreamedExperts
 
-HELD = 256 << 20  # bytes of the experts' outputs and all else that is held for every token of a prompt
-STATES = 4  # of these, arrays of the hidden size: the state before and behind, attention's output, the experts' input
+HELD = 256 << 20  # bytes of the experts' outputs and all else that is held for every token of a prompt, if need be
+BEHIND = 3  # of these, arrays of the hidden size from attention on: state, attention's output, the experts' input
+
+
+def token_bytes(chosen: int, hidden: int, float_bytes: int) -> int:
+    """Bytes that are held for a token while its ``chosen`` experts run, their input in a row with all others' too."""
+    return (BEHIND + 1 + chosen) * hidden * float_bytes
 
 
 def segments(model: CausalLM, chunks: Sequence[mx.array]) -> Iterator[list[mx.array]]:
-    """The chunks (B, L) of a prompt, so many together as ``HELD`` allows, one at least: how many that is does not
-    depend on the slots.
+    """The chunks (B, L) of a prompt, so many together as was planned, or else as ``HELD`` allows; one at least.
+
+    Where a segment ends changes no number: no product of experts depends on which other chunks it is carried out with.
     """
-    size = max(layer.dim for layer in model.streaming.layers.values())
-    chosen = max((m.k for m in model.modules() if isinstance(m, Router)), default=1)
-    most = HELD // (size * 4 * (chosen + STATES))
+    most = model.streaming.segment
+    if most is None:
+        size = max(layer.dim for layer in model.streaming.layers.values())
+        most = HELD // token_bytes(max(m.k for m in model.modules() if isinstance(m, Router)), size, 4)
     some: list[mx.array] = []
     for chunk in chunks:
         if some and sum(c.size for c in some) + chunk.size > most:
@@ -32,11 +39,16 @@ def segments(model: CausalLM, chunks: Sequence[mx.array]) -> Iterator[list[mx.ar
         yield some
 
 
-def prefill(model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache | None]) -> mx.array:
+def prefill(
+    model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache | None], only_caches: bool = False
+) -> mx.array:
     """Token ids (B, L) of successive chunks of a prompt -> the state behind the last layer, of the last chunk.
 
     Every product has the shape that it has where the chunks pass through all layers one after the other; only what
     the experts do is put off until all chunks have chosen theirs. So the numbers are the same.
+
+    Args:
+        only_caches: compute what they take in, and no more; what is returned means nothing.
     """
     steps, before = list[Step](), 0
     for chunk in chunks:
@@ -44,10 +56,16 @@ def prefill(model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache 
         steps[-1].offset = steps[-1].offset + before  # the caches take the chunks before it in first
         before += chunk.shape[1]
     states = [model.embed(chunk, step) for chunk, step in zip(chunks, steps, strict=True)]
+    last = last_cache(caches)
     for number, (layer, cache) in enumerate(zip(model.layers, caches, strict=True)):
-        # behind the last layer only the last chunk is asked for: of the others, what the caches hold is computed
-        first = len(chunks) - 1 if number == len(model.layers) - 1 else 0
+        # from the last cache on only the last chunk is asked for: of the others, what the cache holds is computed
+        first = 0 if number < last else len(chunks) - (not only_caches)
         experts = model.streaming.layers.get(number)
+        for state, step in zip(states[:first], steps, strict=False):
+            take_in(layer, state, step, cache)
+            mx.eval(_arrays(cache))
+        if first == len(chunks):
+            continue
         if experts is None:
             _one_by_one(layer, states, steps, cache, first)
         else:
@@ -57,9 +75,9 @@ def prefill(model: CausalLM, chunks: Sequence[mx.array], caches: Sequence[Cache 
 
 def _one_by_one(layer: Layer, states: list[mx.array], steps: Sequence[Step], cache: Cache | None, first: int) -> None:
     """Replace the states from ``first`` on by those behind the layer."""
-    for number, step in enumerate(steps):
-        states[number] = layer(states[number], step, cache)
-        mx.eval(_arrays(cache), states[number] if number >= first else [])
+    for number in range(first, len(steps)):
+        states[number] = layer(states[number], steps[number], cache)
+        mx.eval(_arrays(cache), states[number])
 
 
 def _together(
@@ -77,11 +95,11 @@ def _together(
     """
     with experts.shared.lock, _remembering(layer) as kept:
         with experts.collecting() as calls:
-            for number, step in enumerate(steps):
-                layer(states[number], step, cache)
-                wanted = [kept[step], calls[-1].x, calls[-1].chosen] if number >= first else []
-                mx.eval(_arrays(cache), wanted)
-        with experts.replaying(experts.run(calls[first:])):
+            for number in range(first, len(steps)):
+                layer(states[number], steps[number], cache)
+                mx.eval(_arrays(cache), kept[steps[number]], calls[-1].x, calls[-1].chosen)
+        with experts.replaying(experts.run(calls)):
+            experts.shared.finish()  # which would hold the results until the next layer's experts run
             for number in range(first, len(steps)):
                 states[number] = layer(states[number], steps[number], cache)
                 mx.eval(states[number])

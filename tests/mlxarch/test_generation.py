@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import parity
 from mlxarch import generation
-from mlxarch.blocks import CausalLM
+from mlxarch.blocks import CausalLM, Step
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
 from mlxarch.generation import Session, Timings, check_tokens, decode, decode_batch, prefill, room
 from mlxarch.loading import load_model
@@ -33,13 +33,13 @@ def model() -> CausalLM:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens of every forward pass."""
     lengths: list[int] = []
-    states = CausalLM.states
+    embed = CausalLM.embed
 
-    def counted(self: CausalLM, tokens: mx.array, caches: Any = None) -> mx.array:
+    def counted(self: CausalLM, tokens: mx.array, step: Step) -> mx.array:
         lengths.append(tokens.shape[1])
-        return states(self, tokens, caches)
+        return embed(self, tokens, step)
 
-    monkeypatch.setattr(CausalLM, "states", counted)
+    monkeypatch.setattr(CausalLM, "embed", counted)
     return lengths
 
 

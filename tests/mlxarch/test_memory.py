@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from mlxarch import catalog, machines
+from mlxarch.activations import Peak
 from mlxarch.checkpoint import read_json
 from mlxarch.errors import InvalidInput, MemoryBudgetError
 from mlxarch.footprint import Blueprint, from_config
 from mlxarch.machines import Machine
 from mlxarch.memory import Plan, Request, best_plan, plan
 from mlxarch.rates import decode_rate, hit_rate
+from mlxarch.slots import Places
 
 LARGE = Machine("large", 10**13, "metal", 273e9, 5e9)
 CONTEXT = 32_768
@@ -104,6 +106,45 @@ def test_experts_go_to_the_disk_where_they_do_not_fit_and_the_budget_is_kept() -
         assert slots is not None and len(slots) == 48 and all(8 <= count <= 128 for count in slots)
         # so much as one more place in every layer would not have fitted
         assert found.total + 48 * 2_654_208 > memory * 10**9
+
+
+def test_prompts_pass_streamed_layers_together_as_far_as_there_is_room() -> None:
+    def together(found: Plan) -> int:
+        assert found.verdict == "streamed" and found.total <= 10 * 10**9
+        return found.execution.segment or 0
+
+    asked: dict[str, Any] = {"bits": 4, "context": CONTEXT, "memory": 10 * 10**9}
+    found = planned("qwen3-30b-a3b", **asked)
+    one = 12 * 2048 * 2  # bytes of a token: state, attention, experts' input twice, 8 outputs
+    usual = (256 << 20) // one
+    assert usual <= together(found) < usual + 48 * 2_654_208 // one, "the rest of a place for an expert"
+    # where experts were given less, more is left; a prompt can be no longer than the context
+    few = planned("qwen3-30b-a3b", **asked, bank=2 * 10**9)
+    assert together(few) == CONTEXT and few.weights["experts"] < found.weights["experts"] / 2
+    some = planned("qwen3-30b-a3b", **asked, bank=3_500_000_000)
+    assert usual < together(some) < CONTEXT and some.total + one * 2 * 1.03 > 10 * 10**9
+    assert together(planned("qwen3-30b-a3b", bits=4, context=4096, memory=8 * 10**9)) == 4096
+    assert planned("qwen3-30b-a3b", bits=4, context=4096).execution.segment is None, "nothing is streamed"
+
+
+def test_where_memory_is_scarce_fewer_tokens_pass_together_before_the_model_is_refused() -> None:
+    most = planned("qwen3-30b-a3b", bits=4, context=CONTEXT, kv_bits=8, memory=5_500_000_000)
+    steps = [most.total - 10**8 * part for part in range(0, 24, 3)]
+    plans = [planned("qwen3-30b-a3b", bits=4, context=CONTEXT, kv_bits=8, memory=memory) for memory in steps]
+    fitting = [found for found in plans if found.verdict == "streamed"]
+    lengths = [found.execution.segment or 0 for found in fitting]
+    assert max(lengths) >= (256 << 20) // (12 * 2048 * 2) > min(lengths) >= 512
+    assert all(found.total <= found.memory for found in fitting)
+    assert plans[-1].verdict == "does not fit" and plans[0].verdict == "streamed"
+
+
+def test_the_most_is_taken_by_attention_at_the_end_of_a_prompt_or_by_its_experts() -> None:
+    places = Places(blueprint("qwen3-30b-a3b").at(4), 2)
+    assert places.token_bytes == 12 * 2048 * 2
+    row, step = 8 * (2 * 2048 + 3 * 768) * 2, Peak(10**9, 8 * 10**8)
+    assert places.peak(step, 512, 512) == step
+    assert places.peak(step, 1512, 512) == tuple(size + 1000 * 3 * 2048 * 2 for size in step)
+    assert places.peak(step, 50_000, 512).prepared == 50_000 * places.token_bytes + 512 * row
 
 
 def test_layers_are_whole_where_most_experts_fit() -> None:

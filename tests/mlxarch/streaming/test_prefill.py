@@ -78,6 +78,20 @@ def test_a_prompt_in_segments_gives_the_same_bits_and_reads_once_a_segment(
     assert max(reads.values()) == 4
 
 
+@pytest.mark.parametrize(("segment", "segments"), [(1, 11), (16, 11), (48, 4), (80, 2), (150, 1), (10**6, 1)])
+def test_where_a_segment_ends_changes_no_bit_and_a_segment_reads_an_expert_once(
+    folder: Path, segment: int, segments: int
+) -> None:
+    model = load(folder, 3)
+    model.streaming.segment = segment
+    reads = count_reads(model)
+    found = np.asarray(prefill(model, Session(model.make_caches()), PROMPT))
+    assert segments // 2 < max(reads.values()) <= segments, "a segment has whole chunks"
+    resident = load(folder)
+    assert np.array_equal(found, np.asarray(prefill(resident, Session(resident.make_caches()), PROMPT)))
+    assert fingerprint(model, prompt=150) == fingerprint(load(folder), prompt=150)
+
+
 def test_a_prompt_that_goes_on_from_a_session_gives_the_same_bits(folder: Path) -> None:
     logits = []
     for slots in (None, 3):

@@ -1,0 +1,1 @@
+../../mlxarch/slots.py
