@@ -27,8 +27,9 @@ def pull_command(model: str | None, named: str | None, bits: str | None, no_eval
     """Download a model, quantized on the way where need be.
 
     A short name comes at the largest of 8 and 4 bits that fits this machine, a repository as it is published; --bits
-    asks for others. What it takes is said before it begins, and asked above 5 GB. The folder is printed. What was
-    quantized from a source that stays here is measured against it; `mlxarch show` tells the result.
+    asks for others. What it takes and whether it fits are said before it begins; above 5 GB, or where it does not fit,
+    you are asked. The folder is printed. What was quantized from a source that stays here is measured against it;
+    `mlxarch show` tells the result.
     """
     from mlxarch.backend import require_backend
 

@@ -202,9 +202,11 @@ def _confirm(yes: bool) -> "Callable[[Plan], bool]":
         if plan.verdict:
             say(f"{plan.name}: {plan.verdict}")
         large = max(plan.download_bytes, plan.disk_bytes) > ASK_ABOVE
-        if yes or not large or not is_terminal(sys.stdin):
+        fits = not plan.verdict.startswith("does not fit")
+        if yes or (fits and not large) or not is_terminal(sys.stdin):
             return True
-        return click.confirm(f"That takes {size(plan.disk_bytes)} of disk. Go on?", default=True, err=True)
+        here = "" if fits else ", and it does not fit into the memory of this machine"
+        return click.confirm(f"That takes {size(plan.disk_bytes)} of disk{here}. Go on?", default=fits, err=True)
 
     return confirm
 
