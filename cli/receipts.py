@@ -7,7 +7,7 @@ import click
 
 from mlxarch import receipts
 from mlxarch.cli.output import answer, answer_json, say
-from mlxarch.errors import ModelNotFound
+from mlxarch.errors import InvalidInput, ModelNotFound
 
 WORST = 3  # tensors
 
@@ -36,11 +36,13 @@ def verify_command(folder: str, as_json: bool) -> None:
 def _folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
-    from mlxarch import store
+    from mlxarch.inventory import copies_of
 
-    here = [model for model in store.installed() if model.name == name]
+    here = copies_of(name)
     if not here:
         raise ModelNotFound(f"{name} is neither a folder nor a model here; `mlxarch list --installed` shows which are")
+    if len(here) > 1:
+        raise InvalidInput(f"{name} may be {' or '.join(model.name for model in here)}; name one of them")
     return here[0].path
 
 

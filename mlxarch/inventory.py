@@ -61,6 +61,20 @@ def installed() -> list[Installed]:
     return sorted(found, key=lambda model: (model.name.lower(), str(model.path)))
 
 
+def copies_of(name: str) -> list[Installed]:
+    """The models on this machine that go by a name: by their own, or else by one of the catalog.
+
+    Raises:
+        ModelNotFound: there is no such name.
+    """
+    everything = installed()
+    found = [model for model in everything if model.name.lower() == name.strip().lower()]
+    if not found:
+        reference = catalog.parse(name)
+        found = [model for model in everything if _fits(model, reference)]
+    return found
+
+
 def remove(name: str, *, from_hub_cache: bool = False) -> int:
     """Delete a model that mlxarch made, and return the bytes that frees.
 
@@ -71,11 +85,7 @@ def remove(name: str, *, from_hub_cache: bool = False) -> int:
         ModelNotFound: there is no such model here, or only one that is not ours to delete.
         InvalidInput: several fit the name.
     """
-    everything = installed()
-    mine = [model for model in everything if model.name.lower() == name.strip().lower()]
-    if not mine:
-        reference = catalog.parse(name)
-        mine = [model for model in everything if _fits(model, reference)]
+    mine = copies_of(name)
     if from_hub_cache:
         return _remove_cached([model for model in mine if model.origin == "hub"], name)
     own = [model for model in mine if model.origin == "mlxarch"]
@@ -102,7 +112,7 @@ def describe(name: str | os.PathLike[str]) -> dict[str, Any]:
     """What is known of a model without downloading it: facts, sizes in bytes, sources, and copies on this machine.
 
     Raises:
-        ModelNotFound, OfflineError: a repository that is not here and cannot be looked up.
+        ModelNotFound, OfflineError: a folder that is not there, or a repository that cannot be looked up.
     """
     reference = catalog.parse(os.fspath(name))
     copies = [asdict(model) | {"path": str(model.path)} for model in installed()]
@@ -121,6 +131,8 @@ def describe(name: str | os.PathLike[str]) -> dict[str, Any]:
         }
     folder = reference.path or hub.cached(str(reference.repo), reference.revision or "main")
     if folder is not None:
+        if not Path(folder).is_dir():
+            raise ModelNotFound(f"{folder}: there is no such folder; name one with config.json and safetensors files")
         config = read_json(Path(folder) / "config.json")
         files = [path for path in Path(folder).iterdir() if path.is_file()]
         size, source = sum(path.stat().st_size for path in files), str(folder)

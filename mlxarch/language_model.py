@@ -391,7 +391,7 @@ def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
     if not isinstance(sampling, Sampling | None):
         raise InvalidInput(f"sampling must be a Sampling, found {type(sampling).__name__}")
     if unknown := sorted(settings.keys() - Sampling.__dataclass_fields__.keys()):
-        own = ("max_tokens", "stop", "sampling", "session", "template", "batch_size")
+        own = ("max_tokens", "stop", "sampling", "session", "template", "overflow", "batch_size")
         known = ", ".join((*own, *Sampling.__dataclass_fields__))
         raise InvalidInput(f"unknown argument {', '.join(unknown)}; known: {known}")
     return replace(sampling or Sampling(), **settings)

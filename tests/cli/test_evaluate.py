@@ -177,6 +177,16 @@ def test_verify_finds_a_model_by_its_name(invoke, here, home):
     assert invoke("verify", "tiny-8bit").exit_code == 0
 
 
+def test_verify_takes_the_name_that_ran_the_model(invoke, here, home):
+    shutil.copytree("tiny-8bit", home / "data" / "models" / "qwen3-0.6b-8bit")
+    for name in ("qwen3-0.6b-8bit", "qwen3-0.6b", "Qwen3:0.6B"):
+        assert "qwen3-0.6b-8bit: every file is as it was made" in invoke("verify", name).stdout
+    shutil.copytree("tiny-8bit", home / "data" / "models" / "qwen3-0.6b-4bit")
+    several = invoke("verify", "qwen3-0.6b")
+    assert several.exit_code == 2 and "qwen3-0.6b-4bit or qwen3-0.6b-8bit; name one" in several.stderr
+    assert invoke("verify", "qwen3-8b").exit_code == 3
+
+
 def test_a_picture_is_drawn_and_a_wrong_name_is_refused_before_anything_is_read(invoke, here, tmp_path):
     arguments = ["eval", "./tiny-8bit", "./tiny-2bit", "--against", "./tiny", *FEW]
     result = invoke(*arguments, "--plot", str(tmp_path / "x.svg"))

@@ -389,6 +389,8 @@ def test_describe_tells_facts_of_names_folders_and_repositories(
     assert weights(server, "org/tiny") == []
     with pytest.raises(ModelNotFound):
         store.describe("nothing-of-the-kind")
+    with pytest.raises(ModelNotFound, match="no such folder"):
+        store.describe(packed.with_name("gone"))
 
 
 def test_listing_and_describing_do_not_import_the_array_library(worker: Worker) -> None:
