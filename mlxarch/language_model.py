@@ -111,8 +111,8 @@ def load(
     request = Request(memory=allowed, context=context, kv_bits=kv_bits, ple=ple)
     with on_terminal(progress) as report:
         path = store.obtain(name_or_path, bits=bits, progress=report, request=request)
-        tokenizer = Tokenizer.from_folder(path)  # before the weights: what is wrong with it shows at once
         plan = plan_for(path, request, dtype=dtype, slice=slice).require()
+        tokenizer = Tokenizer.from_folder(path)  # before the weights: what is wrong with it shows at once
         with set_limits(plan, wire=wire) as claim:
             model, config = load_model(path, dtype=dtype, slice=slice, progress=report, execution=plan.execution)
         claim.belongs_to(model)

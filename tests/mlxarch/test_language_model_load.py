@@ -15,7 +15,7 @@ from talker import CONTEXT, VOCABULARY
 import mlxarch
 import parity
 from mlxarch import LanguageModel, Sampling
-from mlxarch.errors import ConfigError, InvalidInput, ModelNotFound, TokenizerError
+from mlxarch.errors import CheckpointError, ConfigError, InvalidInput, ModelNotFound, TokenizerError
 from mlxarch.loading import load_model
 
 
@@ -43,6 +43,11 @@ def test_a_name_is_obtained_at_the_bits_asked_for(talker: Path, monkeypatch: pyt
     mlxarch.load("smollm2-135m")
     mlxarch.load("smollm2:135m", bits=4)
     assert asked == [("smollm2-135m", None), ("smollm2:135m", 4)]
+
+
+def test_of_an_empty_folder_the_config_is_missed(tmp_path: Path) -> None:
+    with pytest.raises((CheckpointError, ConfigError), match=r"config\.json: the file is missing"):
+        mlxarch.load(tmp_path)
 
 
 def test_what_does_not_exist_is_not_found(tmp_path: Path) -> None:
