@@ -3,9 +3,10 @@
 Such a folder has ``experts.json``, a manifest, beside its config.json; docs/experts-format.md specifies both.
 """
 
+import zlib
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Literal, Self, cast, get_args
 
 import mlx.core as mx
 import msgspec
@@ -77,7 +78,32 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ExpertFile(Shard):
     """The file of one layer, held open. It has no header: the manifest says what is where."""
 
-    checksums: tuple[int, ...] = ()
+    layer: Layer
+    _checked: set[int]
+
+    @classmethod
+    def of(cls, layer: Layer, folder: Path) -> Self:
+        """The file of a layer in a folder."""
+        file = cls.open(child(folder, layer.file))
+        file.layer, file._checked = layer, set()
+        return file
+
+    def check(self, expert: int) -> None:
+        """Compare the checksum of a record, once.
+
+        Raises:
+            CheckpointError: it is another than the manifest's.
+        """
+        if expert in self._checked:
+            return
+        size, known = self.layer.record_bytes, self.layer.crc32[expert]
+        record = np.empty(size, np.uint8)
+        self.read_into(TensorInfo(f"expert {expert}", "U8", (size,), expert * self.layer.stride, size), record)
+        if (found := zlib.crc32(record.data)) != known:
+            raise CheckpointError(
+                f"{self.path}: the checksum of expert {expert} is {found:08x}, and must be {known:08x}. {REMEDY}"
+            )
+        self._checked.add(expert)
 
     def _read_header(self, fd: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         return {}, {}
@@ -101,6 +127,7 @@ class Strided(Tensor):
         each, width = prod(self.shape[1:-1]), self.shape[-1] * self.dtype.size
         raw = np.empty((stop - start, width), np.uint8)
         for expert in range(start // each, -(-stop // each)):
+            self.shard.check(expert)
             low, high = max(start - expert * each, 0), min(stop - expert * each, each)
             piece = raw[expert * each + low - start : expert * each + high - start]
             self.shard.read_into(self.info(expert), piece, low * width)
@@ -122,8 +149,7 @@ def open_experts(folder: Path) -> tuple[dict[str, Tensor], tuple[ExpertFile, ...
     files: list[ExpertFile] = []
     try:
         for layer in manifest.layers:
-            files.append(ExpertFile.open(child(folder, layer.file)))
-            files[-1].checksums = layer.crc32
+            files.append(ExpertFile.of(layer, folder))
             _check(layer, files[-1], path)
             tensors |= _tensors(layer, files[-1])
     except BaseException:

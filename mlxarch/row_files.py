@@ -3,11 +3,14 @@
 Such a folder has ``ple.bin`` beside its config.json; docs/rows-format.md specifies it.
 """
 
+import zlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 import msgspec
+import numpy as np
 
 from mlxarch.checkpoint import Shard, child
 from mlxarch.errors import CheckpointError
@@ -34,11 +37,26 @@ class RowPart(Tensor):
 
     def rows(self, start: int, stop: int) -> mx.array:
         """See Tensor."""
-        return mx.contiguous(self.records.rows(start, stop)[:, self.start : self.stop]).view(self.dtype)
+        return self._of(self.records.rows(start, stop), start)
 
     def load(self) -> mx.array:
         """See Tensor."""
-        return mx.contiguous(self.records.load()[:, self.start : self.stop]).view(self.dtype)
+        return self._of(self.records.load(), 0)
+
+    def _of(self, records: mx.array, first: int) -> mx.array:
+        if self.start == 0:  # every part reads whole records: the first one checks them for all
+            self._check(np.asarray(records), first)
+        return mx.contiguous(records[:, self.start : self.stop]).view(self.dtype)
+
+    def _check(self, records: np.ndarray, first: int) -> None:
+        for row, (record, known) in enumerate(zip(records, self._known[first:], strict=False), first):
+            if (found := zlib.crc32(record.data)) != known:
+                wrong = f"the checksum of row {row} is {found:08x}, and must be {known:08x}"
+                raise CheckpointError(f"{self.records.shard.path}: {wrong}. {REMEDY}")
+
+    @cached_property
+    def _known(self) -> list[int]:
+        return np.asarray(self.checksums.load()).tolist()
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -161,7 +161,7 @@ class Records:
         shards = {e.shard for part in self.parts for n in range(self.count) for e in extents(part.tensor, n)}
         self.files.update({shard: RecordFile(shard) for shard in shards - self.files.keys()})
         if len(shards) == 1 and isinstance(file := next(iter(shards)), ExpertFile):
-            self.checksums = list(file.checksums)
+            self.checksums = list(file.layer.crc32)
 
     def read(self, expert: int, buffers: Sequence[Any]) -> None:
         """Fill one writable buffer for each part. MLX is not called.

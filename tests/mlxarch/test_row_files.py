@@ -102,6 +102,16 @@ def test_it_is_undone_without_loss(folders: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "undone" / FILE).exists()
 
 
+def test_a_flipped_bit_is_found_by_whoever_takes_the_whole_table(folders: Any, tmp_path: Path) -> None:
+    packed = shutil.copytree(folders("affine-4")[1], tmp_path / "packed")
+    data = bytearray((packed / FILE).read_bytes())
+    data[-1] ^= 4  # the biases of the last row
+    (packed / FILE).write_bytes(data)
+    for whole in (lambda: load(packed), lambda: convert(packed, tmp_path / "undone", bits=None)):
+        with pytest.raises(CheckpointError, match=rf"ple\.bin: the checksum of row {ROWS - 1} is "):
+            whole()
+
+
 def test_what_is_packed_is_not_packed_again(folders: Any) -> None:
     with pytest.raises(InvalidInput, match="packed already"):
         prepare_pack(folders("affine-4")[1])

@@ -193,6 +193,22 @@ def test_what_cannot_be_packed_is_refused(packed: Path, tmp_path: Path) -> None:
         pack(packed.parent / "model", packed)
 
 
+def test_a_flipped_bit_is_found_by_whoever_takes_all_experts(copy: Path, tmp_path: Path) -> None:
+    """Where all of them are in memory, and where a folder is made of them."""
+    layer = json.loads((copy / MANIFEST).read_text())["layers"][0]
+    with open(copy / layer["file"], "r+b") as file:
+        file.seek(5 * layer["stride"] + 700)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 8]))
+    message = f"{layer['file']}: the checksum of expert 5 is [0-9a-f]{{8}}, and must be {layer['crc32'][5]:08x}"
+    with pytest.raises(CheckpointError, match=message):
+        load(copy)
+    with pytest.raises(CheckpointError, match=message):
+        convert(copy, tmp_path / "out", bits=None)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("moment", range(0, 40, 3))
 def test_a_failing_disk_leaves_no_output_and_the_next_run_succeeds(packed: Path, tmp_path: Path, moment: int) -> None:
     def fail(number: int, name: str) -> None:
