@@ -114,11 +114,21 @@ def test_the_best_of_some_sizes_is_remembered_and_planned_with(
     assert plan_for(sparse, Request(context=512)).verdict == "resident", "what fits as a whole is not streamed"
 
 
-def test_trials_generate_and_what_cannot_be_tuned_is_told(sparse: Path, asked: Request) -> None:
-    folder = str(sparse)
+def test_trials_generate_and_what_cannot_be_tuned_is_told(
+    sparse: Path, asked: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, turns, real = str(sparse), list[tuple[int, int]](), tuning.decode
+
+    def decode(model: Any, session: Any, prompt: list[int], sampling: Any, count: int) -> Any:
+        turns.append((len(prompt), count))
+        return real(model, session, prompt, sampling, count)
+
+    monkeypatch.setattr(tuning, "decode", decode)
     result = CliRunner().invoke(cli, ["tune", folder, "--memory", str(asked.memory), "-c", "512", "-n", "8", "--json"])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
+    (first, warm), (second, timed) = turns[:2]
+    assert len(turns) == 2 * len(found["trials"]) and (second - first, timed) == (warm, 8), "the first are not timed"
     assert found["best"]["rate"] == max(trial["rate"] for trial in found["trials"]) > 0
     assert remembered()[str(sparse.resolve())]["bank"] == found["best"]["bank"]
     with pytest.raises(InvalidInput, match="nothing to tune"):
