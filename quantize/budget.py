@@ -9,6 +9,7 @@ small, and values matter so much more than queries that a tenth of the divergenc
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from mlxarch.blocks import Attention, CausalLM, LatentAttention, Quantization
 from mlxarch.blocks.linear import SharedInput
@@ -37,7 +38,7 @@ class Target:
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) != 1:
             raise QuantizationError(f"a target is one of size, bits and kl; found {', '.join(given) or 'none'}")
-        if not vars(self)[given[0]] > 0:
+        if not 0 < vars(self)[given[0]] < inf:
             raise QuantizationError(f"a target of {given[0]} is a number above 0; found {vars(self)[given[0]]}")
 
 

@@ -22,11 +22,11 @@ def settings(bits: int, group_size: int | None = None, mode: str = "affine") -> 
     if mode not in MODES:
         raise QuantizationError(f"mode {mode!r} does not exist; allowed: {', '.join(MODES)}")
     bits_allowed, groups_allowed = MODES[mode]
-    if bits not in bits_allowed or isinstance(bits, bool):
+    if bits not in bits_allowed or type(bits) is not int:
         raise QuantizationError(f"{bits!r} bits: mode {mode} allows {_list(bits_allowed)} bits")
     if group_size is None:
         group_size = groups_allowed[0]
-    if group_size not in groups_allowed:
+    if group_size not in groups_allowed or type(group_size) is not int:
         raise QuantizationError(f"group size {group_size!r}: mode {mode} allows groups of {_list(groups_allowed)}")
     return Quantization(bits, group_size, mode)
 

@@ -1,7 +1,7 @@
 """Other settings for some matrices than for the rest: chosen for a target, or by a recipe."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -93,6 +93,11 @@ class Recipe:
             settings(bits, common.group_size)
         return cls(path.stem, common, tuple(matrices.items()), tuple(map(str, architectures)), tied)
 
+    def idle(self, paths: Iterable[str]) -> list[str]:
+        """The patterns that fit none of the matrices at ``paths``."""
+        names = [path.removesuffix(".weight") for path in paths]
+        return [pattern for pattern, _ in self.patterns if not any(fnmatchcase(name, pattern) for name in names)]
+
     def bits_of(self, path: str) -> int:
         """Of the matrix at ``path``."""
         name = path.removesuffix(".weight")
@@ -137,7 +142,10 @@ def by_recipe(conversion: Conversion, recipe: Recipe, group_size: int | None = N
     common = replace(recipe.common, group_size=group_size or recipe.common.group_size)
     matrices = conversion.resolved.published_matrices
     chosen = {path: replace(common, bits=recipe.bits_of(path)) for path in matrices}
-    return _with(replace(conversion, wanted=common), chosen, f"bits by the recipe {recipe.name}")
+    note = f"bits by the recipe {recipe.name}"
+    if not recipe.architectures and (idle := recipe.idle(matrices)):  # those that come along are for several
+        note += f"; no matrix is called {' or '.join(idle)}"
+    return _with(replace(conversion, wanted=common), chosen, note)
 
 
 def in_words(target: Target) -> str:

@@ -59,7 +59,9 @@ def test_a_divergence_is_reached_with_as_few_bytes_as_it_takes() -> None:
         choose(given, 10)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"size": 5, "bits": 4.0}, {"kl": 0.0}, {"bits": -1.0}, {"kl": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{}, {"size": 5, "bits": 4.0}, {"kl": 0.0}, {"bits": -1.0}, {"kl": float("nan")}, {"bits": float("inf")}]
+)
 def test_a_target_is_one_number_above_zero(wrong: dict) -> None:
     with pytest.raises(QuantizationError):
         Target(**wrong)

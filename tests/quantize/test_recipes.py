@@ -89,9 +89,11 @@ def test_config_json_names_what_differs_as_every_reader_of_mlx_models_looks_it_u
 
 def test_a_recipe_gives_bits_by_name(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
-    path.write_text('bits = 4\ngroup_size = 32\n[matrices]\n"*.v_proj" = 8\n"*embed_tokens" = 6\n')
+    path.write_text('bits = 4\ngroup_size = 32\n[matrices]\n"*.v_proj" = 8\n"*embed_tokens" = 6\n"*.value" = 8\n')
     conversion = prepare(parity.GOLDEN / "llama3", tmp_path / "out", bits=4, group_size=32)
     mixed = by_recipe(conversion, Recipe.read(str(path)))
+    assert mixed.plan.notes[0] == "bits by the recipe own; no matrix is called *.value"
+    assert by_recipe(conversion, Recipe.read("gemma")).plan.notes[0] == "bits by the recipe gemma"
     bits = {p: entry.quantization.bits for p, entry in mixed.plan.entries.items() if entry.quantization}
     assert {b for p, b in bits.items() if ".v_proj." in p} == {8}
     assert bits["model.embed_tokens.weight"] == 6 and bits["model.layers.0.self_attn.q_proj.weight"] == 4
@@ -105,7 +107,7 @@ def test_a_recipe_gives_bits_by_name(tmp_path: Path) -> None:
     "text",
     [
         *("bits = 4\nbit = 3", "matrices = 5\nbits = 4", "bits = 7", "[", 'bits=4\n[matrices]\nx = "8"'),
-        *("bits = 4\ntied = 1", 'bits = 4\narchitectures = "llama3"'),
+        *("bits = 4.0", "bits = 4\ngroup_size = 32.0", "bits = 4\ntied = 1", 'bits = 4\narchitectures = "llama3"'),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
