@@ -80,9 +80,9 @@ NASTY = {
 def test_nasty_texts_are_tokenized_within_seconds(name: str):
     tokenizer = Tokenizer.from_folder(FOLDERS / name)
     for kind, text in NASTY.items():
-        start = time.perf_counter()
+        start = time.process_time()
         ids = tokenizer.encode(text, add_special_tokens=False)
-        assert ids and time.perf_counter() - start < 5, kind
+        assert ids and time.process_time() - start < 5, kind
         if name == "llama3":  # the others change texts: to NFC, or "▁" to a blank
             assert tokenizer.decode(ids, skip_special_tokens=False) == text, kind
 

@@ -12,6 +12,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from house import THOROUGH
 
 from mlxarch.errors import CheckpointError, MlxArchError
 from mlxarch.quantize import gguf_header
@@ -19,6 +20,7 @@ from mlxarch.quantize.gguf import open_gguf
 from mlxarch.quantize.gguf_config import huggingface_name
 from mlxarch.quantize.gguf_reader import GGUFFile
 
+MUTANTS = 5000 if THOROUGH else 2000
 U8, I8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 1, 4, 6, 7, 8, 9, 10
 
 
@@ -177,13 +179,13 @@ def test_a_vocabulary_of_the_largest_size_is_read_within_bounds(tmp_path: Path):
     path = tmp_path / "large.gguf"
     path.write_bytes(build((tokens, scores)))
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with GGUFFile.open(path) as file:
         assert len(file.keys["tokens"]) == len(file.keys["scores"]) == count
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50 << 20, peak  # the package alone takes 160 MB
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     over = array(U8, gguf_header.MAX_ELEMENTS - 2 * count + 1, bytes(gguf_header.MAX_ELEMENTS))
     path.write_bytes(build((tokens, scores, pair(b"more", ARRAY, over))))
     with pytest.raises(CheckpointError, match="for all arrays together"):
@@ -284,7 +286,7 @@ def read_all(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def test_three_thousand_mutants_are_refused_or_read_as_the_package_reads_them(tmp_path: Path):
+def test_thousands_of_mutants_are_refused_or_read_as_the_package_reads_them(tmp_path: Path):
     path, chance = tmp_path / "m.gguf", random.Random(2608)
     original = seed(path)
     header = gguf.GGUFReader(path).data_offset
@@ -292,9 +294,9 @@ def test_three_thousand_mutants_are_refused_or_read_as_the_package_reads_them(tm
     accepted = whole = 0
     slowest = 0.0
     tracemalloc.start()
-    for _ in range(3000):
+    for _ in range(MUTANTS):
         path.write_bytes(mutant(original, chance, header))
-        start = time.perf_counter()
+        start = time.process_time()
         file = outcome(lambda: GGUFFile.open(path))
         if isinstance(file, GGUFFile):
             accepted += 1
@@ -303,9 +305,12 @@ def test_three_thousand_mutants_are_refused_or_read_as_the_package_reads_them(tm
             whole += isinstance(outcome(lambda: read_all(path)), dict)
         else:
             assert file is CheckpointError
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert 300 < accepted < 2700 and 30 < whole < accepted, (accepted, whole)  # both sides were exercised
+    assert MUTANTS // 10 < accepted < MUTANTS * 9 // 10 and MUTANTS // 100 < whole < accepted, (
+        accepted,
+        whole,
+    )  # both sides were exercised
     assert slowest < 5, slowest
     assert peak < 1 << 20, peak

@@ -202,15 +202,15 @@ def main():
     for name, (change, text) in cases:
         document = copy.deepcopy(seed)
         change(document)
-        start = time.perf_counter()
-        print(json.dumps([name, outcome(document, text), time.perf_counter() - start]), flush=True)
+        start = time.process_time()
+        print(json.dumps([name, outcome(document, text), time.process_time() - start]), flush=True)
     rng = random.Random(0)
     accepted = 0
     for index in range(mutants):
         document = mutant(seed, rng)
-        start = time.perf_counter()
+        start = time.process_time()
         result = outcome(document, "The quick  brown\n føx 今天 <s>x</s> 🙂" * 3)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         accepted += result == "ok"
         if result.startswith("ESCAPED") or seconds > 5:
             print(json.dumps([f"mutant {index}", result, seconds]), flush=True)
