@@ -61,9 +61,9 @@ def too_little(whole: Plan) -> int:
     return whole.total - whole.activations - whole.weights["experts"] // 4
 
 
-def check(found: dict[str, int], above: float = 1.08) -> None:
+def check(found: dict[str, int], below: float = 0.95) -> None:
     # smaller models than the benchmark's: what MLX prepares ahead is seldom at its most, and what it keeps weighs more
-    assert 0.95 * found["measured_mlx"] <= found["mlx"] <= above * found["measured_mlx"]
+    assert below * found["measured_mlx"] <= found["mlx"] <= 1.08 * found["measured_mlx"]
     assert 0.92 * found["measured_process"] <= found["process"] <= 1.12 * found["measured_process"]
 
 
@@ -82,7 +82,7 @@ def test_streamed_experts_keep_within_the_memory_they_may_use(sparse: Path) -> N
     whole = plan_for(sparse, Request(context=1024))
     allowed = too_little(whole)
     found = measured(sparse, 1024, {"memory": str(allowed)})
-    check(found, above=1.15)  # planned for a prompt as long as the context, of which each token holds a state
+    check(found, below=0.92)  # what a few more arrays of a chunk take weighs more than in larger models
     assert plan_for(sparse, Request(context=1024, memory=allowed)).verdict == "streamed"
     assert found["measured_process"] <= allowed < whole.total
 
