@@ -1,6 +1,7 @@
 """Models of which some experts are in memory, and a fingerprint of all that a model computes."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,8 +18,14 @@ from mlxarch.weights import open_source, resolve
 
 def slots(folder: Path, count: int) -> tuple[int, ...]:
     """``count`` in every layer that has experts."""
+    return tuple(count if sparse else 0 for sparse in sparse_layers(folder))
+
+
+@cache
+def sparse_layers(folder: Path) -> list[bool]:
+    """Which layers have experts; no test writes another model in the place of one."""
     resolved = resolve(open_source(folder))
-    return tuple(count if layer in experts_of(resolved) else 0 for layer in range(len(resolved.model.layers)))
+    return [layer in experts_of(resolved) for layer in range(len(resolved.model.layers))]
 
 
 def load(folder: Path, count: int | None = None) -> CausalLM:

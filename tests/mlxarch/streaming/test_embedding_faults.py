@@ -25,11 +25,16 @@ from tiny_gemma3n import MODES, ROWS, SSD, TABLE, generated, load, make_gemma3n,
 TOKENS = 6
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    original = make_gemma3n(tmp_path_factory.mktemp("ple") / "original")
+    return convert(original, original.with_name("model"), **MODES["affine-4"]).output
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_gemma3n(tmp_path / "original")
-    convert(tmp_path / "original", tmp_path / "model", **MODES["affine-4"])
-    return tmp_path / "model"
+def folder(packed: Path, tmp_path: Path) -> Path:
+    """One to spoil."""
+    return Path(shutil.copytree(packed, tmp_path / "model"))
 
 
 class Disk:

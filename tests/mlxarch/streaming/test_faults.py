@@ -25,7 +25,6 @@ from mlxarch.loading import load_model
 from mlxarch.quantize.pack import pack
 from mlxarch.sampling import Sampling
 from mlxarch.streaming.experts import StreamedExperts
-from streamed import slots
 from tiny_moe import make_moe
 
 TRIALS = 50
@@ -132,7 +131,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, verify: Literal["first", "always", "never"] = "always") -> CausalLM:
-    return load_model(folder, execution=Execution(slots=slots(folder, 4), verify=verify))[0]
+    return load_model(folder, execution=Execution(slots=(4, 0, 4), verify=verify))[0]
 
 
 def ask(model: CausalLM, session: Session | None = None) -> list[int]:
