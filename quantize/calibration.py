@@ -30,7 +30,7 @@ class Calibration:
 
     @classmethod
     def random(cls, resolved: Resolved) -> "Calibration":
-        """No text at all; every token is as likely."""
+        """No text at all; see ``random_tokens``."""
         model = resolved.model
         return cls._of(random_tokens(model.vocab_size, model.context_length), "random tokens", False)
 

@@ -158,9 +158,9 @@ class Conversion:
         unsynced, new = 0, dict[str, Fact]()
         progress(label, finished, total)
         batches = self.calibration.batches if self.calibration and todo else ()
-        for path, pack, unreached in in_turn(self.resolved, self.chosen, batches, todo, progress):
+        for path, pack, unreached, together in in_turn(self.resolved, self.chosen, batches, todo, progress):
             entry, tensor, loss = entries[path], parameters[path], Loss()
-            for start, stop in chunks(tensor, self.limits.chunk):
+            for start, stop in chunks(tensor, self.limits.chunk, together):
                 for part, values in converted(entry, tensor, start, stop, loss, pack).items():
                     writer.put(path, entry.parts[part], start, values)
                 progress(label, finished + entry.source_bytes * stop // max(tensor.row_count, 1), total)

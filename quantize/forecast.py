@@ -96,7 +96,9 @@ def rounder(
     """
     batches = calibration.batches if calibration and method == "search" else ()
     known = "search" if batches else "round"
-    packs = {name: pack for name, pack, _ in in_turn(resolved, known, batches, resolved.published_matrices, progress)}
+    matrices = resolved.published_matrices
+    turns = in_turn(resolved, known, batches, matrices, progress, coupled=False)
+    packs = {turn.name: turn.pack for turn in turns}
 
     def rounded(path: str, index: int, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:
         tensor, pieces = resolved.parameters[path], []

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize.rounding import affine, grid_of
-from mlxarch.quantize.search import Grid, search
+from mlxarch.quantize.search import Grid, search, values_of
 
 DAMPING = 0.1  # of the mean of H's diagonal, added to it
 SHRINKAGE = 2  # tokens for each channel that leave half of what was seen of pairs of channels; more tokens leave more
@@ -25,7 +25,7 @@ class Feedback:
         if not np.isfinite(self.moments).all():  # the weight that made them so is refused when it is written
             self.moments = np.zeros_like(self.moments)
         self.importance = mx.array(np.ascontiguousarray(self.moments.diagonal()))
-        self.steps = _steps(_shrunk(self.moments, tokens / (tokens + SHRINKAGE * channels)))
+        self.steps = _steps(shrunk(self.moments, tokens))
 
     def pack(
         self, rows: mx.array, to: Quantization, dtype: mx.Dtype
@@ -36,17 +36,19 @@ class Feedback:
             The parts; the expected squared errors (R,) of the rows, and what they are rounded.
         """
         exact = np.array(rows.astype(mx.float32))
-        plain = _values(mx.array(exact), to, dtype)
-        grid, fed_back = self._fed_back(exact, to, dtype)
-        error, rounded = self._error(fed_back - exact), self._error(plain[2] - exact)
+        plain = rounded_values(exact, to, dtype)
+        found = self.choose(exact, to, dtype)
+        error, rounded = (
+            np.einsum("ri,ri->r", self.weigh(values - exact), values - exact) for _, values in (found, plain)
+        )
         better = (mx.array(error) < mx.array(rounded))[:, None, None]
-        grid = Grid(*(mx.where(better, a, b) for a, b in zip(grid, plain[:2], strict=True)))
-        values = mx.where(better[..., 0], mx.array(fed_back), mx.array(plain[2]))
+        grid = Grid(*(mx.where(better, a, b) for a, b in zip(found[0], plain[0], strict=True)))
+        values = mx.where(better[..., 0], mx.array(found[1]), mx.array(plain[1]))
         parts = affine(mx.unflatten(values, -1, (-1, to.group_size)), grid, to.bits, dtype)
         return parts, np.minimum(error, rounded), rounded
 
-    def _fed_back(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
-        """Grids, and the values (R, in) that come of them."""
+    def choose(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
+        """Grids for rows (R, in), and the values that come of them."""
         left, values = np.ascontiguousarray(exact.T), np.empty(exact.shape[::-1], np.float32)  # column by column
         grids, size = [], to.group_size
         for start in range(0, len(left), size):
@@ -65,34 +67,40 @@ class Feedback:
         return Grid(*(mx.concatenate([grid[part] for grid in grids], axis=1) for part in range(2))), values.T
 
     def _error(self, change: np.ndarray) -> np.ndarray:
-        return np.einsum("ri,ri->r", change @ self.moments, change)
+        return np.einsum("ri,ri->r", self.weigh(change), change)
+
+    def weigh(self, change: np.ndarray) -> np.ndarray:
+        """(R, in) times H: its product with the change is the expected squared error."""
+        return change @ self.moments
 
 
-def _shrunk(moments: np.ndarray, share: float) -> np.ndarray:
+def shrunk(moments: np.ndarray, tokens: int) -> np.ndarray:
     """Less of what is off the diagonal: few tokens tell more of each channel than of pairs of them."""
-    own = moments * np.float32(share)
+    own = moments * np.float32(tokens / (tokens + SHRINKAGE * len(moments)))
     np.fill_diagonal(own, moments.diagonal())
     return own
 
 
 def _steps(moments: np.ndarray) -> np.ndarray:
     """U, upper triangular with Uᵀ U = H⁻¹: row j tells how the columns behind j make up for its error."""
-    own = moments.astype(np.float64) if len(moments) <= 4096 else moments.copy()
+    exact = moments.astype(np.float64) if len(moments) <= 4096 else moments
+    return np.triu(np.linalg.inv(factor_of(exact))).astype(np.float32)
+
+
+def factor_of(moments: np.ndarray) -> np.ndarray:
+    """R, upper triangular with R Rᵀ = H, which is damped; in the precision of H."""
+    own = moments.copy()
     damping = DAMPING * float(own.diagonal().mean()) or 1.0
     while True:
         np.fill_diagonal(own, moments.diagonal() + damping)
-        try:
-            # H = R Rᵀ with R upper triangular, from the Cholesky factor of H with rows and columns reversed; U = R⁻¹
-            upper = np.linalg.cholesky(own[::-1, ::-1])[::-1, ::-1]
+        try:  # from the Cholesky factor of H with rows and columns reversed
+            return np.linalg.cholesky(own[::-1, ::-1])[::-1, ::-1]
         except np.linalg.LinAlgError:
             damping *= 10
-            continue
-        return np.triu(np.linalg.inv(upper)).astype(np.float32)
 
 
-def _values(rows: mx.array, to: Quantization, dtype: mx.Dtype) -> tuple[mx.array, mx.array, np.ndarray]:
-    """The grid of rounding, as ``dtype`` has it, and the rows rounded to it."""
-    groups = mx.unflatten(rows, -1, (-1, to.group_size))
-    scales, biases = (part.astype(dtype).astype(mx.float32) for part in grid_of(groups, to.bits))
-    codes = mx.clip(mx.round((groups - biases) / mx.where(scales == 0, 1, scales)), 0, 2**to.bits - 1)
-    return scales, biases, np.asarray((codes * scales + biases).flatten(1))
+def rounded_values(exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
+    """The grid of rounding, as ``dtype`` has it, and the rows (R, in) rounded to it."""
+    groups = mx.unflatten(mx.array(exact), -1, (-1, to.group_size))
+    grid = Grid(*(part.astype(dtype).astype(mx.float32) for part in grid_of(groups, to.bits)))
+    return grid, values_of(groups, grid, to.bits)

@@ -14,11 +14,16 @@ from mlxarch.quantize.rounding import all_finite, quantize
 from mlxarch.tensors import DTYPES, FLOATS, Packed, Tensor
 
 
-def chunks(tensor: Tensor, limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most ``limit`` bytes in float32, and of one row at least."""
-    step = max(limit // (4 * max(prod(tensor.shape[-1:]), 1)), 1)
-    for start in range(0, tensor.row_count, step):
-        yield start, min(start + step, tensor.row_count)
+def chunks(tensor: Tensor, limit: int, together: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most ``limit`` bytes in float32, and of one row at least.
+
+    Rows that belong ``together``, so many of each matrix (..., rows, columns) at a time, stay so.
+    """
+    high = tensor.row_count if together == 1 else tensor.shape[-2]
+    step = max(limit // (4 * max(prod(tensor.shape[-1:]), 1)) // together, 1) * together
+    for first in range(0, tensor.row_count, max(high, 1)):
+        for start in range(first, first + high, step):
+            yield start, min(start + step, first + high)
 
 
 @dataclass

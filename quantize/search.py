@@ -10,6 +10,7 @@ grid of rounding where that is better.
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize.rounding import affine, grid_of
@@ -94,6 +95,11 @@ def codes_of(groups: mx.array, grid: Grid, bits: int) -> mx.array:
     """The nearest codes, as floats."""
     step = mx.where(grid.scales == 0, 1, grid.scales)  # a small type may have flushed it to zero
     return mx.clip(mx.round((groups - grid.biases) / step), 0, 2**bits - 1)
+
+
+def values_of(groups: mx.array, grid: Grid, bits: int) -> np.ndarray:
+    """The nearest values that a grid has, (R, columns)."""
+    return np.asarray((codes_of(groups, grid, bits) * grid.scales + grid.biases).flatten(1))
 
 
 def error_of(groups: mx.array, weights: mx.array, grid: Grid, bits: int) -> mx.array:

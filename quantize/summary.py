@@ -1,6 +1,6 @@
 """What a conversion tells of itself: figures, and the facts that it learns of each parameter on the way."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Fact:
     unreached: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, loss: Loss, unreached: list[int]) -> "Fact":
+    def of(cls, loss: Loss, unreached: Sequence[int]) -> "Fact":
         """Of a parameter all rows of which were added to ``loss``."""
         return cls(loss.relative, loss.against_rounding, tuple(unreached))
 

@@ -12,9 +12,10 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.blocks import Embedding
+from mlxarch.blocks import Embedding, Quantization
 from mlxarch.blocks.linear import Matrix
 from mlxarch.progress import Progress, silent
+from mlxarch.quantize.pulls import Pulls
 from mlxarch.quantize.sensitivity import Pass, _Use
 from mlxarch.weights import Resolved
 
@@ -24,7 +25,11 @@ BATCH = 256  # of them at once: a layer's activations are held several times on 
 
 
 def uses(
-    resolved: Resolved, batches: Sequence[mx.array], seed: int = 0, progress: Progress = silent
+    resolved: Resolved,
+    batches: Sequence[mx.array],
+    seed: int = 0,
+    progress: Progress = silent,
+    kept: Pulls | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """Path of each table -> for each of its uses, rows (N, in), whose second moments are to be added up.
 
@@ -32,6 +37,7 @@ def uses(
         batches: token ids (B, L) of one L, from all over which a few windows are taken.
         seed: of the labels that are drawn.
         progress: told the layers done, forwards and back.
+        kept: is given the pulls at the outputs of the other matrices.
     """
     windows = mx.concatenate(list(batches))
     length = windows.shape[1]
@@ -40,7 +46,9 @@ def uses(
     found: dict[str, list[list[np.ndarray]]] = {}
     for number, part in enumerate(part for part in parts if len(part)):
         told = partial(_told, progress, number, len(parts))
-        own = _Uses(resolved, windows[mx.array(part)], (), lambda path, index, rows, x, to: rows, seed + number, told)
+        own = _Uses(
+            kept, resolved, windows[mx.array(part)], (), lambda path, index, rows, x, to: rows, seed + number, told
+        )
         with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
             own.run()
         for path, rows in own.rows.items():
@@ -50,19 +58,26 @@ def uses(
     return {path: [np.concatenate(use) for use in rows] for path, rows in found.items()}
 
 
+def _as_they_are(path: str, index: int, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:
+    return rows
+
+
 def _told(progress: Progress, number: int, count: int, label: str, done: int, total: int) -> None:
     progress(label, number * total + done, count * total)
 
 
 class _Uses(Pass):
-    """A pass that listens to tables only."""
+    """A pass that listens to tables, and to other matrices if what pulls at these is kept."""
 
-    def __init__(self, *args) -> None:
+    def __init__(self, kept: Pulls | None, *args) -> None:
         self.rows: dict[str, list[np.ndarray]] = {}
+        self._kept, self._tables = kept, set[str]()
         super().__init__(*args)
 
     def _listen(self, path: str, matrix: Matrix) -> None:
         if isinstance(matrix, Embedding):
+            self._tables.add(path)
+        if self._kept is not None or isinstance(matrix, Embedding):
             super()._listen(path, matrix)
 
     def _head(self, state: mx.array) -> mx.array:
@@ -78,6 +93,10 @@ class _Uses(Pass):
         return mx.concatenate(pulls, axis=1).reshape(state.shape)
 
     def _add(self, path: str, use: _Use) -> None:
+        if path not in self._tables:
+            if self._kept is not None and use.pulls and use.rows is None:
+                self._kept.add(path, use.pulls)
+            return
         [inputs] = use.inputs
         share = use.squares.sum() / len(inputs)  # of a lookup 1; of the head 1 less the chance that labels agree
         self.rows.setdefault(path, []).append(inputs * np.float32(np.sqrt(share)))

@@ -329,7 +329,7 @@ def test_progress_counts_source_bytes_up_to_all_of_them(source: Path, tmp_path: 
     assert done == sorted(done) and done[0] == 0 and done[-1] == summary.source_bytes
     labels = {(label, total) for label, _, total in seen if label != "measuring"}  # of tables, by layers
     assert labels == {("quantizing", summary.source_bytes), ("gathering statistics", summary.source_bytes)}
-    assert len(seen) > 100
+    assert len(seen) > 50
 
 
 def test_mlx_may_keep_as_much_freed_memory_afterwards_as_before(source: Path, tmp_path: Path) -> None:

@@ -216,3 +216,10 @@ def test_models_of_every_build_can_be_searched(name: str, method: str, tmp_path:
     summary = convert(GOLDEN / name, tmp_path / "out", bits=4, group_size=32, method=method)  # type: ignore[arg-type]
     assert summary.quantized > 2
     load_model(tmp_path / "out")
+
+
+def test_the_first_tokens_of_a_vocabulary_come_more_often_and_all_may_come() -> None:
+    tokens = np.concatenate([np.array(batch).ravel() for batch in random_tokens(1 << 16, 512, 1 << 14)])
+    edges = np.array([0, 1 << 8, 1 << 12, 1 << 15, 1 << 16])
+    chances = np.histogram(tokens, bins=edges)[0] / np.diff(edges)
+    assert (chances[:-1] > 2 * chances[1:]).all() and chances[-1] > 0

@@ -1,0 +1,122 @@
+"""How rows of a matrix are packed, by what reaches it and by how its outputs are pulled at."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlxarch.blocks import Quantization
+from mlxarch.quantize.gptq import Feedback, rounded_values
+from mlxarch.quantize.importance import Inputs
+from mlxarch.quantize.pulls import RowFeedback
+from mlxarch.quantize.rounding import affine
+from mlxarch.quantize.rows import Loss
+from mlxarch.quantize.search import Grid, search, values_of
+
+SPAN, SPAN_BYTES = 1536, 8 << 20  # rows that may make up for each other's errors, and what they take in float32
+
+
+class Method(Protocol):
+    """Chooses grids and values of rows by what reaches them."""
+
+    def choose(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
+        """Grids for rows (R, in), and the values that come of them."""
+        ...
+
+    def weigh(self, change: np.ndarray) -> np.ndarray:
+        """(R, in) times the second moments of the inputs, as far as the method looks at them."""
+        ...
+
+
+class Search:
+    """Grids by the importance (in,) of the channels."""
+
+    def __init__(self, importance: np.ndarray) -> None:
+        self.importance = importance.astype(np.float32)
+
+    def choose(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
+        """See Method."""
+        rows = mx.array(exact)
+        grid = search(rows, to, dtype, mx.array(self.importance)).grid
+        return grid, values_of(mx.unflatten(rows, -1, (-1, to.group_size)), grid, to.bits)
+
+    def weigh(self, change: np.ndarray) -> np.ndarray:
+        """See Method."""
+        return change * self.importance
+
+
+class Packer:
+    """Packs the rows of a matrix, or of one of ``high`` rows for each expert, in their order.
+
+    Args:
+        inputs: what reaches them. Where the rows are kept, errors are fed back from column to column.
+        pulls: (expert, start, stop) -> what pulls at these outputs, (T, stop - start); T is 0 where it is not known.
+
+    Attributes:
+        span: rows of a matrix, from its first on, that make up for each other's errors.
+    """
+
+    def __init__(self, inputs: Inputs, high: int, pulls: Callable[[int, int, int], np.ndarray]) -> None:
+        self._inputs, self._high, self._pulls = inputs, high, pulls
+        self._importance = inputs.importance()
+        self.span = max(min(SPAN, SPAN_BYTES // (4 * self._importance.shape[1])), 1)
+        self._held: tuple[int, Method] | None = None  # of one expert at a time
+
+    def pack(self, rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
+        """See ``rows.Pack``."""
+        pieces = []
+        for expert, first, last in self._spans(start, start + len(rows)):
+            part = rows[first - start : last - start]
+            pulls = self._pulls(expert, first % self._high, first % self._high + len(part))
+            method = self._method(expert)
+            if len(pulls):
+                pieces.append(_coupled(part, to, dtype, loss, method, RowFeedback(pulls)))
+            elif isinstance(method, Feedback):
+                parts, error, rounded = method.pack(part, to, dtype)
+                loss.add_weighted(error, rounded)
+                pieces.append(parts)
+            else:
+                found = search(part, to, dtype, mx.array(self._importance[expert]))
+                loss.add_weighted(np.asarray(found.error), np.asarray(found.rounded))
+                groups = mx.unflatten(part.astype(mx.float32), -1, (-1, to.group_size))
+                pieces.append(affine(groups, found.grid, to.bits, dtype))
+        return {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The expert, the first row and the last but one of rows of one matrix, among all."""
+        while start < stop:
+            expert = start // self._high if len(self._importance) > 1 else 0
+            end = (expert + 1) * self._high if len(self._importance) > 1 else stop
+            last = min(start + self.span, end, stop)
+            yield expert, start, last
+            start = last
+
+    def _method(self, expert: int) -> Method:
+        if self._held is None or self._held[0] != expert:
+            rows = self._inputs.rows[expert] if self._inputs.rows and self._inputs.counts[expert] else None
+            self._held = expert, Feedback(np.concatenate(rows)) if rows else Search(self._importance[expert])
+        return self._held[1]
+
+
+def _coupled(
+    rows: mx.array, to: Quantization, dtype: mx.Dtype, loss: Loss, method: Method, feedback: RowFeedback
+) -> dict[str, mx.array]:
+    """Rows that make up for each other's errors, or if rounding is better than that, rows that do not, or rounded."""
+    exact = np.array(rows.astype(mx.float32))
+
+    def cost(values: np.ndarray) -> np.ndarray:
+        change = values - exact
+        return np.einsum("ri,ri->", feedback.moments @ change, method.weigh(change)).reshape(1)
+
+    def choose(block: np.ndarray) -> tuple[Grid, np.ndarray]:
+        return method.choose(block, to, dtype)
+
+    plain = rounded_values(exact, to, dtype)
+    rounded = cost(plain[1])
+    for chosen in (lambda: feedback.choose(exact, choose), lambda: choose(exact), lambda: plain):
+        grid, values = chosen()
+        if (error := cost(values)) < rounded:
+            break
+    loss.add_weighted(np.minimum(error, rounded), rounded)
+    return affine(mx.unflatten(mx.array(values), -1, (-1, to.group_size)), grid, to.bits, dtype)
