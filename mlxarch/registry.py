@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxarch.blocks import CausalLM, DecoderConfig
 from mlxarch.blocks.renames import Ignore, Rename, Rule
-from mlxarch.errors import UnsupportedArchitecture
+from mlxarch.errors import ConfigError, UnsupportedArchitecture
 
 MODELS = {
     "deepseek_v2": "deepseek_v2",
@@ -76,8 +76,18 @@ class Architecture:
         return self.prefix + path
 
     def build(self) -> CausalLM:
-        """The model with its shapes and no weights: every array is still unevaluated, so this costs no memory."""
-        return self._build(self.config)
+        """The model with its shapes and no weights: every array is still unevaluated, so this costs no memory.
+
+        Raises:
+            ConfigError: there is no such model, of numbers that are each in their range.
+        """
+        try:
+            return self._build(self.config)
+        except (OverflowError, ValueError) as error:
+            raise ConfigError(
+                f"config.json of a {self.config.model_type!r} model: its numbers make no model ({error}); take the "
+                "original model's"
+            ) from error
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:

@@ -20,6 +20,7 @@ from mlxarch.blocks import (
     Cache,
     CausalLM,
     GatedMLP,
+    Layers,
     Positive,
     RoPE,
     Size,
@@ -37,7 +38,7 @@ class Config(TwoBasesConfig):
     vocab_size: Size = 262_208
     hidden_size: Size = 2304
     intermediate_size: Size = 9216
-    num_hidden_layers: Size = 26
+    num_hidden_layers: Layers = 26
     num_attention_heads: Size = 8
     num_key_value_heads: Size | None = 4
     head_dim: Size | None = 256

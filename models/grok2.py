@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from msgspec import Meta
 
-from mlxarch.blocks import Cache, CausalLM, DecoderConfig, GatedMLP, Held, Mask, Positive, RMSNorm, RoPE, Step
+from mlxarch.blocks import Cache, CausalLM, DecoderConfig, GatedMLP, Held, Mask, Positive, RMSNorm, RoPE, Size, Step
 from mlxarch.blocks.attention import Attention
 from mlxarch.blocks.feedforward import one_kernel
 from mlxarch.blocks.moe import Experts, MoE
@@ -33,9 +33,9 @@ class Config(DecoderConfig):
     """``intermediate_size`` is the dense branch's. RoPE of type "original" is plain, whatever scaling stands by it."""
 
     hidden_act: Literal["gelu"] = "gelu"
-    moe_intermediate_size: int
-    num_local_experts: int
-    num_experts_per_tok: int
+    moe_intermediate_size: Size
+    num_local_experts: Size
+    num_experts_per_tok: Size
     residual_moe: Literal[True]
     attn_logit_softcapping: Positive
     router_logit_softcapping: Positive

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlxarch.blocks import (
     Attention,
     Cache,
+    Count,
     DecoderConfig,
     Experts,
     GatedMLP,
@@ -25,6 +26,7 @@ from mlxarch.blocks import (
     MoE,
     RMSNorm,
     RoPE,
+    Size,
     SoftmaxTopK,
     Step,
     causal_lm,
@@ -38,14 +40,14 @@ class Config(DecoderConfig):
     """transformers 5 writes ``num_local_experts`` for ``num_experts``. The sliding window is off in published files."""
 
     hidden_act: Literal["silu"] = "silu"
-    moe_intermediate_size: int
-    num_experts: int = 0
-    num_local_experts: int = 0
-    num_experts_per_tok: int
+    moe_intermediate_size: Size
+    num_experts: Count = 0
+    num_local_experts: Count = 0
+    num_experts_per_tok: Size
     norm_topk_prob: bool = False
-    decoder_sparse_step: int = 1
+    decoder_sparse_step: Size = 1
     mlp_only_layers: tuple[int, ...] = ()
-    shared_expert_intermediate_size: int | None = None
+    shared_expert_intermediate_size: Count | None = None
     attention_bias: bool = False
     qkv_bias: bool = True
     use_sliding_window: Literal[False] = False

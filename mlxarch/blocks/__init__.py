@@ -7,7 +7,7 @@ Shapes are written with these letters throughout:
 """
 
 from mlxarch.blocks.attention import Attention
-from mlxarch.blocks.config import DecoderConfig, Positive, Size
+from mlxarch.blocks.config import Count, DecoderConfig, Layers, Positive, Size
 from mlxarch.blocks.decoder import CausalLM, causal_lm
 from mlxarch.blocks.feedforward import GatedMLP, geglu, gelu, swiglu
 from mlxarch.blocks.latent_attention import LatentAttention
@@ -36,6 +36,7 @@ __all__ = [
     "Cache",
     "CausalLM",
     "Chunked",
+    "Count",
     "DecoderConfig",
     "Embedding",
     "Full",
@@ -48,6 +49,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LayerTypesConfig",
+    "Layers",
     "Linear",
     "Mask",
     "NoRoPE",

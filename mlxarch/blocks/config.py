@@ -10,6 +10,8 @@ from mlxarch.blocks.rope import Rotation
 from mlxarch.errors import ConfigError
 
 Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 MAX_HEAD_SIZE = 4096  # tables of RoPE grow with it, before any tensor shows that a config is wrong
 
@@ -54,7 +56,7 @@ class DecoderConfig:
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
@@ -108,10 +110,11 @@ class DecoderConfig:
         if missing:
             raise ConfigError(f"config.json of a {kind!r} model lacks {', '.join(missing)}")
         known = {f.name for f in fields(cls)}
-        kinds = set(config.get("layer_types") or ["full_attention"]) - {"full_attention"}
+        listed = config.get("layer_types") or []
+        kinds = set(map(str, listed if isinstance(listed, list) else [listed])) - {"full_attention"}
         if kinds and "layer_types" not in known:
             raise ConfigError(
-                f"config.json: layer_types holds {', '.join(map(repr, sorted(map(str, kinds))))}; mlxarch's {kind!r} "
+                f"config.json: layer_types holds {', '.join(map(repr, sorted(kinds)))}; mlxarch's {kind!r} "
                 "knows 'full_attention' only"
             )
         rope = config.get("rope_parameters")  # transformers 5 moved a key into it
@@ -149,4 +152,10 @@ class DecoderConfig:
             raise ConfigError(
                 f"config.json: hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
                 f"{self.num_attention_heads}, and there is no head_dim"
+            )
+        chosen = getattr(self, "num_experts_per_tok", 0)
+        experts = max(getattr(self, key, 0) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+        if chosen > experts:
+            raise ConfigError(
+                f"config.json: num_experts_per_tok is {chosen}, and there are {experts} experts to choose of"
             )

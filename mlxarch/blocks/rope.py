@@ -27,7 +27,7 @@ class Rotation:
     @property
     def kind(self) -> str:
         """``rope_type``, or the older ``type``; "default" where there is neither."""
-        return self.scaling.get("rope_type", self.scaling.get("type")) or "default"
+        return str(self.scaling.get("rope_type", self.scaling.get("type")) or "default")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number of the scaling.
@@ -72,7 +72,17 @@ class RoPE(nn.Module):
         self.dims, self.interleaved, self.rotation = dims, interleaved, rotation
         # float64 here: the frequencies of late positions are sensitive to the base's rounding
         plain = rotation.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
-        frequencies, self.factor = _SCALINGS[rotation.kind](plain, rotation, dims)
+        try:
+            with np.errstate(all="ignore"):
+                frequencies, self.factor = _SCALINGS[rotation.kind](plain, rotation, dims)
+            sound = bool((np.isfinite(frequencies) & (frequencies > 0)).all())
+        except (ArithmeticError, ValueError):
+            sound = False
+        if not sound:
+            raise ConfigError(
+                f"config.json: RoPE of type {rotation.kind!r} has no frequencies with {dict(rotation.scaling)}; "
+                "take the numbers of the original model's"
+            )
         # mx.fast.rope divides positions by what it calls freqs. The underscore keeps it out of the parameters
         self._freqs = mx.array((1 / frequencies).astype(np.float32))
 

@@ -93,6 +93,17 @@ def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
         ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
         ({"n_routed_experts": 4}, "n_routed_experts"),
+        ({"num_experts": -1}, "num_experts"),
+        ({"num_experts": 10**12}, "num_experts"),
+        ({"num_experts": 1}, "num_experts_per_tok is 3, and there are 1 experts"),
+        ({"layer_types": 7}, "layer_types"),
+        ({"num_attention_heads": 2**31 - 1, "num_key_value_heads": 1}, "its numbers make no model"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": -1}},
+            "no frequencies",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "no frequencies"),
     ],
 )
 def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
