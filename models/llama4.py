@@ -63,8 +63,6 @@ class Config(DecoderConfig):
                 f"config.json: no_rope_layers must have a 0 or 1 for each of {self.num_hidden_layers} layers, and "
                 "layer_types, where there are any, 'chunked_attention' for every 1 and 'full_attention' for every 0"
             )
-        if self.num_experts_per_tok > self.num_local_experts:
-            raise ConfigError(f"config.json: num_experts_per_tok is more than {self.num_local_experts} experts")
 
 
 class ChunkedAttention(Attention):

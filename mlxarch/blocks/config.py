@@ -156,6 +156,4 @@ class DecoderConfig:
         chosen = getattr(self, "num_experts_per_tok", 0)
         experts = max(getattr(self, key, 0) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
         if chosen > experts:
-            raise ConfigError(
-                f"config.json: num_experts_per_tok is {chosen}, and there are {experts} experts to choose of"
-            )
+            raise ConfigError(f"config.json: num_experts_per_tok is {chosen}, and there are {experts} experts")
