@@ -1,5 +1,6 @@
 """Rotary position embeddings (arXiv:2104.09864): how a position turns a query or a key."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,8 +63,8 @@ class RoPE(nn.Module):
 
     def __init__(self, dims: int, rotation: Rotation, *, interleaved: bool = False) -> None:
         super().__init__()
-        if dims < 2 or dims % 2:
-            raise ConfigError(f"config.json: RoPE turns pairs of features, so an even number of them; found {dims}")
+        if dims < 2 or dims % 2 or dims > 2**20:
+            raise ConfigError(f"config.json: RoPE turns pairs of features, an even number up to 2^20; found {dims}")
         if rotation.kind not in _SCALINGS:
             raise ConfigError(
                 f"config.json: rope_type {rotation.kind!r} is unknown; known: {', '.join(sorted(_SCALINGS))}. "
@@ -72,13 +73,10 @@ class RoPE(nn.Module):
         self.dims, self.interleaved, self.rotation = dims, interleaved, rotation
         # float64 here: the frequencies of late positions are sensitive to the base's rounding
         plain = rotation.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
-        try:
-            with np.errstate(all="ignore"):
-                frequencies, self.factor = _SCALINGS[rotation.kind](plain, rotation, dims)
-            sound = bool((np.isfinite(frequencies) & (frequencies > 0)).all())
-        except (ArithmeticError, ValueError):
-            sound = False
-        if not sound:
+        frequencies, self.factor = np.zeros(1), 1.0
+        with contextlib.suppress(ArithmeticError, ValueError), np.errstate(all="ignore"):
+            frequencies, self.factor = _SCALINGS[rotation.kind](plain, rotation, dims)
+        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
             raise ConfigError(
                 f"config.json: RoPE of type {rotation.kind!r} has no frequencies with {dict(rotation.scaling)}; "
                 "take the numbers of the original model's"
