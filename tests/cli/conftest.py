@@ -23,6 +23,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of one whose context has room for minutes of an answer: whoever interrupts it is in time."""
+    return str(make_chat_model(tmp_path_factory.mktemp("models") / "endless", context=100_000))
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The path of a tiny model without a chat template."""
     return str(make_chat_model(tmp_path_factory.mktemp("models") / "base", template=None))

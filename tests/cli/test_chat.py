@@ -19,9 +19,9 @@ def person(home, tiny):
     return sit_down
 
 
-def test_a_chat_with_interrupts_retry_undo_save_and_load(person, home, tmp_path):
+def test_a_chat_with_interrupts_retry_undo_save_and_load(person, home, tmp_path, endless):
     file = tmp_path / "talk.json"
-    with person() as user:
+    with person(model=endless) as user:
         user.sees("/help lists the commands")
         user.sees(PROMPT)
 
@@ -127,8 +127,8 @@ def test_what_is_typed_during_an_answer_is_not_shown_in_it_and_comes_next(person
         assert user.leaves() == 0
 
 
-def test_run_at_a_terminal_stops_at_ctrl_c(home, tiny):
-    with Person(sys.executable, "-m", "mlxarch", "run", tiny, "Hello", NO_COLOR="1") as user:
+def test_run_at_a_terminal_stops_at_ctrl_c(home, endless):
+    with Person(sys.executable, "-m", "mlxarch", "run", endless, "Hello", NO_COLOR="1") as user:
         user.sees(r"(?s:.){30}")
         user.type("\x03")
         assert user.leaves() == 130
