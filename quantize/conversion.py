@@ -158,7 +158,8 @@ class Conversion:
         unsynced, new = 0, dict[str, Fact]()
         progress(label, finished, total)
         batches = self.calibration.batches if self.calibration and todo else ()
-        for path, pack, unreached, together in in_turn(self.resolved, self.chosen, batches, todo, progress):
+        turns = in_turn(self.resolved, self.chosen, batches, todo, progress, scratch=workspace.folder)
+        for path, pack, unreached, together in turns:
             entry, tensor, loss = entries[path], parameters[path], Loss()
             for start, stop in chunks(tensor, self.limits.chunk, together):
                 for part, values in converted(entry, tensor, start, stop, loss, pack).items():

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
@@ -72,18 +73,20 @@ def in_turn(
     todo: Collection[str],
     progress: Progress = silent,
     coupled: bool = True,
+    scratch: Path | None = None,
 ) -> Iterator[Turn]:
     """Each of ``todo``, in the order in which it is best taken.
 
     What is rounded comes in the order of ``todo``; else layer by layer, for the inputs of a layer are known when those
     before it have been passed. One pass back before that tells of tables, and if ``coupled`` of all outputs, how an
-    error costs; what is ``coupled`` is packed whole, row after row.
+    error costs; what is ``coupled`` is packed whole, row after row. Two bytes for each output of each token stand in a
+    file without a name, in the folder ``scratch`` or where the system has its own.
     """
     left = dict.fromkeys(todo)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(dir=scratch) as file:
         if method != "round" and left:
             pulls = Pulls(file)
-            used = uses(resolved, batches, progress=progress, kept=pulls if coupled else None)
+            used = uses(resolved, batches, progress=progress, kept=pulls if coupled else None, scratch=scratch)
             gathering = Gathering(resolved, batches, keep=method == "gptq")
             for paths, found in gathering.layers(progress):
                 due = {path: name for path in paths if (name := resolved.architecture.published(path)) in left}

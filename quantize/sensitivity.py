@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -117,11 +118,11 @@ class Pass:
             if isinstance(module, Matrix) and module.quantizable:
                 self._listen(f"{path}.weight", module)
 
-    def run(self) -> dict[str, dict[Quantization, float]]:
-        """Path -> settings -> nats per token."""
+    def run(self, scratch: Path | None = None) -> dict[str, dict[Quantization, float]]:
+        """Path -> settings -> nats per token. The states of all layers stand in a file in the folder ``scratch``."""
         walk, layers = self._walk, range(len(self._walk.model.layers))
         [step], total = walk.steps, 2 * len(layers) + 2
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile(dir=scratch) as file:
             [state] = walk.embed()
             shared = []
             for index in layers:

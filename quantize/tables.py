@@ -8,6 +8,7 @@ cost of an error d is d H dᵀ. One pass back tells both; see ``sensitivity``.
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +31,7 @@ def uses(
     seed: int = 0,
     progress: Progress = silent,
     kept: Pulls | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """Path of each table -> for each of its uses, rows (N, in), whose second moments are to be added up.
 
@@ -38,6 +40,7 @@ def uses(
         seed: of the labels that are drawn.
         progress: told the layers done, forwards and back.
         kept: is given the pulls at the outputs of the other matrices.
+        scratch: the folder for what is put aside on the way forwards; None is the system's.
     """
     windows = mx.concatenate(list(batches))
     length = windows.shape[1]
@@ -50,7 +53,7 @@ def uses(
             kept, resolved, windows[mx.array(part)], (), lambda path, index, rows, x, to: rows, seed + number, told
         )
         with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
-            own.run()
+            own.run(scratch)
         for path, rows in own.rows.items():
             found.setdefault(path, [[] for _ in rows])
             for use, more in zip(found[path], rows, strict=True):

@@ -1,6 +1,8 @@
 """Grids that are searched for: better than rounding wherever it counts, and never worse."""
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +17,7 @@ from mlxarch.quantize.calibration import Calibration
 from mlxarch.quantize.importance import Gathering, Inputs, random_tokens
 from mlxarch.quantize.rounding import quantize as rounded
 from mlxarch.quantize.search import quantize, search
+from mlxarch.quantize.tables import uses
 from mlxarch.weights import open_source, resolve
 from parity import GOLDEN
 from tiny_llama import contents, make_llama
@@ -223,3 +226,20 @@ def test_the_first_tokens_of_a_vocabulary_come_more_often_and_all_may_come() -> 
     edges = np.array([0, 1 << 8, 1 << 12, 1 << 15, 1 << 16])
     chances = np.histogram(tokens, bins=edges)[0] / np.diff(edges)
     assert (chances[:-1] > 2 * chances[1:]).all() and chances[-1] > 0
+
+
+def test_what_does_not_fit_into_memory_stands_beside_the_output(tmp_path, monkeypatch):
+    """Where the system has its files for a while is often memory, and their room was not looked at."""
+    real, places = tempfile.TemporaryFile, list[Any]()
+
+    def noted(dir: Path | None) -> Any:
+        places.append(dir)
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", noted)
+    convert(GOLDEN / "llama3", tmp_path / "out", bits=4, group_size=32, method="search")
+    assert set(places) == {tmp_path / "out.partial"} and len(places) >= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    places.clear()
+    uses(resolve(open_source(GOLDEN / "llama3")), random_tokens(100, 64, 64))
+    assert set(places) == {None}
