@@ -15,8 +15,14 @@ import time
 from rich.cells import cell_len
 
 _TOKEN = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|(.)", re.DOTALL)
-# makes standard input the controlling terminal, so that its Ctrl-C arrives as a signal
-_LAUNCH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+# makes standard input the controlling terminal, so that its Ctrl-C arrives as a signal, which a suite that runs in the
+# background was told to ignore, and all its children with it
+_LAUNCH = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Screen:
