@@ -232,9 +232,8 @@ def open_in(folder: Path) -> int:
 def test_no_file_stays_open(tmp_path: Path) -> None:
     make_llama(tmp_path / "model", shards=3)
     models = [load_model(tmp_path / "model") for _ in range(3)]
-    deadline = (
-        time.monotonic() + 10
-    )  # a thread of MLX's lets go of the file that it read a weight from when it gets to it
+    # a thread of MLX's lets go of the file that it read a weight from when it gets to it
+    deadline = time.monotonic() + 10
     while open_in(tmp_path / "model") and time.monotonic() < deadline:
         time.sleep(0.01)
     assert open_in(tmp_path / "model") == 0
