@@ -142,8 +142,8 @@ class Records:
     Attributes:
         layer: its number, for messages.
         parts: what a record consists of.
-        verify: "first" checks an expert's checksum when it is read for the first time, "always" whenever it is read.
-            A folder that brings no checksums has those of the bytes that were read first.
+        verify: "first" checks an expert's checksum when it is read for the first time, "always" whenever it is read:
+            in a folder that brings no checksums against that of the bytes that were read first.
         files: open ones, which the layers of a model share.
     """
 
@@ -174,7 +174,8 @@ class Records:
             place = self._read(expert, buffers)
         except ReadFailed as problem:
             raise self._error(expert, problem.args[0], problem.args[1:]) from None
-        if self.verify == "always" or (self.verify == "first" and expert not in self._checked):
+        known = self.checksums[expert] is not None
+        if self.verify == "always" or (self.verify == "first" and known and expert not in self._checked):
             self._check(expert, buffers, place)
 
     def _read(self, expert: int, buffers: Sequence[Any]) -> Extent:
