@@ -3,7 +3,7 @@
 from functools import cached_property
 
 from mlxarch.activations import Peak
-from mlxarch.footprint import Footprint
+from mlxarch.footprint import Experts, Footprint
 from mlxarch.machines import Machine
 from mlxarch.progress import gigabytes
 from mlxarch.rates import streaming_seconds
@@ -46,7 +46,7 @@ class Places:
 
         Whole layers come first, as they need not wait for their router; what is left is shared by the others.
         """
-        layers = [n for n, e in enumerate(self.experts) if e]
+        layers = [(n, e) for n, e in enumerate(self.experts) if e]
         best: tuple[float, tuple[int, ...]] | None = None
         for whole in range(len(layers) + 1):
             slots = self._with_whole(layers, whole, budget)
@@ -55,16 +55,16 @@ class Places:
                 best = min(best, (cost, slots)) if best else (cost, slots)
         return best[1] if best else None
 
-    def _with_whole(self, layers: list[int], whole: int, budget: int) -> tuple[int, ...] | None:
-        experts, slots = self.experts, [0] * len(self.sizes)
-        for n in layers[:whole]:
-            slots[n] = experts[n].count  # type: ignore[union-attr]
+    def _with_whole(self, layers: list[tuple[int, Experts]], whole: int, budget: int) -> tuple[int, ...] | None:
+        slots = [0] * len(self.sizes)
+        for n, experts in layers[:whole]:
+            slots[n] = experts.count
             budget -= slots[n] * self.sizes[n]
         others = layers[whole:]
-        share = budget // sum(self.sizes[n] for n in others) if others else 0
-        for n in others:
-            slots[n] = min(share, experts[n].count)  # type: ignore[union-attr]
-            if slots[n] < experts[n].chosen:  # type: ignore[union-attr]
+        share = budget // sum(self.sizes[n] for n, _ in others) if others else 0
+        for n, experts in others:
+            slots[n] = min(share, experts.count)
+            if slots[n] < experts.chosen:
                 return None
         return tuple(slots) if budget >= 0 else None
 
