@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from raw_safetensors import open_files, safetensors
+from raw_safetensors import open_in, safetensors
 
 from mlxarch.checkpoint import INDEX, Checkpoint
 from mlxarch.errors import CheckpointError, ConfigError, ModelNotFound
@@ -34,18 +34,17 @@ def index(folder, weight_map, **more):
 
 
 def refused(folder, *words, error: type[Exception] = CheckpointError):
-    before = open_files()
     with pytest.raises(error) as refusal:
         Checkpoint.open(folder)
     message = str(refusal.value)
     for word in (str(folder), *words):
         assert word in message
-    assert open_files() == before
+    assert open_in(folder) == 0
 
 
 def test_an_indexed_folder_is_opened(folder, caplog):
-    before = open_files()
     with Checkpoint.open(str(folder)) as checkpoint:
+        assert open_in(folder) == 2
         assert checkpoint.folder == folder
         assert checkpoint.config == {"model_type": "llama"}
         assert checkpoint.metadata == {"format": "mlx", "part": "1"}
@@ -59,7 +58,7 @@ def test_an_indexed_folder_is_opened(folder, caplog):
         os.utime(folder / TWO, ns=(1, 1))
         with pytest.raises(CheckpointError, match=TWO):
             checkpoint.check_unchanged()
-    assert open_files() == before
+    assert open_in(folder) == 0
     assert not caplog.records
 
 

@@ -1,13 +1,11 @@
 """From a folder to a model: values, memory, files that change meanwhile, and traps."""
 
-import contextlib
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from raw_safetensors import all_closed, open_in
 from safetensors.numpy import load_file, save_file
 
 import mlxarch
@@ -219,24 +218,10 @@ def test_a_file_put_in_the_place_of_one_that_was_loaded_is_read_anew(tmp_path: P
     assert not mx.allclose(load_model(tmp_path / "model")[0](TOKENS), first, atol=1e-2)
 
 
-def open_in(folder: Path) -> int:
-    """How many descriptors of this process are files of a folder."""
-    files, found = {(s.st_dev, s.st_ino) for s in map(os.stat, folder.iterdir())}, 0
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # that of the listing is closed by now
-            status = os.fstat(int(name))
-            found += (status.st_dev, status.st_ino) in files
-    return found
-
-
 def test_no_file_stays_open(tmp_path: Path) -> None:
     make_llama(tmp_path / "model", shards=3)
     models = [load_model(tmp_path / "model") for _ in range(3)]
-    # a thread of MLX's lets go of the file that it read a weight from when it gets to it
-    deadline = time.monotonic() + 10
-    while open_in(tmp_path / "model") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert open_in(tmp_path / "model") == 0
+    assert all_closed(tmp_path / "model")
     assert len(models) == 3
     with open(next((tmp_path / "model").glob("*.safetensors"))):
         assert open_in(tmp_path / "model") == 1
