@@ -3,7 +3,6 @@
 Such a folder has ``experts.json``, a manifest, beside its config.json; docs/experts-format.md specifies both.
 """
 
-import zlib
 from math import prod
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast, get_args
@@ -13,6 +12,7 @@ import msgspec
 import numpy as np
 
 from mlxarch.checkpoint import DTYPE_BYTES, Shard, TensorInfo, child, read_json
+from mlxarch.checksums import crc32
 from mlxarch.errors import CheckpointError
 from mlxarch.packing import Quantization
 from mlxarch.tensors import DTYPES, Packed, Tensor
@@ -99,7 +99,7 @@ class ExpertFile(Shard):
         size, known = self.layer.record_bytes, self.layer.crc32[expert]
         record = np.empty(size, np.uint8)
         self.read_into(TensorInfo(f"expert {expert}", "U8", (size,), expert * self.layer.stride, size), record)
-        if (found := zlib.crc32(record.data)) != known:
+        if (found := crc32(record)) != known:
             raise CheckpointError(
                 f"{self.path}: the checksum of expert {expert} is {found:08x}, and must be {known:08x}. {REMEDY}"
             )

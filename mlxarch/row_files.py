@@ -3,7 +3,6 @@
 Such a folder has ``ple.bin`` beside its config.json; docs/rows-format.md specifies it.
 """
 
-import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import msgspec
 import numpy as np
 
 from mlxarch.checkpoint import Shard, child
+from mlxarch.checksums import crc32
 from mlxarch.errors import CheckpointError
 from mlxarch.expert_files import Settings
 from mlxarch.packing import Quantization
@@ -50,7 +50,7 @@ class RowPart(Tensor):
 
     def _check(self, records: np.ndarray, first: int) -> None:
         for row, (record, known) in enumerate(zip(records, self._known[first:], strict=False), first):
-            if (found := zlib.crc32(record.data)) != known:
+            if (found := crc32(record)) != known:
                 wrong = f"the checksum of row {row} is {found:08x}, and must be {known:08x}"
                 raise CheckpointError(f"{self.records.shard.path}: {wrong}. {REMEDY}")
 

@@ -6,7 +6,6 @@ No number changes.
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 
 from mlxarch import receipts
 from mlxarch.checkpoint import Checkpoint, child
+from mlxarch.checksums import crc32
 from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
 from mlxarch.expert_files import MANIFEST, PROJECTIONS, STRIDE, Array, Layer, Manifest, Projection, Settings
 from mlxarch.progress import Progress, silent
@@ -165,7 +165,7 @@ class Packing:
         with self._new_file(folder / name, records.count * stride) as descriptor:
             for expert in range(records.count):
                 records.read(expert, buffers)
-                checksums.append(zlib.crc32(record[: records.nbytes].data))
+                checksums.append(crc32(record[: records.nbytes]))
                 self.disk.write(descriptor, record.data, expert * stride)
         parts = tuple(Array(part.name, NAMES[part.dtype], part.shape) for part in records.parts)
         published = self.resolved.architecture.published(path)

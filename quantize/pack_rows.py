@@ -1,7 +1,6 @@
 """The rows of a table of embeddings, written so that one read brings all of a token's."""
 
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from mlxarch.checksums import crc32
 from mlxarch.expert_files import Settings
 from mlxarch.quantize.disk import Disk
 from mlxarch.row_files import Head, Part
@@ -69,7 +69,7 @@ class RowPacking:
             records = np.empty((min(step, count - first), nbytes), np.uint8)
             for place, record in enumerate(records):
                 self.file.read(first + place, record)
-                checksums[first + place] = zlib.crc32(record.data)
+                checksums[first + place] = crc32(record)
             disk.write(descriptor, records.reshape(-1).data, start + first * nbytes)
             done((first + len(records)) * nbytes)
         disk.write(descriptor, self._header + checksums.astype("<u4").tobytes(), 0)

@@ -4,7 +4,6 @@ An expert's *record* is the bytes of its arrays as they are stored, in the order
 packed experts it is one run of a file; in any other folder it is gathered from wherever its arrays lie.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -14,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxarch.checkpoint import Shard
+from mlxarch.checksums import crc32
 from mlxarch.encodings import Words
 from mlxarch.errors import CheckpointError, ExpertReadError
 from mlxarch.expert_files import LEAVES, PROJECTIONS, ExpertFile, Strided
@@ -212,9 +212,7 @@ class Records:
             raise ReadFailed(problem.args[0], place) from problem.__cause__
 
     def _check(self, expert: int, buffers: Sequence[Any], place: Extent) -> None:
-        found = 0
-        for buffer in buffers:
-            found = zlib.crc32(buffer, found)
+        found = crc32(*buffers)
         known = self.checksums[expert]
         if known is not None and found != known:
             raise self._error(expert, f"its checksum is {found:08x}, and must be {known:08x}", (place,))

@@ -2,7 +2,6 @@
 
 import threading
 import time
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,6 +11,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
+from mlxarch.checksums import crc32
 from mlxarch.errors import CheckpointError, EmbeddingReadError
 from mlxarch.row_files import RowPart
 from mlxarch.streaming.files import ReadFailed, RecordFile
@@ -112,8 +112,8 @@ class RowFile:
     def __init__(self, name: str, tensor: Tensor, verify: Verify = "first") -> None:
         """Open the files again: those of the tensor may be closed afterwards.
 
-        ``verify`` "first" checks a row's CRC-32 when it is read for the first time, "always" whenever it is read. A
-        table that brings no checksums has those of what was read first.
+        ``verify`` "first" checks a row's CRC-32 when it is read for the first time, "always" whenever it is read: in a
+        table that brings no checksums against that of the bytes that were read first.
         """
         self.name, self.count, self.fields = name, tensor.shape[0], fields_of(name, tensor)
         self.nbytes = sum(field.nbytes for field in self.fields)
@@ -142,7 +142,7 @@ class RowFile:
         Raises:
             EmbeddingReadError: the row cannot be read, or is not what it was.
         """
-        checksum = 0
+        targets: list[np.ndarray] = []
         for stored, file, places in self._reads:
             size = stored.shape[1] * stored.dtype.size
             whole = len(places) == 1 and places[0][1] - places[0][0] == size
@@ -154,10 +154,10 @@ class RowFile:
             if not whole:
                 for start, stop, at in places:
                     record[at : at + stop - start] = target[start:stop]
-            if self._verify != "never":
-                checksum = zlib.crc32(target.data, checksum)
-        if self._verify == "always" or (self._verify == "first" and not self._checked[row]):
-            self._check(row, checksum)
+            targets.append(target)
+        unchecked = self._known[row] and not self._checked[row]
+        if self._verify == "always" or (self._verify == "first" and unchecked):
+            self._check(row, crc32(*targets))
 
     def _check(self, row: int, found: int) -> None:
         if self._known[row] and found != (wanted := int(self._checksums[row])):

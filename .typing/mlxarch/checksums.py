@@ -1,0 +1,1 @@
+../../mlxarch/checksums.py
