@@ -10,6 +10,7 @@ from mlxarch.cli.output import is_terminal, say
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding.key_processor import KeyPress
 
 QUOTES = '"""'
 PROMPT, MORE = ">>> ", "... "
@@ -95,10 +96,26 @@ class Terminal:
             output=create_output(always_prefer_tty=True),
             enable_open_in_editor=True,
         )
+        self._take_typed_ahead()
 
     def read(self) -> str:
         """See Editor."""
         return unquoted(self._session.prompt())
+
+    def _take_typed_ahead(self) -> None:
+        """Lines that were entered before the editor was there: the terminal made Enter a line break, as Ctrl-J is."""
+        import fcntl
+        import termios
+
+        from prompt_toolkit.input.typeahead import store_typeahead
+        from prompt_toolkit.input.vt100_parser import Vt100Parser
+
+        terminal, typed = sys.stdin.fileno(), b""
+        while int.from_bytes(fcntl.ioctl(terminal, termios.FIONREAD, bytes(4)), sys.byteorder):
+            typed += os.read(terminal, 4096)  # of whole lines only; the rest waits for the editor
+        keys: list[KeyPress] = []
+        Vt100Parser(keys.append).feed(typed.decode(errors="replace").replace("\n", "\r"))
+        store_typeahead(self._session.input, keys)
 
 
 def _keys():  # -> KeyBindings, which is imported only here

@@ -72,6 +72,19 @@ def test_inputs_of_several_lines_and_history(person, tmp_path):
     assert asked == ["one\ntwo", "three\nfour", "five\nsix", "seven\neight", "nine", "nine", "/etc is a folder"]
 
 
+def test_what_is_typed_while_the_model_loads_is_sent_line_by_line(person, tmp_path):
+    file = tmp_path / "talk.json"
+    with person("-n", "2") as user:
+        user.type(f'one\r"""two\rthree"""\r/save {file}\rfour')
+        user.sees("saved to ")
+        user.enters("\nfive", "cut off")  # Ctrl-J goes on being a line break
+        user.enters("/save", "saved to ")
+        user.type("/exit\r")
+        assert user.leaves() == 0
+    asked = [message["content"] for message in json.loads(file.read_text())["messages"] if message["role"] == "user"]
+    assert asked == ["one", "two\nthree", "four\nfive"]
+
+
 def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(person):
     with person() as user:
         user.sees(PROMPT)
