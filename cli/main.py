@@ -140,6 +140,8 @@ def _guarded(group: CommandLine, arguments: list[str]) -> int:
             return _reader_went_away()
         return _failed(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
     except MlxArchError as error:
+        for note in getattr(error, "__notes__", ()):
+            say(note)
         return _failed(str(error), error.exit_code)
     except MemoryError:
         return _failed("the memory is full", 4)

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlxarch.blocks import Quantization
 from mlxarch.checkpoint import INDEX, child
-from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
+from mlxarch.errors import DiskSpaceError, InvalidInput, MlxArchError, OutputError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.calibration import Calibration
 from mlxarch.quantize.card import Origin, card, origin_of
@@ -129,9 +129,10 @@ class Conversion:
                 self._conclude(workspace.model, evaluate, progress)
                 workspace.publish([*(shard.file for shard in self.plan.shards), *self._small_files, RECEIPT])
         except OSError as error:
-            raise as_output_error(error, self.output, *self._space(workspace.model)) from error
-        except KeyboardInterrupt as interrupt:
-            interrupt.add_note(f"{self.output}: what is written so far is kept; the same command goes on from there")
+            raise as_output_error(error, self.output, *self._space(workspace.model), workspace.resumable) from error
+        except (KeyboardInterrupt, MlxArchError) as error:
+            if workspace.resumable:
+                error.add_note(f"{self.output}: what is written so far is kept; the same command goes on from there")
             raise
         return self.summary
 

@@ -73,18 +73,22 @@ class Disk:
                 path.unlink()
 
 
-def as_output_error(error: OSError, output: Path, needed: int, free: int) -> OutputError:
-    """What a failed operation means to the person: ``needed`` and ``free`` are bytes."""
+def as_output_error(error: OSError, output: Path, needed: int, free: int, kept: bool) -> OutputError:
+    """What a failed operation means to the person: ``needed`` and ``free`` are bytes, ``kept`` whether what is written
+    so far is there to go on with.
+    """
     if error.errno in NO_SPACE:
+        remedy = "Free some space and run the same command again"
+        if kept:
+            remedy = "What is written so far is kept: free some space and run the same command again to go on"
         return DiskSpaceError(
-            f"the disk is full: {output} still needs {size(needed)}, and {size(free)} are free. What is written so far "
-            "is kept: free some space and run the same command again to go on"
+            f"the disk is full: {output} still needs {size(needed)}, and {size(free)} are free. {remedy}"
         )
-    return OutputError(
-        f"{output} could not be written: {error.strerror or error}"
-        + (f" ({error.filename})" if error.filename else "")
-        + ". Nothing is lost: once that is put right, the same command goes on from where this one stopped"
-    )
+    remedy = "Once that is put right, run the same command again"
+    if kept:
+        remedy = "Nothing is lost: once that is put right, the same command goes on from where this one stopped"
+    place = f" ({error.filename})" if error.filename else ""
+    return OutputError(f"{output} could not be written: {error.strerror or error}{place}. {remedy}")
 
 
 def size(count: int) -> str:

@@ -26,9 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class Workspace:
-    """The partial folder of one output. Enter it to hold it; leaving keeps what is there for the next run.
+    """The partial folder of one output. Enter it to hold it; leaving keeps what the next run can go on with.
 
     Methods raise OSError where the disk fails.
+
+    Attributes:
+        resumable: whether the journal names parameters, so that the next run of the same work has less to do.
     """
 
     def __init__(self, output: Path, disk: Disk) -> None:
@@ -40,6 +43,7 @@ class Workspace:
         self._lock_file = self.folder / "lock"
         self._lock = self._log = -1
         self._log_size = 0
+        self.resumable = self._begun = False
 
     def __enter__(self) -> "Workspace":
         """Take the lock and put right what a killed run left.
@@ -59,6 +63,8 @@ class Workspace:
         if not os.path.lexists(self._replaced):
             with contextlib.suppress(OSError):
                 if error is QuantizationError:  # another source is needed, and what came of this one is of no use
+                    self.resumable = False
+                if self._begun and not self.resumable:
                     self.disk.remove(self.model)
                 if self.model.exists():
                     self.model.rmdir()  # fails, and ends this, where there is something to go on with
@@ -89,13 +95,18 @@ class Workspace:
 
     def resume(self, identity: dict[str, Any]) -> dict[str, Any]:
         """What an earlier run of the same work recorded, by name; empty, and a clean start, if there was none."""
-        line = json.dumps(identity, sort_keys=True)  # a last line cut short by a crash counts as not there
+        self._begun, line = (
+            True,
+            json.dumps(identity, sort_keys=True),
+        )  # a last line cut short by a crash counts as not there
         lines = self._journal.read_text("ascii", "replace").splitlines(keepends=True) if self._journal.is_file() else []
         if lines and lines[0] == line + "\n" and self.model.is_dir():
             lines = [entry for entry in lines if entry.endswith("\n")]
             self._log, self._log_size = self.disk.open(self._journal), len("".join(lines))  # ASCII
             logger.info("%s: going on where an earlier run stopped", self.folder)
-            return {name: fact for entry in lines[1:] for name, fact in json.loads(entry).items()}
+            facts = {name: fact for entry in lines[1:] for name, fact in json.loads(entry).items()}
+            self.resumable = bool(facts)
+            return facts
         if lines:
             logger.info("%s: an earlier run made something else; starting anew", self.folder)
         for old in (self._journal, self.model):
@@ -109,6 +120,7 @@ class Workspace:
     def record(self, facts: Mapping[str, Any]) -> None:
         """Note that the bytes of these names have been synced, with a fact about each, in JSON."""
         self._append(json.dumps(facts, sort_keys=True, ensure_ascii=True))
+        self.resumable = True
 
     def _append(self, line: str) -> None:
         data = line.encode() + b"\n"

@@ -122,7 +122,7 @@ class Packing:
                 self.source.check_unchanged()
                 workspace.publish(files)
         except OSError as error:
-            raise as_output_error(error, self.output, self.needed, self.disk.free(self.output.parent)) from error
+            raise as_output_error(error, self.output, self.needed, self.disk.free(self.output.parent), False) from error
         return self.summary
 
     def _check_space(self) -> None:

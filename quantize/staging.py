@@ -77,7 +77,7 @@ class Staging:
                 self.disk.remove(self.folder)
         except OSError as error:
             free = self.disk.free(self.output.parent)
-            raise as_output_error(error, self.output, self.needed(conversion), free) from error
+            raise as_output_error(error, self.output, self.needed(conversion), free, self.model.exists()) from error
         filled = f"records of experts are filled up to pages with {size(packed.filled_bytes)}"
         notes = [*summary.notes, *([filled] if packed.filled_bytes else [])]
         return replace(summary, output=packed.output, notes=notes), receipt

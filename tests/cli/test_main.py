@@ -110,15 +110,16 @@ def test_an_unexpected_error_says_how_to_report_it_and_debug_shows_where(invoke,
     assert "in fails" in invoke("list").stderr
 
 
-def test_an_interrupt_tells_what_the_work_left_behind(invoke, monkeypatch):
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (errors.CheckpointError("it is torn"), 1)])
+def test_what_ended_the_work_tells_what_is_left_of_it(invoke, monkeypatch, error, code):
     def fails() -> None:
-        interrupt = KeyboardInterrupt()
-        interrupt.add_note("what is written so far is kept")
-        raise interrupt
+        error.add_note("what is written so far is kept")
+        raise error
 
     monkeypatch.setattr("mlxarch.store.installed", fails)
     result = invoke("list")
-    assert result.exit_code == 130 and "so far is kept" in result.stderr
+    assert result.exit_code == code and "so far is kept" in result.stderr
+    assert result.stderr.endswith("mlxarch: error: it is torn\n" if code == 1 else "so far is kept\n")
 
 
 def test_warnings_of_the_library_reach_standard_error_once(invoke, monkeypatch):

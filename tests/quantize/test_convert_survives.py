@@ -20,7 +20,7 @@ import pytest
 import faulty_disk
 from faulty_disk import FaultyDisk, FullDisk
 from mlxarch import quantize
-from mlxarch.errors import DiskSpaceError, OutputError
+from mlxarch.errors import CheckpointError, DiskSpaceError, OutputError, QuantizationError
 from mlxarch.quantize.conversion import Limits
 from mlxarch.quantize.disk import Disk
 from mlxarch.receipts import RECEIPT
@@ -194,23 +194,28 @@ def test_somebody_elses_folder_in_the_place_of_a_replaced_one_is_left_alone(
 def test_a_full_disk_at_any_offset_loses_nothing(source: Path, reference: dict, former: Path, tmp_path: Path) -> None:
     counting = FaultyDisk(lambda number, name: None)
     prepare(source, tmp_path / "count" / "out", limits=LIMITS, disk=counting).run()
-    before = contents(former)
+    before, told = contents(former), []
     for n in range(20):
         output = tmp_path / str(n) / "out"
         shutil.copytree(former, output)
         full = FullDisk(counting.written * n // 20)
-        with pytest.raises(DiskSpaceError, match=r"the disk is full: .*out still needs .*, and .* are free\. What is"):
+        with pytest.raises(
+            DiskSpaceError, match=r"is full: .*out still needs .*, and .* are free\. (What|Free)"
+        ) as caught:
             prepare(source, output, limits=LIMITS, disk=full).run(force=True)
         assert contents(output) == before
+        told.append("is kept" in str(caught.value))
+        assert (output.parent / "out.partial").exists() == told[-1]
         prepare(source, output, limits=LIMITS).run(force=True)
         check_complete(output, reference)
+    assert told == sorted(told) and set(told) == {False, True}
 
 
 @pytest.mark.parametrize("name", ["write", "sync", "rename"])
 def test_a_failing_disk_is_an_output_error_and_loses_nothing(
     source: Path, reference: dict, former: Path, tmp_path: Path, name: str
 ) -> None:
-    for n, at in enumerate((0, 1, 5, 9)):
+    for n, at in enumerate((0, 1, 5, 30 if name == "write" else 9)):
         seen = []
 
         def fail(number: int, operation: str, seen: list[int] = seen, at: int = at) -> None:
@@ -221,9 +226,11 @@ def test_a_failing_disk_is_an_output_error_and_loses_nothing(
 
         output = tmp_path / f"{n}" / "out"
         shutil.copytree(former, output)
-        with pytest.raises(OutputError, match=r"out could not be written: Input/output error.*Nothing is lost"):
+        with pytest.raises(OutputError, match=r"out could not be written: Input/output error") as caught:
             prepare(source, output, limits=LIMITS, disk=FaultyDisk(fail)).run(force=True)
         assert contents(output) == contents(former)
+        kept = "Nothing is lost" in str(caught.value)
+        assert kept == (output.parent / "out.partial").exists() and (kept or n < 3)
         prepare(source, output, limits=LIMITS).run(force=True)
         check_complete(output, reference)
 
@@ -267,6 +274,23 @@ def interrupted_run(source: Path, output: Path, **settings: Any) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         conversion.run(progress=interrupt)
     assert caught.value.__notes__ == [f"{output}: what is written so far is kept; the same command goes on from there"]
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, CheckpointError, QuantizationError])
+def test_what_nobody_can_go_on_with_is_not_left_behind(
+    source: Path, tmp_path: Path, problem: type[BaseException]
+) -> None:
+    for moment in (0.0, 0.7):
+
+        def stop(label: str, done: int, total: int, moment: float = moment) -> None:
+            if label == "quantizing" and done >= total * moment:
+                raise problem
+
+        with pytest.raises(problem) as caught:
+            prepare(source, tmp_path / "out", limits=LIMITS).run(progress=stop)
+        kept = moment > 0 and problem is not QuantizationError  # which asks for another source
+        assert os.listdir(tmp_path) == ["out.partial"] * kept
+        assert ["is kept" in note for note in getattr(caught.value, "__notes__", ())] == [True] * kept
 
 
 def first_report(source: Path, output: Path, **settings: Any) -> int:
