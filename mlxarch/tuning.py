@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlxarch.blueprints import plan_for, remembered, tuned_file
-from mlxarch.errors import InvalidInput
+from mlxarch.errors import InvalidInput, OutputError
 from mlxarch.generation import Session, decode
 from mlxarch.limits import set_limits
 from mlxarch.loading import load_model
@@ -41,10 +42,12 @@ def tune(folder: Path, request: Request, tokens: int = 64) -> Iterator[Trial]:
     Raises:
         InvalidInput: the model does not stream experts, so there is nothing to choose.
         MemoryBudgetError: it does not fit.
+        OutputError: what is found out could not be remembered; nothing was tried.
     """
     most = plan_for(folder, replace(request, bank=_UNBOUNDED)).require()
     if most.execution.slots is None:
         raise InvalidInput(f"{folder.name} fits into memory as a whole: there is nothing to tune. {most.words}")
+    _keep(remembered())  # if that cannot be done, it is told now and not after minutes
     prompt, trials, seen = Tokenizer.from_folder(folder).encode(TEXT), list[Trial](), set[object]()
     for share in SHARES:
         plan = plan_for(folder, replace(request, bank=int(share * most.weights["experts"])))
@@ -75,9 +78,18 @@ def _try(folder: Path, plan: Plan, prompt: list[int], tokens: int) -> Trial:
 
 
 def remember(folder: Path, best: Trial) -> None:
-    """Let later plans give the experts of this model no more than the best trial did."""
+    """Let later plans give the experts of this model no more than the best trial did. Raises OutputError."""
+    _keep(remembered() | {str(folder.resolve()): {"bank": best.bank, "rate": best.rate}})
+
+
+def _keep(found: dict[str, Any]) -> None:
     file = tuned_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(remembered() | {str(folder.resolve()): {"bank": best.bank, "rate": best.rate}}))
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(found))
+        partial.replace(file)
+    except OSError as error:
+        raise OutputError(
+            f"{file}, where sizes are remembered, cannot be written: {error.strerror or error}"
+        ) from error

@@ -91,4 +91,7 @@ def tokenizer_of(source: Source) -> Tokenizer:
                 shutil.copyfile(at, Path(folder) / name)
             else:
                 (Path(folder) / name).write_bytes(at)
-        return Tokenizer.from_folder(Path(folder))
+        try:
+            return Tokenizer.from_folder(Path(folder))
+        except TokenizerError as error:
+            raise TokenizerError(str(error).replace(folder, "the source")) from None  # nobody knows of that folder

@@ -77,11 +77,16 @@ class Workspace:
         self._log = self._lock = -1
 
     def check_target(self, replace: bool) -> None:
-        """Refuse an existing target, unless it may be replaced and is a model folder or an empty one.
+        """Refuse a place that cannot be written to, and an existing target, unless it may be replaced and is a model
+        folder or an empty one.
 
         Raises:
-            OutputError: it is there and must stay.
+            OutputError: it is there and must stay, or nothing can be made beside it.
         """
+        place = next(place for place in self.output.parents if os.path.lexists(place))
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            found = "may not be written to" if place.is_dir() else "is no folder"
+            raise OutputError(f"{self.output} cannot be made: {place} {found}; name another output")
         if not os.path.lexists(self.output):
             return
         if not replace:

@@ -1,5 +1,6 @@
 """Pictures of evaluations, with matplotlib: divergence against size, and what each tensor lost."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,15 @@ def check(file: Path) -> None:
     """Refuse what could not be drawn, before anything is measured for it.
 
     Raises:
-        InvalidInput: another suffix than .svg or .png, or no folder to write it to.
+        InvalidInput: another suffix than .svg or .png, no folder to write it to, or something there that must stay.
         BackendMissing: matplotlib is not installed.
     """
     if file.suffix.lower() not in SUFFIXES:
         raise InvalidInput(f"{file}: pictures are written as {' or '.join(SUFFIXES)}; give the file such a name")
     if not file.absolute().parent.is_dir():
         raise InvalidInput(f"{file}: {file.parent} is no folder; make it first")
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK) or file.is_dir():
+        raise InvalidInput(f"{file} cannot be written; name another file")
     if find_spec("matplotlib") is None:
         raise BackendMissing("drawing needs the matplotlib package: pip install 'mlxarch[plot]'")
 

@@ -164,3 +164,6 @@ def test_an_output_that_exists_is_refused_before_a_target_costs_anything(invoke,
     monkeypatch.setattr(mixture, "forecast", lambda *_, **__: pytest.fail("computed"))
     refused = invoke("quantize", "./tiny", "--target-bits", "5", "-o", "out")
     assert refused.exit_code == 1 and "exists already" in refused.stderr
+    for place in ("tiny/config.json/out", "tiny/config.json/deep/out"):
+        refused = invoke("quantize", "./tiny", "--target-bits", "5", "-o", place)
+        assert refused.exit_code == 1 and "config.json is no folder; name another output" in refused.stderr

@@ -16,7 +16,7 @@ from tiny_chat import make_chat_model
 from mlxarch import tuning
 from mlxarch.blueprints import plan_for, remembered
 from mlxarch.cli.main import cli
-from mlxarch.errors import InvalidInput, MemoryBudgetError
+from mlxarch.errors import InvalidInput, MemoryBudgetError, OutputError
 from mlxarch.memory import Plan, Request
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_accuracy.py"
@@ -135,6 +135,18 @@ def test_trials_generate_and_what_cannot_be_tuned_is_told(
         list(tuning.tune(sparse, Request(context=512), 8))
     with pytest.raises(MemoryBudgetError):
         list(tuning.tune(sparse, Request(context=512, memory=10**7), 8))
+
+
+def test_what_could_not_be_remembered_is_not_tried(
+    sparse: Path, asked: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("a file where a folder should be made")
+    monkeypatch.setattr(tuning, "_try", None)  # calling it would be another error
+    with pytest.raises(OutputError, match=r"tuned\.json, where sizes are remembered, cannot be written: Not a direc"):
+        list(tuning.tune(sparse, asked, 8))
+    (tmp_path / "home").unlink()
+    with pytest.raises(TypeError, match="not callable"):
+        list(tuning.tune(sparse, asked, 8))
 
 
 def test_a_damaged_memory_of_trials_is_as_good_as_none(asked: Request, sparse: Path, tmp_path: Path) -> None:

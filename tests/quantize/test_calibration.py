@@ -1,5 +1,6 @@
 """The tokens by which a method learns what matters: whose they are, and that no evaluation is by the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tiny_chat import make_chat_model
 
 from mlxarch.errors import TokenizerError
-from mlxarch.quantize.calibration import BUNDLED, MOST, Calibration
+from mlxarch.quantize.calibration import BUNDLED, MOST, Calibration, tokenizer_of
 from mlxarch.quantize.conversion import prepare
 from mlxarch.quantize.corpus import bundled
 from mlxarch.tokenizer import Tokenizer
@@ -44,6 +45,13 @@ def test_gptq_reads_a_text_and_a_search_random_tokens(tmp_path: Path) -> None:
 def test_without_a_tokenizer_gptq_takes_random_tokens(tmp_path: Path) -> None:
     make_llama(tmp_path / "source")
     assert "random tokens" in prepare(tmp_path / "source", tmp_path / "out", method="gptq").method
+
+
+def test_a_source_without_a_tokenizer_is_called_the_source(tmp_path: Path) -> None:
+    make_llama(tmp_path / "source")
+    source = open_source(tmp_path / "source")
+    with pytest.raises(TokenizerError, match="^the source: there is no tokenizer"):
+        tokenizer_of(replace(source, sidecars={}))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ def test_what_cannot_be_drawn_is_refused_beforehand(found, tmp_path, monkeypatch
     plots.check(tmp_path / "good.SVG")
     with pytest.raises(InvalidInput, match=r"\.svg or \.png"):
         plots.check(tmp_path / "figure.pdf")
+    (tmp_path / "folder.svg").mkdir()
+    with pytest.raises(InvalidInput, match="cannot be written"):
+        plots.check(tmp_path / "folder.svg")
     with pytest.raises(OutputError, match="No such file"):
         plots.draw(tmp_path / "nowhere" / "x.svg", found, {})
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
