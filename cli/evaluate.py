@@ -79,8 +79,8 @@ def eval_command(
         with on_terminal(None) as progress:
             source = Subject.from_folder(original)
             subjects = [Subject.from_folder(folder) for folder in folders]
-            lost = {subject.name: plots.losses(subject, source, progress) for subject in subjects}
-        plots.draw(plot, results, {name: errors for name, errors in lost.items() if errors})
+            lost = [(subject.name, plots.losses(subject, source, progress)) for subject in subjects]
+        plots.draw(plot, results, [(name, errors) for name, errors in lost if errors])
         say(f"{plot}: drawn")
     above = [r for r in results if max_kl is not None and r.all.kl_mean and not r.all.kl_mean.value <= max_kl]
     for result in above:

@@ -17,6 +17,8 @@ from mlxarch.tensors import Packed
 
 SUFFIXES = (".svg", ".png")
 CHUNK = 8 << 20  # bytes in float32 that are compared at once
+ABREAST = 3  # panels in a row
+SPREAD = 4  # between the largest and the smallest value, from which on an axis is logarithmic
 _LAYER = re.compile(r".*\blayers\.(\d+)\.(.+)\.weight")
 
 
@@ -53,25 +55,34 @@ def losses(model: Subject, original: Subject, progress: Progress = silent) -> di
     return found
 
 
-def draw(file: Path, evaluations: Sequence[Evaluation], lost: Mapping[str, Mapping[str, float]]) -> None:
+def draw(file: Path, evaluations: Sequence[Evaluation], lost: Sequence[tuple[str, Mapping[str, float]]]) -> None:
     """Write the picture: one panel for all evaluations, and one for each model in ``lost``.
 
     Args:
         file: .svg or .png.
         evaluations: against one original.
-        lost: name of a model -> what ``losses`` found.
+        lost: names of models, and what ``losses`` found of each.
 
     Raises:
         OutputError: the file cannot be written.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(6 * (1 + len(lost)), 4.5), layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(lost), squeeze=False)[0]
+    columns = min(1 + len(lost), ABREAST)
+    rows = -(-(1 + len(lost)) // columns)
+    figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
+    first, *others = figure.subplots(rows, columns, squeeze=False).flat
     _sizes(first, evaluations)
-    for panel, (name, errors) in zip(others, lost.items(), strict=True):
-        _layers(panel, name, errors)
+    styles = _styles([errors for _, errors in lost])
+    for panel, (name, errors) in zip(others, lost, strict=False):
+        _layers(panel, name, errors, styles)
+    for panel in others[len(lost) :]:
+        panel.set_axis_off()
+    if styles:
+        lines = [Line2D([], [], **style) for style in styles.values()]
+        figure.legend(lines, list(styles), loc="outside lower center", ncols=2 * columns, fontsize=8)
     try:
         with rc_context({"svg.hashsalt": "mlxarch", "svg.fonttype": "none"}):  # the same picture every time
             figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix.lower() == ".svg" else None)
@@ -85,26 +96,47 @@ def _sizes(panel: Any, evaluations: Sequence[Evaluation]) -> None:
             size, kl = found.size.bytes / 1e6, found.all.kl_mean
             panel.errorbar(size, kl.value, yerr=2 * (kl.error or 0), fmt="o", capsize=3)
             panel.annotate(found.model, (size, kl.value), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    if all(found.all.kl_mean and found.all.kl_mean.value > 0 for found in evaluations):
-        panel.set_yscale("log")
+    _scale(panel, [found.all.kl_mean.value if found.all.kl_mean else 0.0 for found in evaluations])
     panel.margins(x=0.25)
     panel.set(title=f"against {evaluations[0].against}", xlabel="weights, MB", ylabel="KL, nats a token (± 2 s.e.)")
     panel.grid(alpha=0.3)
 
 
-def _layers(panel: Any, name: str, errors: Mapping[str, float]) -> None:
-    kinds: dict[str, dict[int, float]] = defaultdict(dict)
+def _layers(panel: Any, name: str, errors: Mapping[str, float], styles: Mapping[str, dict[str, Any]]) -> None:
+    kinds: dict[str, dict[int | None, float]] = defaultdict(dict)
     for path, error in errors.items():
-        if layer := _LAYER.fullmatch(path):
-            kinds[layer[2]][int(layer[1])] = error
-        else:
-            panel.axhline(error, linestyle=":", color="gray")
-            panel.annotate(path.removesuffix(".weight"), (0, error), xycoords=("axes fraction", "data"), fontsize=8)
+        kind, layer = _kind(path)
+        kinds[kind][layer] = error
     for kind, by_layer in kinds.items():
-        panel.plot(list(by_layer), list(by_layer.values()), marker=".", label=kind)
-    if any(errors.values()):
-        panel.set_yscale("log")
+        if None in by_layer:
+            panel.axhline(by_layer[None], **styles[kind])
+        else:
+            panel.plot(list(by_layer), list(by_layer.values()), **styles[kind])
+    _scale(panel, list(errors.values()))
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set(title=name, xlabel="layer", ylabel="squared error over squares of the original")
     panel.grid(alpha=0.3)
-    if kinds:
-        panel.legend(fontsize=8)
+
+
+def _kind(path: str) -> tuple[str, int | None]:
+    """What a tensor is called in every layer, and its layer; its own name and None outside of them."""
+    if found := _LAYER.fullmatch(path):
+        return found[2], int(found[1])
+    return path.removesuffix(".weight"), None
+
+
+def _styles(lost: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """How each kind of tensor is drawn, in every panel alike: a line over the layers, or a level in gray."""
+    kinds = dict(_kind(path) for errors in lost for path in errors)
+    lines = [kind for kind, layer in kinds.items() if layer is not None]
+    levels = [kind for kind, layer in kinds.items() if layer is None]
+    return {
+        kind: {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "."}
+        for number, kind in enumerate(lines)
+    } | {kind: {"color": "gray", "linestyle": (":", "-.", "--")[number % 3]} for number, kind in enumerate(levels)}
+
+
+def _scale(panel: Any, values: Sequence[float]) -> None:
+    """Logarithmic where that shows more: its marks are few, and hard to read, within a factor of some."""
+    if min(values, default=0.0) > 0 and max(values) > SPREAD * min(values):
+        panel.set_yscale("log")

@@ -49,22 +49,34 @@ def test_losses_are_those_of_the_weights(original, monkeypatch):
 
 
 def test_a_picture_shows_every_model_and_every_kind_of_tensor(original, found, tmp_path):
-    errors = {"tiny-4": lost(original, 4), "tiny-2": lost(original, 2)}
+    errors = [("tiny-4", lost(original, 4)), ("tiny-2", lost(original, 2))]
     plots.draw(tmp_path / "all.svg", found, errors)
     text = re.sub(r"\s+", " ", (tmp_path / "all.svg").read_text())
     for word in ("tiny-4", "tiny-2", "against tiny", "self_attn.q_proj", "mlp.down_proj", "lm_head", "weights, MB"):
         assert f">{word}<" in text, word
     plots.draw(tmp_path / "again.svg", found, errors)
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "all.svg").read_bytes()
-    plots.draw(tmp_path / "one.svg", found[:1], {})
+    plots.draw(tmp_path / "one.svg", found[:1], [])
     assert "tiny-2" not in (tmp_path / "one.svg").read_text()
     plots.draw(tmp_path / "all.png", found, errors)
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_panels_stand_in_rows_and_share_a_legend(original, found, tmp_path):
+    widths = {}
+    for count in (1, 2, 6):
+        file = tmp_path / f"{count}.svg"
+        plots.draw(file, found, [("tiny", lost(original, 4))] * count)
+        text = file.read_text()
+        assert text.count("tiny</text>") == count + 1, "each has a panel, though they are called alike"
+        assert text.count(">self_attn.q_proj<") == 1
+        widths[count] = float(re.findall(r'width="([\d.]+)pt"', text)[0])
+    assert widths[1] < widths[2] == widths[6]
+
+
 def test_the_original_itself_can_be_drawn(original, found, tmp_path, monkeypatch):
     same = evaluate(original, original, settings=Settings(tokens=30, context=30))
-    plots.draw(tmp_path / "same.svg", [same], {})
+    plots.draw(tmp_path / "same.svg", [same], [])
     assert (tmp_path / "same.svg").stat().st_size > 1000
 
 
@@ -76,7 +88,7 @@ def test_what_cannot_be_drawn_is_refused_beforehand(found, tmp_path, monkeypatch
     with pytest.raises(InvalidInput, match="cannot be written"):
         plots.check(tmp_path / "folder.svg")
     with pytest.raises(OutputError, match="No such file"):
-        plots.draw(tmp_path / "nowhere" / "x.svg", found, {})
+        plots.draw(tmp_path / "nowhere" / "x.svg", found, [])
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(BackendMissing, match=r"mlxarch\[plot\]"):
         plots.check(tmp_path / "good.svg")
