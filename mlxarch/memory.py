@@ -23,6 +23,7 @@ from mlxarch.progress import gigabytes
 from mlxarch.rates import decode_rate
 from mlxarch.slots import Places
 from mlxarch.streaming.banks import IN_FLIGHT, STAGED
+from mlxarch.streaming.experts import THREADS
 from mlxarch.streaming.prefill import HELD
 from mlxarch.streaming.rows import CACHE
 
@@ -311,7 +312,7 @@ class _Planner:
             process=PROCESS[backend]
             + TOKEN * self.footprint.vocabulary
             + (self._rows(way) if ple else 0)
-            + (min(STAGED, IN_FLIGHT * max(self.expert)) if slots else 0),
+            + (self._on_the_way() if slots else 0),
             verdict="streamed" if words else "resident",
             streamed=", ".join(words),
             rate=decode_rate(self.footprint, self.machine, way.context, wide, self.kv_bits, slots),
@@ -324,6 +325,11 @@ class _Planner:
         """Rows of per-layer embeddings beside the model: those that are kept, and those of a step."""
         row = self.held["per-layer embeddings"] // self.footprint.vocabulary
         return min(CACHE, way.context * row) + 2 * way.chunk * row
+
+    def _on_the_way(self) -> int:
+        """Records beside a bank that are to go into it. On a CPU they are read in place, and each thread widens one."""
+        widened = self.machine.backend == "cpu" and self.float_bytes == 4
+        return min(STAGED, (THREADS if widened else IN_FLIGHT) * max(self.expert))
 
     def _streamed(self, way: "_Way") -> Plan | None:
         """With as many experts as there is room for beside so many tokens of a prompt as usually pass a layer together.

@@ -108,6 +108,18 @@ def test_experts_go_to_the_disk_where_they_do_not_fit_and_the_budget_is_kept() -
         assert found.total + 48 * 2_654_208 > memory * 10**9
 
 
+def test_records_on_their_way_into_a_bank_take_room_where_they_are_copied() -> None:
+    cpu = Machine("cpu", 10**13, "cpu", None, None)
+    expert = max(blueprint("qwen3-30b-a3b").at(4).expert_bytes(4))
+    for float_bytes, records in ((4, 4), (2, 32)):  # read in place, where every thread widens one; or beside
+        resident, streamed = (
+            planned("qwen3-30b-a3b", cpu, bits=4, context=2048, float_bytes=float_bytes, memory=memory)
+            for memory in (None, 8 * 10**9)
+        )
+        assert (resident.verdict, streamed.verdict) == ("resident", "streamed")
+        assert streamed.process - resident.process == pytest.approx(records * expert, rel=0.1)
+
+
 def test_prompts_pass_streamed_layers_together_as_far_as_there_is_room() -> None:
     def together(found: Plan) -> int:
         assert found.verdict == "streamed" and found.total <= 10 * 10**9
