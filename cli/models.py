@@ -108,7 +108,7 @@ def _facts(name: str, copies: "list[Installed]") -> dict[str, Any]:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.1f}B" if number >= 10**9 else f"{number / 1e6:.0f}M"
+    return f"{number / 1e9:.1f}B" if number >= 999_500_000 else f"{number / 1e6:.0f}M"
 
 
 @click.command("show")

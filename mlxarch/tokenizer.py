@@ -335,20 +335,20 @@ def _load(folder: Path, settings: Mapping[str, Any], kind: object) -> tuple[Load
     def found(name: str) -> bool:
         return os.path.lexists(folder / name)
 
-    if found("tokenizer.json"):
-        data = _bytes(folder, "tokenizer.json", tokenizer_json.MAX_FILE_BYTES)
-        return tokenizer_json.load(data, "tokenizer.json"), {}
-    if found("tokenizer.model"):
-        data = _bytes(folder, "tokenizer.model", sentencepiece_import.MAX_FILE_BYTES)
-        converted, special_tokens = sentencepiece_import.tokenizer_json(data, "tokenizer.model")
-        return tokenizer_json.load(converted, "tokenizer.model"), dict(special_tokens)
+    if found(name := "tokenizer.json"):
+        data = _bytes(folder, name, tokenizer_json.MAX_FILE_BYTES)
+        return tokenizer_json.load(data, str(folder / name)), {}
+    if found(name := "tokenizer.model"):
+        data = _bytes(folder, name, sentencepiece_import.MAX_FILE_BYTES)
+        converted, special_tokens = sentencepiece_import.tokenizer_json(data, str(folder / name))
+        return tokenizer_json.load(converted, str(folder / name)), dict(special_tokens)
     limit = tokenizer_import.MAX_FILE_BYTES
     if found(name := "tekken.json"):
-        imported = tokenizer_import.tekken(_bytes(folder, name, limit))
+        imported = tokenizer_import.tekken(_bytes(folder, name, limit), str(folder / name))
     elif found(name := "tiktoken.model"):
-        imported = tokenizer_import.tiktoken(_bytes(folder, name, limit), settings)
+        imported = tokenizer_import.tiktoken(_bytes(folder, name, limit), settings, str(folder / name))
     elif found(name := "tokenizer.tok.json"):
-        imported = tokenizer_import.tok_json(_bytes(folder, name, limit))
+        imported = tokenizer_import.tok_json(_bytes(folder, name, limit), str(folder / name))
     elif found(name := "vocab.json") and found("merges.txt"):
         merges = _bytes(folder, "merges.txt", limit)
         imported = tokenizer_import.vocabulary_and_merges(_bytes(folder, name, limit), merges, settings, kind)
@@ -357,7 +357,7 @@ def _load(folder: Path, settings: Mapping[str, Any], kind: object) -> tuple[Load
             f"{folder}: there is no tokenizer; known are tokenizer.json, tokenizer.model, tekken.json, tiktoken.model, "
             "tokenizer.tok.json, and vocab.json with merges.txt. Download the model again."
         )
-    return tokenizer_json.load(imported.data, name), imported.settings
+    return tokenizer_json.load(imported.data, str(folder / name)), imported.settings
 
 
 def _bytes(folder: Path, name: str, limit: int) -> bytes:

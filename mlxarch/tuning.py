@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlxarch.blueprints import plan_for, remembered, tuned_file
 from mlxarch.errors import InvalidInput, OutputError
-from mlxarch.generation import Session, decode
+from mlxarch.generation import Session, check_tokens, decode
 from mlxarch.limits import set_limits
 from mlxarch.loading import load_model
 from mlxarch.memory import Plan, Request
@@ -40,7 +40,7 @@ def tune(folder: Path, request: Request, tokens: int = 64) -> Iterator[Trial]:
     """Let a model generate ``tokens`` tokens with some sizes of the memory for experts, and remember the best.
 
     Raises:
-        InvalidInput: the model does not stream experts, so there is nothing to choose.
+        InvalidInput: the model does not stream experts, so there is nothing to choose; or the tokenizer is another's.
         MemoryBudgetError: it does not fit.
         OutputError: what is found out could not be remembered; nothing was tried.
     """
@@ -66,6 +66,7 @@ def _try(folder: Path, plan: Plan, prompt: list[int], tokens: int) -> Trial:
     with set_limits(plan) as claim:
         model, _ = load_model(folder, execution=plan.execution)
     claim.belongs_to(model)
+    check_tokens(prompt, model.vocab_size)
     session = Session(model.make_caches(kv=plan.execution.kv))
     warm = [token for token, _ in decode(model, session, prompt, Sampling(), WARM_UP)]
     [(_, timings)] = deque(decode(model, session, [*prompt, *warm], Sampling(), tokens), maxlen=1)

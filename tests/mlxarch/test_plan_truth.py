@@ -149,6 +149,14 @@ def test_what_could_not_be_remembered_is_not_tried(
         list(tuning.tune(sparse, asked, 8))
 
 
+def test_a_tokenizer_of_another_model_ends_the_first_trial(
+    sparse: Path, asked: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning.Tokenizer, "encode", lambda self, text: [1, 2, 8000])
+    with pytest.raises(InvalidInput, match="token 8000 lies outside of the model's vocabulary, 0 … 7999"):
+        list(tuning.tune(sparse, asked, 8))
+
+
 def test_a_damaged_memory_of_trials_is_as_good_as_none(asked: Request, sparse: Path, tmp_path: Path) -> None:
     file = tmp_path / "home" / "cache" / "tuned.json"
     file.parent.mkdir(parents=True)
