@@ -44,14 +44,16 @@ def losses(model: Subject, original: Subject, progress: Progress = silent) -> di
     found: dict[str, float] = {}
     with model.opened() as made, original.opened() as source:
         packed = {path: tensor for path, tensor in made.parameters.items() if isinstance(tensor, Packed)}
-        for number, (path, tensor) in enumerate(packed.items()):
-            progress("comparing weights", number, len(packed))
+        done, total = 0, sum(tensor.nbytes for tensor in packed.values())
+        for path, tensor in packed.items():
+            progress("comparing weights", done, total)
             loss, exact = Loss(), source.parameters[path]
             for start, stop in chunks(tensor, CHUNK):
                 loss.add(exact.rows(start, stop), tensor.rows(start, stop))
             if loss.relative is not None:
                 found[path] = loss.relative
-        progress("comparing weights", len(packed), len(packed))
+            done += tensor.nbytes
+        progress("comparing weights", total, total)
     return found
 
 

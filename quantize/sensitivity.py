@@ -121,7 +121,8 @@ class Pass:
     def run(self, scratch: Path | None = None) -> dict[str, dict[Quantization, float]]:
         """Path -> settings -> nats per token. The states of all layers stand in a file in the folder ``scratch``."""
         walk, layers = self._walk, range(len(self._walk.model.layers))
-        [step], total = walk.steps, 2 * len(layers) + 2
+        [step], steps = walk.steps, 2 * len(layers) + 2
+        total = 2 * sum(tensor.nbytes for tensor in self._tensors.values())  # they are passed twice
         with tempfile.TemporaryFile(dir=scratch) as file:
             [state] = walk.embed()
             shared = []
@@ -129,14 +130,14 @@ class Pass:
                 np.asarray(state).tofile(file)
                 shared.append(dict(step.shared))
                 [state] = walk.layer(index, [state])
-                self._progress("measuring", index + 1, total)
+                self._progress("measuring", total * (index + 1) // steps, total)
             pull, pulls = self._head(state), [mx.zeros_like(leaf) for leaf in _floats(step.shared)]
             self._together = True
             for index in reversed(layers):
                 file.seek(index * state.nbytes)
                 state = mx.array(np.fromfile(file, np.float32, state.size).reshape(state.shape))
                 pull, pulls = self._layer(index, state, shared.pop(), pull, pulls)
-                self._progress("measuring", total - 1 - index, total)
+                self._progress("measuring", total * (steps - 1 - index) // steps, total)
         self._embeddings(pull, pulls)
         self._progress("measuring", total, total)
         return self._costs

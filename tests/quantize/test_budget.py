@@ -86,7 +86,11 @@ def rounded(path: str, index: int, rows: mx.array, inputs: np.ndarray, to: Quant
 def test_every_matrix_of_an_architecture_has_a_cost_that_falls_with_the_bits(name: str) -> None:
     resolved = resolve(open_source(parity.GOLDEN / name))
     tokens = mx.array(np.random.default_rng(0).integers(0, resolved.model.vocab_size, (2, 16)))
-    found = costs(resolved, tokens, [Quantization(bits, 32) for bits in BITS], rounded)
+    told: list[tuple[int, int]] = []
+    wanted = [Quantization(bits, 32) for bits in BITS]
+    found = costs(resolved, tokens, wanted, rounded, progress=lambda label, done, total: told.append((done, total)))
+    total = 2 * sum(tensor.nbytes for tensor in resolved.parameters.values())
+    assert told == sorted(told) and told[-1] == (total, total) and {whole for _, whole in told} == {total}
     assert found.keys() == resolved.matrices
     totals = [sum(own[Quantization(bits, 32)] for own in found.values()) for bits in BITS]
     assert totals[0] > 5 * totals[1] > 25 * totals[2] > 0

@@ -46,6 +46,11 @@ def test_losses_are_those_of_the_weights(original, monkeypatch):
     expected = np.square(error).sum() / np.square(exact["lm_head.weight"]).sum()
     assert four["lm_head.weight"] == pytest.approx(expected, rel=1e-4)
     assert plots.losses(Subject.from_folder(original), Subject.from_folder(original)) == {}, "nothing is quantized"
+    told: list[tuple[int, int]] = []
+    made = Subject.from_folder(original.with_name("tiny-4"))
+    plots.losses(made, Subject.from_folder(original), lambda label, done, total: told.append((done, total)))
+    size = (original.with_name("tiny-4") / "model.safetensors").stat().st_size
+    assert told == sorted(told) and told[0][0] == 0 and 0.8 * size < told[-1][0] == told[-1][1] < size
 
 
 def test_a_picture_shows_every_model_and_every_kind_of_tensor(original, found, tmp_path):
