@@ -71,6 +71,9 @@ def list_command(installed: bool, as_json: bool) -> None:
     if others:
         answer("\nAlso on this machine:")
         _list_installed(others, False)
+    if left := store.unfinished():
+        answer("\nUnfinished, and gone on with when asked for again, or removed by `mlxarch rm`:")
+        table((name, size(bytes)) for name, bytes in left.items())
     answer("\nA name without bits means the largest of 8 and 4 that fits this machine; NAME-4bit says them.")
 
 

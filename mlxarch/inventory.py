@@ -61,6 +61,12 @@ def installed() -> list[Installed]:
     return sorted(found, key=lambda model: (model.name.lower(), str(model.path)))
 
 
+def unfinished() -> dict[str, int]:
+    """Models that mlxarch was making when it was killed, and the bytes of what is there of each."""
+    folders = [folder for folder in _entries(paths.models()) if folder.suffix == ".partial"]
+    return {folder.stem: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders}
+
+
 def copies_of(name: str) -> list[Installed]:
     """The models on this machine that go by a name: by their own, or else by one of the catalog.
 
@@ -76,7 +82,7 @@ def copies_of(name: str) -> list[Installed]:
 
 
 def remove(name: str, *, from_hub_cache: bool = False) -> int:
-    """Delete a model that mlxarch made, and return the bytes that frees.
+    """Delete a model that mlxarch made, or what a killed run left of one, and return the bytes that frees.
 
     With ``from_hub_cache`` it is the copy in the Hub's cache that goes, by huggingface_hub's own hand: other programs
     use that cache too. Folders of the user's are never touched.
@@ -84,7 +90,10 @@ def remove(name: str, *, from_hub_cache: bool = False) -> int:
     Raises:
         ModelNotFound: there is no such model here, or only one that is not ours to delete.
         InvalidInput: several fit the name.
+        OutputError: it cannot be removed, or is being made just now.
     """
+    if not from_hub_cache and name in unfinished() and not (paths.models() / name).exists():
+        return _remove_unfinished(name)
     mine = copies_of(name)
     if from_hub_cache:
         return _remove_cached([model for model in mine if model.origin == "hub"], name)
@@ -176,6 +185,18 @@ def _in_words(source: HubSource | WheelSource) -> str:
     )
 
 
+def _remove_unfinished(name: str) -> int:
+    from mlxarch.quantize.disk import Disk
+    from mlxarch.quantize.journal import Workspace
+
+    freed, workspace = unfinished()[name], Workspace(paths.models() / name, Disk())
+    with workspace:  # or it would be taken from under a process that works on it
+        workspace.discard()
+    if workspace.folder.exists():
+        raise OutputError(f"{workspace.folder} could not be removed; look at who may write there")
+    return freed
+
+
 def _remove_cached(models: list[Installed], name: str) -> int:
     from huggingface_hub import scan_cache_dir
 
@@ -214,11 +235,14 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _subfolders(root: Path) -> list[Path]:
+    return [e for e in _entries(root) if e.suffix != ".partial"]
+
+
+def _entries(root: Path) -> list[Path]:
     try:
-        entries = sorted(root.iterdir())
+        return sorted(e for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
     except OSError:
         return []
-    return [e for e in entries if e.is_dir() and not e.name.startswith(".") and not e.name.endswith(".partial")]
 
 
 def _cached() -> Iterator[tuple[str, str, Path]]:

@@ -23,14 +23,14 @@ from mlxarch.errors import (
     ModelNotFound,
     OfflineError,
 )
-from mlxarch.inventory import Installed, describe, find, folder_name, installed, remove, stored_bits
+from mlxarch.inventory import Installed, describe, find, folder_name, installed, remove, stored_bits, unfinished
 from mlxarch.progress import Progress, gigabytes, silent
 
 if TYPE_CHECKING:
     from mlxarch.memory import Plan as MemoryPlan
     from mlxarch.memory import Request
 
-__all__ = ["Installed", "Plan", "describe", "fitting_bits", "installed", "obtain", "remove"]
+__all__ = ["Installed", "Plan", "describe", "fitting_bits", "installed", "obtain", "remove", "unfinished"]
 
 BITS = (2, 3, 4, 5, 6, 8, "original")
 

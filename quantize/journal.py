@@ -133,6 +133,10 @@ class Workspace:
         self.disk.sync(self._log)
         self._log_size += len(data)
 
+    def discard(self) -> None:
+        """Keep nothing of what was made."""
+        self.resumable, self._begun = False, True
+
     def publish(self, files: Collection[str]) -> None:
         """Rename the model, which consists of ``files``, to its target. What stood there is removed afterwards."""
         for path in self.model.iterdir():

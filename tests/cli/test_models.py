@@ -1,5 +1,6 @@
 """pull, list, show, rm, paths."""
 
+import fcntl
 import io
 import json
 import shutil
@@ -84,6 +85,25 @@ def test_rm_asks_first_and_removes_only_its_own(invoke, execute, home_with_model
     assert list(models.iterdir()) == []
     assert invoke("rm", "-y", "my-model-4bit").exit_code == 3
     assert invoke("rm", "-y", tiny).exit_code == 3 and Path(tiny).exists()
+
+
+def test_what_a_killed_run_left_is_listed_and_removed(invoke, home_with_models):
+    models = home_with_models / "data" / "models"
+    assert "Unfinished" not in invoke("list").stdout
+    left = models / "qwen3-8b-4bit.partial"
+    (left / "model").mkdir(parents=True)
+    (left / "model" / "model.safetensors").write_bytes(bytes(2_500_000))
+    (left / "lock").touch()
+    before = sorted(path.name for path in models.iterdir())
+    assert "qwen3-8b-4bit  2.5 MB" in invoke("list").stdout.split("Unfinished")[1]
+    with open(left / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        busy = invoke("rm", "-y", "qwen3-8b-4bit")
+        assert busy.exit_code == 1 and "another process is writing" in busy.stderr
+    assert sorted(path.name for path in models.iterdir()) == before
+    assert invoke("rm", "-y", "qwen3-8b-4bit").stderr == "qwen3-8b-4bit: 2.5 MB freed\n"
+    assert sorted(path.name for path in models.iterdir()) == [name for name in before if name != left.name]
+    assert invoke("rm", "-y", "qwen3-8b-4bit").exit_code == 3
 
 
 def test_pull_prints_the_folder_and_get_is_the_same(invoke, tiny):
