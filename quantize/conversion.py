@@ -25,7 +25,7 @@ from mlxarch.quantize.disk import Disk, as_output_error, size
 from mlxarch.quantize.evaluation import Evaluation
 from mlxarch.quantize.formats import as_config, in_words, settings
 from mlxarch.quantize.journal import Workspace, fingerprint
-from mlxarch.quantize.methods import METHODS, Method, checked, in_turn
+from mlxarch.quantize.methods import METHODS, Method, checked, in_turn, scratch_bytes
 from mlxarch.quantize.plan import SHARD_BYTES, Plan, make_plan
 from mlxarch.quantize.receipt import hashes_of, judge, make
 from mlxarch.quantize.report import markdown
@@ -155,8 +155,7 @@ class Conversion:
         # they stand in the source's order, so that a source that comes file by file is passed once
         todo = [path for path in parameters if path not in self.facts]
         total, finished = self.summary.source_bytes, sum(entries[path].source_bytes for path in self.facts)
-        label = "copying" if self.wanted is None else "quantizing"
-        unsynced, new = 0, dict[str, Fact]()
+        label, unsynced, new = "copying" if self.wanted is None else "quantizing", 0, dict[str, Fact]()
         progress(label, finished, total)
         batches = self.calibration.batches if self.calibration and todo else ()
         turns = in_turn(self.resolved, self.chosen, batches, todo, progress, scratch=workspace.folder)
@@ -188,10 +187,12 @@ class Conversion:
             )
 
     def _space(self, folder: Path) -> tuple[int, int]:
-        """Bytes still to be written, and bytes free."""
-        held = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) if folder.is_dir() else 0
+        """Bytes still to be written, those that are put aside meanwhile included, and bytes free."""
+        held = sum(path.stat().st_blocks * 512 for path in folder.glob("*"))
         place = next(place for place in (folder, *folder.parents) if place.is_dir())
-        return max(self.needed - held, 0), self.disk.free(place)
+        batches = self.calibration.batches if self.calibration and len(self.facts) < len(self.plan.entries) else ()
+        needed = max(self.needed - held, 0) + scratch_bytes(self.resolved, self.chosen, batches)
+        return needed, self.disk.free(place)
 
     @cached_property
     def _small_files(self) -> dict[str, bytes | Path]:

@@ -15,9 +15,9 @@ from mlxarch.errors import QuantizationError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.importance import Gathering, Inputs
 from mlxarch.quantize.packing import Packer
-from mlxarch.quantize.pulls import Pulls
+from mlxarch.quantize.pulls import Pulls, token_bytes
 from mlxarch.quantize.rows import Pack, round_rows
-from mlxarch.quantize.tables import uses
+from mlxarch.quantize.tables import TOKENS, uses
 from mlxarch.weights import Resolved
 
 Method = Literal["search", "gptq", "round"]
@@ -26,6 +26,8 @@ METHODS: dict[Method, str] = {
     "gptq": "error feedback from column to column and from row to row on searched scales and biases",
     "round": "rounded to nearest",
 }
+
+PULLED = 4 << 30  # bytes of a file, within which more tokens than the usual ones pass back for gptq
 
 
 def checked(method: str | None, wanted: Quantization | None, calibration: object = None) -> Method:
@@ -79,14 +81,15 @@ def in_turn(
 
     What is rounded comes in the order of ``todo``; else layer by layer, for the inputs of a layer are known when those
     before it have been passed. One pass back before that tells of tables, and if ``coupled`` of all outputs, how an
-    error costs; what is ``coupled`` is packed whole, row after row. Two bytes for each output of each token stand in a
-    file without a name, in the folder ``scratch`` or where the system has its own.
+    error costs; what is ``coupled`` is packed whole, row after row. What pulls at the outputs stands in a file without
+    a name meanwhile, in the folder ``scratch`` or where the system has its own; see ``scratch_bytes``.
     """
     left = dict.fromkeys(todo)
     with tempfile.TemporaryFile(dir=scratch) as file:
         if method != "round" and left:
             pulls = Pulls(file)
-            used = uses(resolved, batches, progress=progress, kept=pulls if coupled else None, scratch=scratch)
+            kept, count = (pulls, tokens_back(resolved, method)) if coupled else (None, TOKENS)
+            used = uses(resolved, batches, progress=progress, kept=kept, scratch=scratch, count=count)
             gathering = Gathering(resolved, batches, keep=method == "gptq")
             for paths, found in gathering.layers(progress):
                 due = {path: name for path in paths if (name := resolved.architecture.published(path)) in left}
@@ -104,6 +107,19 @@ def in_turn(
                     return
     for name in left:
         yield Turn(name, round_rows)
+
+
+def tokens_back(resolved: Resolved, method: Method) -> int:
+    """How many tokens tell how outputs are pulled at, if there are as many. With errors fed back from column to column
+    as well, more of them still gain something; a search has random ones, of which more are no better.
+    """
+    return max(PULLED // token_bytes(resolved), TOKENS) if method == "gptq" else TOKENS
+
+
+def scratch_bytes(resolved: Resolved, method: Method, batches: Sequence[mx.array]) -> int:
+    """What ``in_turn`` needs of the disk while it goes on."""
+    there = sum(batch.size for batch in batches)
+    return 0 if method == "round" else min(tokens_back(resolved, method), there) * token_bytes(resolved)
 
 
 def _tables(used: dict[str, list[np.ndarray]], keep: bool) -> dict[str, Inputs]:

@@ -7,6 +7,7 @@ the two sides: arXiv:2505.22988.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import IO
 
 import mlx.core as mx
@@ -14,6 +15,8 @@ import numpy as np
 
 from mlxarch.quantize.gptq import factor_of, shrunk
 from mlxarch.quantize.search import Grid
+from mlxarch.quantize.sensitivity import WIDEST
+from mlxarch.weights import Resolved
 
 LEAST, MOST = 16, 64  # rows that are packed at once, of which none hears of the others
 BLOCKS = 8  # of them, where there are as many rows
@@ -23,12 +26,26 @@ Choose = Callable[[np.ndarray], tuple[Grid, np.ndarray]]
 """Grids for rows (N, in), and the values that come of them."""
 
 
+def token_bytes(resolved: Resolved) -> int:
+    """What one token takes in the file of ``Pulls``: two bytes for each output, of the chosen experts alone."""
+    chosen, count = getattr(resolved.architecture.config, "num_experts_per_tok", 1), 1
+    for path in resolved.matrices:
+        *several, high, _ = resolved.parameters[path].shape
+        count += min(prod(several), chosen) * high if high <= WIDEST else 0
+    return 2 * count
+
+
 class Pulls:
     """Gradients of the outputs of each matrix, token by token, in a file: in bfloat16, for they are only averaged."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._places: dict[str, list[list[tuple[int, tuple[int, int]]]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+        return self._file.seek(0, 2)
 
     def __contains__(self, path: str) -> bool:
         return path in self._places

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxarch.blocks import Embedding, Quantization
 from mlxarch.blocks.linear import ExpertLinear, Matrix
 from mlxarch.progress import Progress, silent
+from mlxarch.quantize import host_attention
 from mlxarch.quantize.formats import fitting
 from mlxarch.quantize.walk import Walk
 from mlxarch.tensors import FLOATS
@@ -109,6 +110,7 @@ class Pass:
         self._tensors, self._candidates, self._rounded = resolved.parameters, candidates, rounded
         self._seed, self._progress, self._count = seed, progress, tokens.size
         self._walk = Walk(resolved, [tokens])
+        host_attention.install(self._walk.model)
         self._costs: dict[str, dict[Quantization, float]] = {}
         self._in_layers = set(resolved.parameters).difference(self._walk.paths(None))
         self._heard: dict[tuple[str, int], _Use] = {}

@@ -20,7 +20,7 @@ from mlxarch.quantize.pulls import Pulls
 from mlxarch.quantize.sensitivity import Pass, _Use
 from mlxarch.weights import Resolved
 
-TOKENS = 1024  # that pass back, at most
+TOKENS = 1024  # that pass back
 LOGITS = 2 << 20  # of them at once
 BATCH = 256  # of them at once: a layer's activations are held several times on the way back
 
@@ -32,6 +32,7 @@ def uses(
     progress: Progress = silent,
     kept: Pulls | None = None,
     scratch: Path | None = None,
+    count: int = TOKENS,
 ) -> dict[str, list[np.ndarray]]:
     """Path of each table -> for each of its uses, rows (N, in), whose second moments are to be added up.
 
@@ -41,10 +42,11 @@ def uses(
         progress: told the layers done, forwards and back.
         kept: is given the pulls at the outputs of the other matrices.
         scratch: the folder for what is put aside on the way forwards; None is the system's.
+        count: of the tokens, at most.
     """
     windows = mx.concatenate(list(batches))
     length = windows.shape[1]
-    chosen = np.linspace(0, len(windows) - 1, min(max(TOKENS // length, 1), len(windows))).astype(int)
+    chosen = np.linspace(0, len(windows) - 1, min(max(count // length, 1), len(windows))).astype(int)
     parts = np.array_split(chosen, -(-len(chosen) * length // BATCH))
     found: dict[str, list[list[np.ndarray]]] = {}
     for number, part in enumerate(part for part in parts if len(part)):

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxarch.blocks import Attention
+from mlxarch.blocks import Attention, Step
 from mlxarch.quantize import host_attention
 from mlxarch.registry import architecture
 from mlxarch.weights import open_source, resolve
@@ -43,6 +43,25 @@ def test_it_is_the_attention_of_mlx(which, keys):
     assert np.abs(other - np.array(expected)).max() > 1e-2
 
 
+@pytest.mark.parametrize("which", ["all", "causal", "window", "holes"])
+@pytest.mark.parametrize("keys", [1, 2, 6])
+def test_what_pulls_at_it_pulls_at_its_inputs_as_mlx_has_it(which, keys):
+    arrays, seen = drawn(6, keys), masks(150)[which]
+    pull = np.random.default_rng(1).normal(size=(2, 6, 150, 16)).astype(np.float32)
+    mask = None if seen is None else mx.array(seen)
+    _, expected = mx.vjp(
+        lambda *qkv: [mx.fast.scaled_dot_product_attention(*qkv, scale=0.3, mask=mask)],
+        [mx.array(array) for array in arrays],
+        [mx.array(pull)],
+    )
+    q, k, v = arrays
+    found = host_attention.pulls(q, k, v, pull, seen, 0.3)
+    other = host_attention.pulls(q, k, v, pull, masks(150)["window" if which != "window" else "causal"], 0.3)
+    for own, wrong, right in zip(found, other, expected, strict=True):
+        assert np.abs(own - np.array(right)).max() < 2e-5
+        assert np.abs(wrong - np.array(right)).max() > 1e-2
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3", "gpt_oss", "llama3"])
 def test_a_model_computes_the_same_with_it(name):
     folder = next(folder for folder in sorted(GOLDEN.iterdir()) if folder.name.startswith(name))
@@ -56,4 +75,10 @@ def test_a_model_computes_the_same_with_it(name):
     installed = [m for m in changed.modules() if isinstance(m, Attention) and "attend" in vars(m)]
     assert bool(installed) == (name not in ("gemma2", "gpt_oss")), "soft caps and sinks are not computed here"
     one, other = (np.array(model(tokens).astype(mx.float32)) for model in (plain, changed))
+    assert np.abs(one - other).max() < 1e-4 * max(1, np.abs(one).max())
+    state = mx.random.normal((2, 40, plain.embed(tokens, Step(40)).shape[-1]), key=mx.random.key(0))
+    one, other = (
+        np.array(mx.vjp(lambda x, own=model: [own.layers[0](x, Step(40), None)], [state], [state])[1][0])
+        for model in (plain, changed)
+    )
     assert np.abs(one - other).max() < 1e-4 * max(1, np.abs(one).max())

@@ -12,10 +12,12 @@ from divergence import of_moves
 
 from mlxarch.blocks import Quantization
 from mlxarch.loading import load_model
+from mlxarch.quantize import methods
 from mlxarch.quantize.gptq import rounded_values
 from mlxarch.quantize.importance import Inputs, random_tokens
+from mlxarch.quantize.methods import scratch_bytes, tokens_back
 from mlxarch.quantize.packing import Packer, Search
-from mlxarch.quantize.pulls import Pulls, RowFeedback
+from mlxarch.quantize.pulls import Pulls, RowFeedback, token_bytes
 from mlxarch.quantize.rows import Loss, chunks
 from mlxarch.quantize.search import Grid
 from mlxarch.quantize.tables import uses
@@ -66,6 +68,28 @@ def test_pulls_come_back_by_expert_and_by_rows(kept: Pulls) -> None:
 
 def test_of_a_matrix_that_nothing_was_told_of_there_are_none(kept: Pulls) -> None:
     assert kept.of("a", 0, 0, 8).shape == (0, 8)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_what_a_token_takes_in_the_file_is_known_beforehand(kept: Pulls, name: str) -> None:
+    resolved = resolve(open_source(GOLDEN / name))
+    batches = random_tokens(resolved.model.vocab_size, 64, 640)
+    uses(resolved, batches, kept=kept, count=128)
+    first = kept.nbytes
+    assert 0.7 * 128 * token_bytes(resolved) < first <= 128 * token_bytes(resolved)  # tables, and heads of MLA
+    uses(resolved, batches, kept=kept, count=256)
+    assert kept.nbytes == 3 * first
+    assert scratch_bytes(resolved, "search", batches[:1]) == min(batches[0].size, 1024) * token_bytes(resolved)
+    assert scratch_bytes(resolved, "round", batches) == 0
+
+
+def test_more_tokens_pass_back_where_that_takes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = resolve(open_source(GOLDEN / "llama3"))
+    assert tokens_back(resolved, "gptq") > 8192 > tokens_back(resolved, "search") == 1024
+    monkeypatch.setattr(methods, "PULLED", 3000 * token_bytes(resolved))
+    assert tokens_back(resolved, "gptq") == 3000
+    monkeypatch.setattr(methods, "PULLED", 10)
+    assert tokens_back(resolved, "gptq") == 1024
 
 
 def test_moving_outputs_moves_the_logits_along_their_pulls() -> None:

@@ -12,7 +12,9 @@ from mlxarch.expert_files import MANIFEST
 from mlxarch.quantize import staging
 from mlxarch.quantize.conversion import Conversion, prepare
 from mlxarch.quantize.disk import Disk
+from mlxarch.quantize.methods import scratch_bytes
 from mlxarch.quantize.staging import Staging
+from parity import GOLDEN
 from streamed import fingerprint, load
 from tiny_llama import make_llama
 from tiny_moe import make_moe
@@ -145,3 +147,17 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no experts"):
         make(tmp_path / "llama", tmp_path / "out")
     assert names(tmp_path) == {"llama"}
+
+
+def test_what_is_put_aside_meanwhile_needs_its_place_too(tmp_path: Path) -> None:
+    def run(room: int, **options: Any) -> None:
+        prepare(GOLDEN / "qwen3_moe", tmp_path / "out", method="search", disk=SmallDisk(room)).run(**options)
+
+    conversion = prepare(GOLDEN / "qwen3_moe", tmp_path / "out", method="search")
+    assert conversion.calibration
+    aside = scratch_bytes(conversion.resolved, "search", conversion.calibration.batches)
+    assert aside > 10_000
+    with pytest.raises(DiskSpaceError, match=rf"\({conversion.needed + aside} bytes\) of disk"):
+        run(conversion.needed + aside - 1)
+    assert not list(tmp_path.iterdir())
+    run(conversion.needed + aside)
