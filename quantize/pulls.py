@@ -101,12 +101,12 @@ def _moments(pulls: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
         pulls = pulls / np.abs(pulls).max()  # squares of small ones would vanish
         norms = np.linalg.norm(pulls, axis=1)
-    felt = norms > 0
-    if not np.isfinite(norms).all() or not felt.any():
+    felt = norms[norms > 0]
+    if not np.isfinite(norms).all() or not felt.size:
         return np.eye(pulls.shape[1], dtype=np.float32)
-    pulls = pulls[felt] * np.minimum(1, LOUDEST * np.median(norms[felt]) / norms[felt])[:, None]
-    pulls /= np.sqrt(np.square(pulls).sum() / pulls.shape[1])
-    return shrunk(pulls.T @ pulls, len(pulls))
+    pulls *= np.minimum(1, LOUDEST * np.median(felt) / np.maximum(norms, felt.min()))[:, None]
+    pulls /= np.sqrt(np.vdot(pulls, pulls) / pulls.shape[1])
+    return shrunk(pulls.T @ pulls, len(felt))
 
 
 def _blocks(rows: int) -> list[np.ndarray]:
