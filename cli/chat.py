@@ -14,6 +14,7 @@ from mlxarch.cli.conversation import Conversation
 from mlxarch.cli.editor import Editor, Interrupted, Lines, editor
 from mlxarch.cli.output import is_terminal, say
 from mlxarch.cli.render import Writer, thoughts, writer
+from mlxarch.cli.signals import Terminated
 from mlxarch.cli.slash import ALIASES, COMMANDS, obey
 from mlxarch.cli.stats import stats_line
 from mlxarch.errors import MlxArchError
@@ -98,8 +99,8 @@ class Chat:
             if isinstance(self.source, Lines):
                 raise  # nobody is there to do something about it
             say(f"error: {error}")
-        except KeyboardInterrupt:
-            if isinstance(self.source, Lines):
+        except KeyboardInterrupt as interrupt:
+            if isinstance(self.source, Lines) or isinstance(interrupt, Terminated):
                 raise
             say("stopped before the answer began; the question is not kept", dim=True)
 

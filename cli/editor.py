@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from mlxarch.cli.output import is_terminal, say
+from mlxarch.cli.signals import Terminated
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -69,6 +70,8 @@ class Lines:
             from mlxarch.errors import InvalidInput
 
             raise InvalidInput(f"standard input is no text in UTF-8: {error}") from error
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             raise Interrupted("") from None
         return unquoted(text)

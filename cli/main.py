@@ -17,6 +17,7 @@ import click
 
 from mlxarch import __version__
 from mlxarch.cli.output import fail, prepare_streams, say
+from mlxarch.cli.signals import Terminated, raising
 from mlxarch.errors import MlxArchError
 
 # command: (module of mlxarch.cli, what it does: the first sentence of its own help)
@@ -38,7 +39,7 @@ COMMANDS = {
     "paths": ("models", "Print where files are kept."),
 }
 ALIASES = {"get": "pull", "ls": "list"}
-BROKEN_PIPE, INTERRUPTED = 141, 130  # as a shell reports a process that SIGPIPE, SIGINT ended
+BROKEN_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143  # as a shell reports a process that SIGPIPE, SIGINT, SIGTERM ended
 
 EPILOG = """\b
 A model is a short name (smollm2-135m, qwen3-8b-4bit), a repository of the
@@ -53,6 +54,7 @@ Exit codes:
   4    does not fit into the memory
   5    the network is needed and out of reach
   130  interrupted (Ctrl-C)
+  143  ended (SIGTERM)
 
 \b
 Environment:
@@ -128,13 +130,14 @@ def main() -> NoReturn:
 def _guarded(group: CommandLine, arguments: list[str]) -> int:
     """Run it, and return the exit code; no error passes."""
     try:
-        code = _run(group, arguments)
+        with raising():
+            code = _run(group, arguments)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as interrupt:
         for note in ["", *getattr(interrupt, "__notes__", ())]:
             say(note)
-        return INTERRUPTED
+        return interrupt.exit_code if isinstance(interrupt, Terminated) else INTERRUPTED
     except OSError as error:
         if error.errno == errno.EPIPE:
             return _reader_went_away()
@@ -161,8 +164,8 @@ def _run(group: CommandLine, arguments: list[str]) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.Abort as abort:  # click's prompts turn Ctrl-C and the end of input into this
-        if isinstance(abort.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from abort
+        if isinstance(interrupt := abort.__context__, KeyboardInterrupt):
+            raise interrupt from None
         return _failed("no answer was given, so nothing was done", 1)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "mlxarch"

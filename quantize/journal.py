@@ -100,13 +100,10 @@ class Workspace:
 
     def resume(self, identity: dict[str, Any]) -> dict[str, Any]:
         """What an earlier run of the same work recorded, by name; empty, and a clean start, if there was none."""
-        self._begun, line = (
-            True,
-            json.dumps(identity, sort_keys=True),
-        )  # a last line cut short by a crash counts as not there
+        self._begun, line = True, json.dumps(identity, sort_keys=True)
         lines = self._journal.read_text("ascii", "replace").splitlines(keepends=True) if self._journal.is_file() else []
         if lines and lines[0] == line + "\n" and self.model.is_dir():
-            lines = [entry for entry in lines if entry.endswith("\n")]
+            lines = [entry for entry in lines if entry.endswith("\n")]  # one cut short by a crash is not there
             self._log, self._log_size = self.disk.open(self._journal), len("".join(lines))  # ASCII
             logger.info("%s: going on where an earlier run stopped", self.folder)
             facts = {name: fact for entry in lines[1:] for name, fact in json.loads(entry).items()}

@@ -27,7 +27,7 @@ def test_without_arguments_it_shows_help(invoke):
 
 def test_help_documents_every_exit_code(invoke):
     kinds = [value for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "exit_code")]
-    codes = {kind.exit_code for kind in kinds} | {0, module.INTERRUPTED}
+    codes = {kind.exit_code for kind in kinds} | {0, module.INTERRUPTED, module.TERMINATED}
     text = invoke("--help").stdout
     listed = text[text.index("Exit codes:") : text.index("Environment:")]
     assert {int(line.split()[0]) for line in listed.splitlines()[1:] if line.strip()} == codes
