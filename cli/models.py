@@ -10,6 +10,7 @@ import click
 from mlxarch.cli import options
 from mlxarch.cli.output import answer, answer_json, is_terminal, say, size, table
 from mlxarch.cli.receipts import lines
+from mlxarch.errors import Declined
 
 if TYPE_CHECKING:
     from mlxarch.inventory import Installed
@@ -173,10 +174,14 @@ def rm_command(models: tuple[str, ...], yes: bool, hub: bool) -> None:
     if not yes and not is_terminal(sys.stdin):
         raise click.UsageError("nobody is there to be asked: --yes removes without asking")
     for name in models:
-        if not yes and not click.confirm(f"Remove {name}?", err=True):
-            say(f"{name} stays")
-            continue
-        say(f"{name}: {size(store.remove(name, from_hub_cache=hub))} freed")
+
+        def agreed(freed: int, name: str = name) -> bool:
+            return yes or click.confirm(f"Remove {name}, {size(freed)}?", err=True)
+
+        try:
+            say(f"{name}: {size(store.remove(name, from_hub_cache=hub, confirm=agreed))} freed")
+        except Declined as stays:
+            say(str(stays))
 
 
 @click.command("paths")

@@ -1,9 +1,10 @@
 """Which models are on this machine: what mlxarch made, folders that the user named, and what the Hub's cache holds."""
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from mlxarch import catalog, hub, paths
 from mlxarch.catalog import Bits, Entry, HubSource, Reference, WheelSource
 from mlxarch.checkpoint import read_json
-from mlxarch.errors import InvalidInput, MlxArchError, ModelNotFound, OutputError
+from mlxarch.errors import Declined, InvalidInput, MlxArchError, ModelNotFound, OutputError
 
 _CACHED = re.compile("models--(.+?)--(.+)")  # what huggingface_hub calls the folder of a repository
 # model types that run here and that no model of the catalog has
@@ -64,7 +65,7 @@ def installed() -> list[Installed]:
 def unfinished() -> dict[str, int]:
     """Models that mlxarch was making when it was killed, and the bytes of what is there of each."""
     folders = [folder for folder in _entries(paths.models()) if folder.suffix == ".partial"]
-    return {folder.stem: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders}
+    return {folder.stem: _bytes_below(folder) for folder in folders}
 
 
 def copies_of(name: str) -> list[Installed]:
@@ -81,22 +82,24 @@ def copies_of(name: str) -> list[Installed]:
     return found
 
 
-def remove(name: str, *, from_hub_cache: bool = False) -> int:
+def remove(name: str, *, from_hub_cache: bool = False, confirm: Callable[[int], bool] | None = None) -> int:
     """Delete a model that mlxarch made, or what a killed run left of one, and return the bytes that frees.
 
     With ``from_hub_cache`` it is the copy in the Hub's cache that goes, by huggingface_hub's own hand: other programs
-    use that cache too. Folders of the user's are never touched.
+    use that cache too. Folders of the user's are never touched. ``confirm`` is asked, with the bytes, when it is known
+    that the model can be removed; None agrees.
 
     Raises:
+        Declined: ``confirm`` did not agree.
         ModelNotFound: there is no such model here, or only one that is not ours to delete.
         InvalidInput: several fit the name.
         OutputError: it cannot be removed, or is being made just now.
     """
     if not from_hub_cache and name in unfinished() and not (paths.models() / name).exists():
-        return _remove_unfinished(name)
+        return _remove_unfinished(name, confirm)
     mine = copies_of(name)
     if from_hub_cache:
-        return _remove_cached([model for model in mine if model.origin == "hub"], name)
+        return _remove_cached([model for model in mine if model.origin == "hub"], name, confirm)
     own = [model for model in mine if model.origin == "mlxarch"]
     if len(own) > 1:
         raise InvalidInput(f"{name!r} fits {', '.join(model.name for model in own)}; name one of them")
@@ -107,6 +110,7 @@ def remove(name: str, *, from_hub_cache: bool = False) -> int:
             + (f"; the one at {where} is not its own. " if where else ". ")
             + "`mlxarch list` shows what is here; --hub removes a copy from the Hub's cache, which other programs share"
         )
+    _ask(confirm, name, own[0].bytes)
     folder = own[0].path
     going = folder.with_name(f".removing-{os.getpid()}-{folder.name}")
     try:
@@ -185,26 +189,43 @@ def _in_words(source: HubSource | WheelSource) -> str:
     )
 
 
-def _remove_unfinished(name: str) -> int:
+def _remove_unfinished(name: str, confirm: Callable[[int], bool] | None) -> int:
     from mlxarch.quantize.disk import Disk
     from mlxarch.quantize.journal import Workspace
 
-    freed, workspace = unfinished()[name], Workspace(paths.models() / name, Disk())
+    workspace = Workspace(paths.models() / name, Disk())
     with workspace:  # or it would be taken from under a process that works on it
+        _ask(confirm, name, freed := _bytes_below(workspace.folder))
         workspace.discard()
     if workspace.folder.exists():
         raise OutputError(f"{workspace.folder} could not be removed; look at who may write there")
     return freed
 
 
-def _remove_cached(models: list[Installed], name: str) -> int:
+def _remove_cached(models: list[Installed], name: str, confirm: Callable[[int], bool] | None) -> int:
     from huggingface_hub import scan_cache_dir
 
     if not models:
         raise ModelNotFound(f"the Hub's cache holds no model {name!r}; `mlxarch list` shows what is here")
     strategy = scan_cache_dir().delete_revisions(*(model.path.name for model in models))
+    _ask(confirm, name, strategy.expected_freed_size)
     strategy.execute()
     return strategy.expected_freed_size
+
+
+def _ask(confirm: Callable[[int], bool] | None, name: str, freed: int) -> None:
+    if confirm is not None and not confirm(freed):
+        raise Declined(f"{name} stays")
+
+
+def _bytes_below(folder: Path) -> int:
+    """Of all files in a folder, in which somebody may be at work: what vanishes meanwhile counts nothing."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(root, name)).st_size
+    return total
 
 
 def _fits(model: Installed, reference: Reference) -> bool:

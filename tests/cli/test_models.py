@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,45 @@ def test_rm_asks_first_and_removes_only_its_own(invoke, execute, home_with_model
     assert list(models.iterdir()) == []
     assert invoke("rm", "-y", "my-model-4bit").exit_code == 3
     assert invoke("rm", "-y", tiny).exit_code == 3 and Path(tiny).exists()
+
+
+def test_rm_asks_only_about_what_it_can_remove(invoke, home_with_models, tiny, monkeypatch):
+    """And says how much it is, so that a person knows what is decided."""
+    monkeypatch.setattr("mlxarch.cli.models.is_terminal", lambda stream: True)
+    for name, code in (("smollm2-360m", 3), ("smollm3-3b-4bit", 3), (tiny, 3), ("smollm2-135m", 2)):
+        refused = invoke("rm", name, input="y\n")
+        assert refused.exit_code == code and "Remove" not in refused.stderr, refused.stderr
+    asked = invoke("rm", "my-model-4bit", input="n\n")
+    assert "Remove my-model-4bit, " in asked.stderr and " MB? [y/N]" in asked.stderr
+    assert len(list((home_with_models / "data" / "models").iterdir())) == 3
+
+
+def test_rm_asks_about_what_a_killed_run_left_unless_somebody_works_on_it(invoke, home, monkeypatch):
+    monkeypatch.setattr("mlxarch.cli.models.is_terminal", lambda stream: True)
+    left = home / "data" / "models" / "qwen3-8b-4bit.partial"
+    (left / "model").mkdir(parents=True)
+    (left / "model" / "model.safetensors").write_bytes(bytes(2_500_000))
+    (left / "lock").touch()
+    with open(left / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "Remove" not in invoke("rm", "qwen3-8b-4bit", input="y\n").stderr
+    declined = invoke("rm", "qwen3-8b-4bit", input="n\n")
+    assert "Remove qwen3-8b-4bit, 2.5 MB?" in declined.stderr and "stays" in declined.stderr
+    assert (left / "model" / "model.safetensors").exists()
+    assert invoke("rm", "qwen3-8b-4bit", input="y\n").exit_code == 0 and not left.exists()
+
+
+def test_list_does_not_stumble_over_what_vanishes_meanwhile(invoke, home, monkeypatch):
+    """A file of a model that another process is just completing."""
+    left = home / "data" / "models" / "qwen3-8b-4bit.partial"
+    left.mkdir(parents=True)
+    (left / "stays").write_bytes(bytes(1_000_000))
+
+    def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        yield str(folder), [], ["gone before it is looked at", "stays"]
+
+    monkeypatch.setattr("mlxarch.inventory.os.walk", walk)
+    assert "qwen3-8b-4bit  1.0 MB" in invoke("list").stdout
 
 
 def test_what_a_killed_run_left_is_listed_and_removed(invoke, home_with_models):
