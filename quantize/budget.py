@@ -9,7 +9,7 @@ small, and values matter so much more than queries that a tenth of the divergenc
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, floor, inf
 
 from mlxarch.blocks import Attention, CausalLM, LatentAttention, Quantization
 from mlxarch.blocks.linear import SharedInput
@@ -17,6 +17,8 @@ from mlxarch.errors import QuantizationError
 from mlxarch.quantize.disk import size
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)  # bits
+RANGES = {"size": (1, inf), "bits": (2, 10), "kl": (1e-7, 10)}
+"""Of targets: bytes; bits, scales included; nats, of which 1e-7 are float32's noise and 10 what a blind guess loses."""
 GROUP_SIZE = 128  # of a mixture, unless it is given: what fewer scales leave is worth more as bits
 
 
@@ -38,8 +40,36 @@ class Target:
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) != 1:
             raise QuantizationError(f"a target is one of size, bits and kl; found {', '.join(given) or 'none'}")
-        if not 0 < vars(self)[given[0]] < inf:
-            raise QuantizationError(f"a target of {given[0]} is a number above 0; found {vars(self)[given[0]]}")
+        found, (least, most) = vars(self)[name := given[0]], RANGES[name]
+        if not least <= found <= most or found == inf:
+            span = f"from {least:g} to {most:g}" if most < inf else "of bytes"
+            raise QuantizationError(f"a target of {name} is a number {span}; found {found:g}")
+
+
+def check_room(target: Target, room: int, least: int, most: int, elements: int) -> None:
+    """Refuse a target of size or bits that leaves nothing to choose.
+
+    Args:
+        target: what was asked for.
+        room: the bytes that it leaves for the matrices.
+        least, most: what these take at the fewest bits and at the most, with scales and biases.
+        elements: of them.
+
+    Raises:
+        QuantizationError: saying what is allowed.
+    """
+    if least <= room <= most or not elements:
+        return
+    if target.size is not None:
+        asked, low, high = size(target.size), *(size(target.size - room + nbytes) for nbytes in (least, most))
+    else:
+        asked = f"{target.bits:g} bits per weight"
+        low, high = f"{ceil(800 * least / elements) / 100:g}", f"{floor(800 * most / elements) / 100:g}"
+    remedy = "a smaller model" if room < least else f"{max(CANDIDATES)} bits for all"
+    raise QuantizationError(
+        f"a target of {asked} leaves nothing to choose: with scales and biases it is {low} at {min(CANDIDATES)} bits "
+        f"everywhere, and {high} at {max(CANDIDATES)}. Ask for something in between, or take {remedy}"
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from mlxarch.blocks import Quantization
 from mlxarch.errors import InvalidInput
 from mlxarch.progress import Progress, silent
-from mlxarch.quantize.budget import CANDIDATES, Choice, Target, choose, offers_of, ties
+from mlxarch.quantize.budget import CANDIDATES, Choice, Target, check_room, choose, offers_of, ties
 from mlxarch.quantize.calibration import Calibration, tokenizer_of
 from mlxarch.quantize.corpus import Text, bundled, prefix_of
 from mlxarch.quantize.formats import fitting, stored_as
@@ -64,11 +64,6 @@ def forecast(
     """
     tokens = ends(bundled() if texts is None else texts, tokenizer_of(source), resolved.model.context_length)
     candidates = [Quantization(bits, group_size) for bits in CANDIDATES]
-    rounded = rounder(resolved, method, calibration, dtype, progress)
-    found = costs(resolved, tokens, candidates, rounded, progress=progress)
-    matrices = [path for path in resolved.parameters if path in found and _fits(resolved, path, candidates[0])]
-    if target.bits is not None:
-        room = int(target.bits * sum(prod(resolved.parameters[path].shape) for path in matrices) / 8)
 
     def stored(path: str, to: Quantization) -> int:
         tensor = resolved.parameters[path]
@@ -76,7 +71,17 @@ def forecast(
         fit = fitting(to, tensor.shape[-1]) or to
         return sum(prod(shape) * DTYPES[dtype].size for dtype, shape in stored_as(fit, tensor.shape, scales).values())
 
-    offers = offers_of(ties(resolved.model, matrices), found, stored)
+    several = resolved.matrices & resolved.parameters.keys()
+    matrices = {path for path in several if _fits(resolved, path, candidates[0])}
+    elements = sum(prod(resolved.parameters[path].shape) for path in matrices)
+    room = int(target.bits * elements / 8) if target.bits is not None else room
+    if room is not None:  # told before minutes go by
+        least, *_, most = (sum(stored(path, to) for path in matrices) for to in candidates)
+        check_room(target, room, least, most, elements)
+    rounded = rounder(resolved, method, calibration, dtype, progress)
+    found = costs(resolved, tokens, candidates, rounded, progress=progress)
+    measured = [path for path in resolved.parameters if path in found and path in matrices]
+    offers = offers_of(ties(resolved.model, measured), found, stored)
     choice: Choice = choose(offers, room, target.kl)
     published = resolved.architecture.published
     return Forecast({published(path): to for path, to in choice.settings.items()}, choice.forecast)

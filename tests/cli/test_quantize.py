@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 import mlxarch
-from mlxarch.quantize import mixture
+from mlxarch.quantize import forecast, mixture
 
 
 @pytest.fixture
@@ -89,6 +89,9 @@ def test_an_output_that_exists_is_refused_unless_forced(invoke, here):
         (["./tiny", "--mode", "mxfp4", "--target-bits", "5"], 2),
         (["./tiny", "--mode", "mxfp4", "--recipe"], 2),
         (["./tiny", "--target-size", "16"], 2),
+        (["./nowhere", "--target-bits", "99"], 2),
+        (["./nowhere", "--target-kl", "50"], 2),
+        (["./nowhere", "--target-kl", "1e-12"], 2),
         (["./tiny", "--calibration", os.devnull], 2),
         (["./tiny", "--text", os.devnull], 2),
         ([], 2),
@@ -135,6 +138,32 @@ def test_a_mixture_is_described_by_all_its_bits_and_keeps_its_size_when_floats_a
             nbytes, elements = nbytes + tensor["bits_per_weight"] * own / 8, elements + own
         assert 5.7 < 8 * nbytes / elements <= 6, "counted as the source stores scales, it would be 5 in bfloat16"
         assert {w.dtype for name, w in weights.items() if name.endswith("scales")} == {getattr(mx, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target-bits", "9.1"], "with scales and biases it is {low} at 2 bits everywhere, and {high} at 8"),
+        (["--target-bits", "2.9"], "or take a smaller model"),
+        (["--target-size", "20kB"], "or take a smaller model"),
+        (["--target-size", "900GB"], "or take 8 bits for all"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_target_that_leaves_nothing_to_choose_is_refused_before_it_is_measured(
+    invoke, here, monkeypatch, arguments, said
+):
+    def costs(*_: object, **__: object) -> None:
+        raise LookupError("measured")
+
+    monkeypatch.setattr(forecast, "costs", costs)
+    low, high, how = 3, 9, ["--group-size", "32", "--dtype", "bfloat16", "--no-eval"]
+    refused = invoke("quantize", "./tiny", *arguments, *how)
+    assert refused.exit_code == 1 and said.format(low=low, high=high) in refused.stderr, refused.stderr
+    assert [path.name for path in here.iterdir()] == ["tiny"]
+    for near in (low, high):  # what the message names is allowed
+        allowed = invoke("quantize", "./tiny", "--target-bits", str(near), *how)
+        assert "LookupError: measured" in allowed.stderr
 
 
 def test_a_recipe_without_a_name_is_the_one_meant_for_the_model(invoke, here):

@@ -60,11 +60,20 @@ def test_a_divergence_is_reached_with_as_few_bytes_as_it_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"size": 5, "bits": 4.0}, {"kl": 0.0}, {"bits": -1.0}, {"kl": float("nan")}, {"bits": float("inf")}]
+    ("wrong", "said"),
+    [
+        ({}, "found none"),
+        ({"size": 5, "bits": 4.0}, "found size, bits"),
+        *(({"kl": kl}, "from 1e-07 to 10") for kl in (0.0, 1e-12, 10.1, float("nan"))),
+        *(({"bits": bits}, "from 2 to 10") for bits in (-1.0, 1.9, 99.0, float("inf"))),
+        *(({"size": size}, "a number of bytes") for size in (0, float("inf"))),
+    ],
 )
-def test_a_target_is_one_number_above_zero(wrong: dict) -> None:
-    with pytest.raises(QuantizationError):
+def test_a_target_is_one_number_in_its_range(wrong: dict, said: str) -> None:
+    with pytest.raises(QuantizationError, match=said):
         Target(**wrong)
+    edges: list[dict[str, Any]] = [{"kl": 1e-7}, {"kl": 10}, {"bits": 2}, {"bits": 10}, {"size": 1}]
+    assert all(Target(**edge) for edge in edges)
 
 
 def test_matrices_that_share_the_input_of_a_feed_forward_stay_together() -> None:
