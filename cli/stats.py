@@ -1,7 +1,9 @@
 """What ``--stats``, ``/stats`` and JSON tell: how fast an answer was, what memory it took, what was read for it."""
 
+import contextlib
 import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxarch.cli.output import size
@@ -56,11 +58,20 @@ def memory_stats(model: "LanguageModel") -> dict[str, Any]:
 
     plan = model.plan
     return {
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": process_peak(),
         "planned_bytes": plan.peak if plan else None,
         "peak_mlx_bytes": mx.get_peak_memory(),
         "planned_mlx_bytes": plan.mlx if plan else None,
     }
+
+
+def process_peak() -> int:
+    """Bytes that this process had in memory at most; on Linux not by ``getrusage``, which begins with the parent's."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def streaming_line(model: "LanguageModel") -> str | None:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tiny_chat import make_chat_model
@@ -57,3 +59,15 @@ def test_a_chat_tells_it_when_asked(invoke, sparse, tiny):
     streamed = invoke("chat", folder, "-n", "5", "-c", "64", "--memory", memory, input=talk).stderr
     assert re.search(MEMORY, streamed) and re.search(EXPERTS, streamed)
     assert "peak memory" not in invoke("chat", tiny, "-n", "5", "--stats", input="Hi\n").stderr, "not in each line"
+
+
+def test_the_peak_is_the_process_own_and_not_its_parents():
+    """Linux hands the most that a parent had in memory down to whom it starts, as getrusage counts."""
+    child = (
+        "import resource; from mlxarch.cli.stats import process_peak; "
+        "print(process_peak() >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    parent = f"import subprocess, sys; held = b'x' * (500 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    own, counted = map(int, done.stdout.split())
+    assert 5 < own < 250 and (counted > 500 or sys.platform != "linux")

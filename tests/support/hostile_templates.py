@@ -5,8 +5,6 @@ that it may take, peak memory of the process in MB].
 """
 
 import json
-import resource
-import sys
 import time
 
 LOOP = "{% for i in range(99999) %}"
@@ -143,6 +141,7 @@ SOONER = 0.25  # seconds
 def main() -> None:
     from mlxarch import template_limits
     from mlxarch.chat_template import ChatTemplate
+    from mlxarch.cli.stats import process_peak
     from mlxarch.errors import ChatTemplateError
 
     usual = template_limits.MAX_SECONDS
@@ -155,8 +154,7 @@ def main() -> None:
         except ChatTemplateError as error:
             outcome = f"refused: {error}"
         seconds = time.process_time() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-        print(json.dumps([name, outcome, seconds, allowed, peak]), flush=True)
+        print(json.dumps([name, outcome, seconds, allowed, process_peak() / 2**20]), flush=True)
     assert messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
 
