@@ -22,7 +22,7 @@ from mlxarch.machines import Machine
 from mlxarch.progress import gigabytes
 from mlxarch.rates import decode_rate
 from mlxarch.slots import Places
-from mlxarch.streaming.banks import IN_FLIGHT, STAGED
+from mlxarch.streaming.banks import in_flight
 from mlxarch.streaming.experts import THREADS
 from mlxarch.streaming.prefill import HELD
 from mlxarch.streaming.rows import CACHE
@@ -329,7 +329,8 @@ class _Planner:
     def _on_the_way(self) -> int:
         """Records beside a bank that are to go into it. On a CPU they are read in place, and each thread widens one."""
         widened = self.machine.backend == "cpu" and self.float_bytes == 4
-        return min(STAGED, (THREADS if widened else IN_FLIGHT) * max(self.expert))
+        record = max(self.expert)
+        return (THREADS if widened else in_flight(record)) * record
 
     def _streamed(self, way: "_Way") -> Plan | None:
         """With as many experts as there is room for beside so many tokens of a prompt as usually pass a layer together.

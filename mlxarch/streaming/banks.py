@@ -13,7 +13,7 @@ from mlxarch.blocks import Experts
 from mlxarch.streaming.records import Part
 from mlxarch.tensors import FLOATS, Packed, Tensor
 
-STAGED = 128 << 20  # bytes of records that are in memory outside of the bank at a time
+STAGED = 128 << 20  # bytes of records that are in memory outside of the bank at a time, unless four are more
 IN_FLIGHT = 32  # records that are read at a time
 
 
@@ -41,6 +41,11 @@ class Place:
     def kept_or_widened(self) -> bool:
         """Whether the bank holds the numbers as they are stored, or in a type that has room for all of them."""
         return self.dtype == self.part.dtype or (self.dtype == mx.float32 and self.part.dtype.size == 2)
+
+
+def in_flight(staged: int) -> int:
+    """How many records are read at a time, of which so many bytes of each are held outside of the bank."""
+    return min(IN_FLIGHT, max(STAGED // staged, 4)) if staged else IN_FLIGHT
 
 
 class Bank:
@@ -75,8 +80,7 @@ class Bank:
         self._memory = {name: _memory(array) for name, array in self._arrays.items()} if in_place else {}
         self._staged = [place for place in self._places if not (in_place and place.kept_or_widened)]
         self._beside: dict[str, np.ndarray] = {}
-        staged = sum(place.part.nbytes for place in self._staged)
-        self.flight = min(IN_FLIGHT, max(STAGED // staged, 4)) if staged else IN_FLIGHT
+        self.flight = in_flight(sum(place.part.nbytes for place in self._staged))
 
     @property
     def nbytes(self) -> int:

@@ -120,6 +120,17 @@ def test_records_on_their_way_into_a_bank_take_room_where_they_are_copied() -> N
         assert streamed.process - resident.process == pytest.approx(records * expert, rel=0.1)
 
 
+def test_four_records_are_on_their_way_however_large_they_are() -> None:
+    gpu = Machine("nvidia", 10**13, "cuda", None, None)
+    expert = max(blueprint("llama4-maverick").at(4).expert_bytes(2))
+    assert 4 * expert > 128 << 20
+    resident, streamed = (
+        planned("llama4-maverick", gpu, bits=4, context=2048, memory=memory) for memory in (None, 60 * 10**9)
+    )
+    assert (resident.verdict, streamed.verdict) == ("resident", "streamed")
+    assert streamed.process - resident.process == 4 * expert
+
+
 def test_prompts_pass_streamed_layers_together_as_far_as_there_is_room() -> None:
     def together(found: Plan) -> int:
         assert found.verdict == "streamed" and found.total <= 10 * 10**9
