@@ -51,9 +51,7 @@ def uses(
     found: dict[str, list[list[np.ndarray]]] = {}
     for number, part in enumerate(part for part in parts if len(part)):
         told = partial(_told, progress, number, len(parts))
-        own = _Uses(
-            kept, resolved, windows[mx.array(part)], (), lambda path, index, rows, x, to: rows, seed + number, told
-        )
+        own = _Uses(kept, resolved, windows[mx.array(part)], (), _as_they_are, seed + number, told)
         with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
             own.run(scratch)
         for path, rows in own.rows.items():
