@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -99,26 +100,41 @@ class Terminal:
             output=create_output(always_prefer_tty=True),
             enable_open_in_editor=True,
         )
-        self._take_typed_ahead()
 
     def read(self) -> str:
         """See Editor."""
-        return unquoted(self._session.prompt())
+        with _enter_kept():
+            self._take_typed_ahead()
+            return unquoted(self._session.prompt())
 
     def _take_typed_ahead(self) -> None:
-        """Lines that were entered before the editor was there: the terminal made Enter a line break, as Ctrl-J is."""
+        """Lines that were entered where no editor was: the terminal made Enter a line break, as Ctrl-J is."""
         import fcntl
         import termios
 
-        from prompt_toolkit.input.typeahead import store_typeahead
+        from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
         from prompt_toolkit.input.vt100_parser import Vt100Parser
 
         terminal, typed = sys.stdin.fileno(), b""
         while int.from_bytes(fcntl.ioctl(terminal, termios.FIONREAD, bytes(4)), sys.byteorder):
             typed += os.read(terminal, 4096)  # of whole lines only; the rest waits for the editor
-        keys: list[KeyPress] = []
+        keys: list[KeyPress] = get_typeahead(self._session.input)  # what the editor read and has not used
         Vt100Parser(keys.append).feed(typed.decode(errors="replace").replace("\n", "\r"))
         store_typeahead(self._session.input, keys)
+
+
+@contextmanager
+def _enter_kept() -> Iterator[None]:
+    """Let Enter arrive as itself from now on, also before the editor has the terminal, so that none is taken wrongly."""
+    import termios
+
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    termios.tcsetattr(terminal, termios.TCSANOW, [before[0] & ~termios.ICRNL, *before[1:]])
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def _keys():  # -> KeyBindings, which is imported only here

@@ -77,12 +77,27 @@ def test_what_is_typed_while_the_model_loads_is_sent_line_by_line(person, tmp_pa
     with person("-n", "2") as user:
         user.type(f'one\r"""two\rthree"""\r/save {file}\rfour')
         user.sees("saved to ")
-        user.enters("\nfive", "cut off")  # Ctrl-J goes on being a line break
+        user.sees("four")  # the editor is there; Ctrl-J goes on being a line break
+        user.enters("\nfive", "cut off")
         user.enters("/save", "saved to ")
         user.type("/exit\r")
         assert user.leaves() == 0
     asked = [message["content"] for message in json.loads(file.read_text())["messages"] if message["role"] == "user"]
     assert asked == ["one", "two\nthree", "four\nfive"]
+
+
+def test_what_is_typed_while_an_answer_is_written_is_sent_line_by_line(person, tmp_path, endless):
+    file = tmp_path / "talk.json"
+    with person("-n", "200", model=endless) as user:
+        user.sees(PROMPT)
+        user.type("one\r")
+        user.sees(r"one(?s:.)*?\x1b\[\?2004l")  # the editor has left the terminal
+        user.type(f'two\r"""three\rfour"""\r/save {file}\r')
+        user.sees("saved to ")
+        user.type("/exit\r")
+        assert user.leaves() == 0
+    asked = [message["content"] for message in json.loads(file.read_text())["messages"] if message["role"] == "user"]
+    assert asked == ["one", "two", "three\nfour"]
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(person):
