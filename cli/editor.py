@@ -125,7 +125,7 @@ class Terminal:
 
 @contextmanager
 def _enter_kept() -> Iterator[None]:
-    """Let Enter arrive as itself from now on, also before the editor has the terminal, so that none is taken wrongly."""
+    """Let Enter arrive as itself from now on, also before the editor has the terminal."""
     import termios
 
     terminal = sys.stdin.fileno()
