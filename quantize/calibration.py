@@ -36,8 +36,8 @@ class Calibration:
 
     @classmethod
     def usual(cls, method: str, source: Source, resolved: Resolved) -> "Calibration":
-        """Where nothing is named. For a search, random tokens do nearly as well as text; what gptq has to know, which
-        channels are large together, only text tells. Without a tokenizer there is none.
+        """Where nothing is named. For a search, random tokens do nearly as well as text; gptq leans more on which
+        channels are large together, and of that text tells more. Without a tokenizer there is none.
         """
         if method != "gptq":
             return cls.random(resolved)

@@ -335,8 +335,8 @@ def convert(
         mode: affine, or mxfp4, mxfp8, nvfp4, whose bits and group size are given.
         dtype: float32, float16 or bfloat16, of what is not packed and of affine scales; None keeps the source's.
         method: "round" to the nearest level of grids from the smallest to the largest weight; "search" for grids that
-            fit the weights that matter; "gptq", which also lets later columns make up for earlier ones, and holds the
-            square of a row of a matrix in memory. None is "search" in mode affine, else "round".
+            fit the weights that matter, later ones making up for the errors of others; "gptq" fits grids to that too,
+            and holds the square of a row of a matrix in memory. None is "search" in mode affine, else "round".
         calibration: a text file, whose beginning tells a method which weights matter; None takes random
             tokens for "search", and a text that comes with the package for "gptq".
         origin: what the model card says of the source; None reads it from the folder.

@@ -2,7 +2,8 @@
 
 How well is told by H, the second moments of the inputs: the expected squared error of a product is d H dᵀ for a row
 that is off by d. Source: arXiv:2210.17323. Its grids are those of ``search``, found group by group for the weights as
-the feedback has left them; with grids from the smallest to the largest weight, feedback can do worse than rounding.
+the feedback has left them, or ahead of it; with grids from the smallest to the largest weight, feedback can do worse
+than rounding.
 """
 
 import mlx.core as mx
@@ -13,19 +14,23 @@ from mlxarch.quantize.rounding import affine, grid_of
 from mlxarch.quantize.search import Grid, search, values_of
 
 DAMPING = 0.1  # of the mean of H's diagonal, added to it
+WIDTH = 1024  # columns that make up for each other's errors where grids are found ahead: H of more takes its memory
 SHRINKAGE = 2  # tokens for each channel that leave half of what was seen of pairs of channels; more tokens leave more
 
 
 class Feedback:
-    """What the inputs (T, in) of a matrix say about all its rows."""
+    """What the inputs (T, in) of a matrix say about all its rows.
 
-    def __init__(self, inputs: np.ndarray) -> None:
-        tokens, channels = inputs.shape
-        self.moments = inputs.T @ inputs / np.float32(max(tokens, 1))
-        if not np.isfinite(self.moments).all():  # the weight that made them so is refused when it is written
-            self.moments = np.zeros_like(self.moments)
-        self.importance = mx.array(np.ascontiguousarray(self.moments.diagonal()))
-        self.steps = _steps(shrunk(self.moments, tokens))
+    Args:
+        ahead: whether all grids are found before any error is fed back, for half the time and some 5 % of divergence
+            more, and errors are fed back within ``WIDTH`` columns only.
+    """
+
+    def __init__(self, inputs: np.ndarray, ahead: bool = False) -> None:
+        width = WIDTH if ahead else inputs.shape[1]
+        self._ahead = ahead
+        self._blocks = [_Block(inputs, start, width) for start in range(0, inputs.shape[1], width)]
+        self.importance = mx.array(np.concatenate([block.moments.diagonal() for block in self._blocks]))
 
     def pack(
         self, rows: mx.array, to: Quantization, dtype: mx.Dtype
@@ -49,29 +54,52 @@ class Feedback:
 
     def choose(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
         """Grids for rows (R, in), and the values that come of them."""
-        left, values = np.ascontiguousarray(exact.T), np.empty(exact.shape[::-1], np.float32)  # column by column
-        grids, size = [], to.group_size
-        for start in range(0, len(left), size):
-            own, steps = left[start : start + size], self.steps[start : start + size, start:]
-            found = search(mx.array(own.T), to, dtype, self.importance[start : start + size]).grid
-            grids.append(found)
-            scale, bias = (np.asarray(part).reshape(-1) for part in found)
-            step = np.where(scale == 0, np.float32(1), scale)
-            errors = np.empty_like(own)
-            for j in range(size):
-                codes = np.clip(np.rint((own[j] - bias) / step), 0, 2**to.bits - 1)
-                values[start + j] = codes * scale + bias
-                errors[j] = (own[j] - values[start + j]) / steps[j, j]
-                own[j + 1 :] -= steps[j, j + 1 : size, None] * errors[j]
-            left[start + size :] -= steps[:, size:].T @ errors
-        return Grid(*(mx.concatenate([grid[part] for grid in grids], axis=1) for part in range(2))), values.T
-
-    def _error(self, change: np.ndarray) -> np.ndarray:
-        return np.einsum("ri,ri->r", self.weigh(change), change)
+        left, size = np.ascontiguousarray(exact.T), to.group_size  # column by column
+        values, grids = np.empty_like(left), np.empty((2, len(left) // size, len(exact)), np.float32)
+        if self._ahead:
+            grids[:] = _searched(left, to, dtype, self.importance)
+        for block in self._blocks:
+            for start in range(block.start, block.stop, size):
+                own, group = slice(start, start + size), start // size
+                if not self._ahead:
+                    grids[:, group : group + 1] = _searched(left[own], to, dtype, self.importance[own])
+                values[own] = block.feed(left, own, grids[:, group], 2**to.bits - 1)
+        return Grid(*(mx.array(np.ascontiguousarray(part.T))[..., None] for part in grids)), values.T
 
     def weigh(self, change: np.ndarray) -> np.ndarray:
         """(R, in) times H: its product with the change is the expected squared error."""
-        return change @ self.moments
+        return np.concatenate([change[:, block.start : block.stop] @ block.moments for block in self._blocks], axis=1)
+
+
+class _Block:
+    """Columns that make up for each other's errors: from ``start`` to ``stop`` of those of inputs (T, in)."""
+
+    def __init__(self, inputs: np.ndarray, start: int, width: int) -> None:
+        own = inputs[:, start : start + width]
+        self.start, self.stop = start, start + own.shape[1]
+        self.moments = own.T @ own / np.float32(max(len(own), 1))
+        if not np.isfinite(self.moments).all():  # the weight that made them so is refused when it is written
+            self.moments = np.zeros_like(self.moments)
+        self._steps = _steps(shrunk(self.moments, len(own)))
+
+    def feed(self, left: np.ndarray, columns: slice, grids: np.ndarray, highest: int) -> np.ndarray:
+        """Values of a group of columns, by scales and biases (2, R); those behind them in ``left`` (in, R) follow."""
+        (scales, biases), first, count = grids, columns.start - self.start, columns.stop - columns.start
+        own, steps = left[columns], self._steps[first : first + count, first:]
+        values, errors = np.empty_like(own), np.empty_like(own)
+        divisors = np.where(scales == 0, np.float32(1), scales)
+        for j in range(count):
+            codes = np.clip(np.rint((own[j] - biases) / divisors), 0, highest)
+            values[j] = codes * scales + biases
+            errors[j] = (own[j] - values[j]) / steps[j, j]
+            own[j + 1 :] -= steps[j, j + 1 : count, None] * errors[j]
+        left[columns.stop : self.stop] -= steps[:, count:].T @ errors
+        return values
+
+
+def _searched(columns: np.ndarray, to: Quantization, dtype: mx.Dtype, importance: mx.array) -> np.ndarray:
+    """Scales and biases for columns (N, R), (2, groups, R)."""
+    return np.stack([np.asarray(part)[..., 0].T for part in search(mx.array(columns.T), to, dtype, importance).grid])
 
 
 def shrunk(moments: np.ndarray, tokens: int) -> np.ndarray:
@@ -83,12 +111,11 @@ def shrunk(moments: np.ndarray, tokens: int) -> np.ndarray:
 
 def _steps(moments: np.ndarray) -> np.ndarray:
     """U, upper triangular with Uᵀ U = H⁻¹: row j tells how the columns behind j make up for its error."""
-    exact = moments.astype(np.float64) if len(moments) <= 4096 else moments
-    return np.triu(np.linalg.inv(factor_of(exact))).astype(np.float32)
+    return np.triu(np.linalg.inv(factor_of(moments)))
 
 
 def factor_of(moments: np.ndarray) -> np.ndarray:
-    """R, upper triangular with R Rᵀ = H, which is damped; in the precision of H."""
+    """R, upper triangular with R Rᵀ = H, which is damped, and so needs no more than float32."""
     own = moments.copy()
     damping = DAMPING * float(own.diagonal().mean()) or 1.0
     while True:

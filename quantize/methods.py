@@ -22,8 +22,8 @@ from mlxarch.weights import Resolved
 
 Method = Literal["search", "gptq", "round"]
 METHODS: dict[Method, str] = {
-    "search": "scales and biases searched for by the importance of the input channels, error feedback from row to row",
-    "gptq": "error feedback from column to column and from row to row on searched scales and biases",
+    "search": "scales and biases searched for by the importance of the input channels, then error feedback",
+    "gptq": "error feedback and the search for scales and biases in turn",
     "round": "rounded to nearest",
 }
 
@@ -90,18 +90,19 @@ def in_turn(
             pulls = Pulls(file)
             kept, count = (pulls, tokens_back(resolved, method)) if coupled else (None, TOKENS)
             used = uses(resolved, batches, progress=progress, kept=kept, scratch=scratch, count=count)
-            gathering = Gathering(resolved, batches, keep=method == "gptq")
+            gathering = Gathering(resolved, batches, keep=coupled)
             for paths, found in gathering.layers(progress):
                 due = {path: name for path in paths if (name := resolved.architecture.published(path)) in left}
                 if not gathering.tables.isdisjoint(due):
                     found |= _tables(used, keep=method == "gptq")
                 for path, name in due.items():
                     del left[name]
-                    inputs, high = found.get(path), prod(resolved.tensors[path].shape[-2:-1])
+                    inputs, high = found.pop(path, None), prod(resolved.tensors[path].shape[-2:-1])
                     if inputs is None:
                         yield Turn(name, round_rows)
                         continue
-                    packer = Packer(inputs, high, partial(pulls.of, path))
+                    ahead = method == "search" and path not in gathering.tables
+                    packer = Packer(inputs, high, partial(pulls.of, path), ahead)
                     yield Turn(name, packer.pack, inputs.unreached, packer.span if path in pulls else 1)
                 if not left:
                     return

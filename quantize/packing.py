@@ -51,18 +51,22 @@ class Packer:
 
     Args:
         inputs: what reaches them. Where the rows are kept, errors are fed back from column to column.
+        ahead: whether grids are found before that; see ``Feedback``.
         pulls: (expert, start, stop) -> what pulls at these outputs, (T, stop - start); T is 0 where it is not known.
 
     Attributes:
         span: rows of a matrix, from its first on, that make up for each other's errors.
     """
 
-    def __init__(self, inputs: Inputs, high: int, pulls: Callable[[int, int, int], np.ndarray]) -> None:
-        self._inputs, self._high, self._pulls = inputs, high, pulls
+    def __init__(
+        self, inputs: Inputs, high: int, pulls: Callable[[int, int, int], np.ndarray], ahead: bool = False
+    ) -> None:
+        self._inputs, self._high, self._pulls, self._ahead = inputs, high, pulls, ahead
         self._importance = inputs.importance()
         self.span = max(min(SPAN, SPAN_BYTES // (4 * self._importance.shape[1])), 1)
         self._held: tuple[int, Method] | None = None  # of one expert at a time
 
+    @np.errstate(all="ignore")  # what is not finite is refused when it is written, by its name
     def pack(self, rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
         """See ``rows.Pack``."""
         pieces = []
@@ -94,8 +98,11 @@ class Packer:
 
     def _method(self, expert: int) -> Method:
         if self._held is None or self._held[0] != expert:
-            rows = self._inputs.rows[expert] if self._inputs.rows and self._inputs.counts[expert] else None
-            self._held = expert, Feedback(np.concatenate(rows)) if rows else Search(self._importance[expert])
+            method: Method = Search(self._importance[expert])
+            if self._inputs.rows and self._inputs.counts[expert]:
+                parts = self._inputs.rows[expert]
+                method = Feedback(np.concatenate(parts) if len(parts) > 1 else parts[0], self._ahead)
+            self._held = expert, method
         return self._held[1]
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlxarch.blocks import Quantization
-from mlxarch.quantize import convert
-from mlxarch.quantize.gptq import Feedback, _steps
+from mlxarch.quantize import convert, gptq
+from mlxarch.quantize.gptq import Feedback, _Block, _steps
 from mlxarch.quantize.rounding import quantize as rounded
 from mlxarch.quantize.search import quantize as searched
 from tiny_llama import contents, make_llama
@@ -39,15 +39,36 @@ def product_errors(parts: dict[str, mx.array], x: np.ndarray, to: Quantization) 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_products_are_nearer_than_by_search_alone_and_no_row_is_worse_than_rounded(bits: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_products_are_nearer_than_by_search_alone_and_no_row_is_worse_than_rounded(
+    bits: int, dtype: mx.Dtype, ahead: bool
+) -> None:
     x, to = inputs(), Quantization(bits, 64)
-    parts, error, plain = Feedback(x).pack(weights(), to, dtype)
+    parts, error, plain = Feedback(x, ahead).pack(weights(), to, dtype)
     own = product_errors(parts, x, to)
     by_search = product_errors(searched(weights(), to, dtype, mx.array(np.square(x).mean(0))), x, to)
     by_rounding = product_errors(rounded(weights(), to, dtype), x, to)
     assert own.mean() < 0.7 * by_search.mean() < 0.7 * by_rounding.mean()
     assert (own <= by_rounding * 1.001).all()
     assert np.allclose(own, error, rtol=1e-2) and np.allclose(by_rounding, plain, rtol=1e-2)
+
+
+def test_grids_found_ahead_are_those_of_search_and_errors_stay_among_the_columns_of_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gptq, "WIDTH", 64)
+    x, other, to = inputs(), inputs(), Quantization(3, 64)
+    other[:, :64] = inputs(seed=7)[:, :64] * 3
+    own, changed, whole = (
+        feedback.choose(np.array(weights()), to, mx.bfloat16)
+        for feedback in (Feedback(x, ahead=True), Feedback(other, ahead=True), Feedback(x))
+    )
+    by_search = searched(weights(), to, mx.bfloat16, mx.array(np.square(x).mean(0)))
+    assert np.array_equal(np.array(own[0].scales)[..., 0], np.array(by_search["scales"].astype(mx.float32)))
+    assert not np.array_equal(np.array(whole[0].scales), np.array(own[0].scales))
+    assert not np.array_equal(own[1], unpacked(by_search, to))
+    assert np.array_equal(own[1][:, 64:], changed[1][:, 64:]) and not np.array_equal(own[1], changed[1])
+    assert not np.array_equal(own[1][:, 64:], whole[1][:, 64:])
 
 
 def test_without_correlation_nothing_is_gained() -> None:
@@ -58,14 +79,14 @@ def test_without_correlation_nothing_is_gained() -> None:
 
 
 def test_the_step_of_a_column_is_the_best_answer_to_its_error() -> None:
-    feedback = Feedback(inputs())
-    moments = feedback.moments.astype(np.float64)
+    block = _Block(inputs(), 0, COLUMNS)
+    moments = block.moments.astype(np.float64)
     pairs = moments - np.diag(moments.diagonal())
     damped = moments - pairs * (2 * COLUMNS) / (TOKENS + 2 * COLUMNS)
     damped += 0.1 * moments.diagonal().mean() * np.eye(COLUMNS)
     j = 100  # the best change of the columns behind it, by least squares under H
     best = -np.linalg.solve(damped[j + 1 :, j + 1 :], damped[j + 1 :, j])
-    assert np.allclose(feedback.steps[j, j + 1 :] / feedback.steps[j, j], -best * -1, atol=1e-3)
+    assert np.allclose(block._steps[j, j + 1 :] / block._steps[j, j], -best * -1, atol=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -86,7 +107,8 @@ def test_the_fewer_tokens_the_less_is_made_of_pairs_of_channels() -> None:
     x, to = np.random.default_rng(5).standard_normal((COLUMNS // 2, COLUMNS)).astype(np.float32), Quantization(4, 64)
     seen = Feedback(x)
     own = np.square(unpacked(seen.pack(weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
-    seen.steps = _steps(seen.moments)
+    [block] = seen._blocks
+    block._steps = _steps(block.moments)
     believed = np.square(unpacked(seen.pack(weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
     assert own < 0.9 * believed
 
