@@ -7,13 +7,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxarch.blocks import Quantization
-from mlxarch.quantize.gptq import Feedback, rounded_values
+from mlxarch.quantize.gptq import WIDTH, Feedback, rounded_values
 from mlxarch.quantize.importance import Inputs
 from mlxarch.quantize.pulls import RowFeedback
 from mlxarch.quantize.rounding import affine
 from mlxarch.quantize.rows import Loss
 from mlxarch.quantize.search import Grid, search, values_of
 
+FEW = 4  # channels for each token, beyond which a search without feedback is as good, and takes half the time
 SPAN, SPAN_BYTES = 1536, 8 << 20  # rows that may make up for each other's errors, and what they take in float32
 
 
@@ -98,8 +99,10 @@ class Packer:
 
     def _method(self, expert: int) -> Method:
         if self._held is None or self._held[0] != expert:
+            count, (_, channels) = self._inputs.counts[expert], self._importance.shape
+            enough = min(channels, WIDTH) // FEW if self._ahead else 1
             method: Method = Search(self._importance[expert])
-            if self._inputs.rows and self._inputs.counts[expert]:
+            if self._inputs.rows and count >= max(enough, 1):
                 parts = self._inputs.rows[expert]
                 method = Feedback(np.concatenate(parts) if len(parts) > 1 else parts[0], self._ahead)
             self._held = expert, method

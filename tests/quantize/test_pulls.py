@@ -172,9 +172,15 @@ def test_a_token_that_pulls_harder_than_all_others_does_not_decide_alone() -> No
 # Packing
 
 
-def packed(pulls: np.ndarray, inputs: Inputs, high: int = ROWS, scale: float = 1) -> tuple[np.ndarray, Loss]:
+def packed(
+    pulls: np.ndarray, inputs: Inputs, high: int = ROWS, scale: float = 1, ahead: bool = False
+) -> tuple[np.ndarray, Loss]:
     loss, rows = Loss(), mx.array(normal(ROWS, COLUMNS, seed=5) * scale)
-    packer = Packer(inputs, high, lambda expert, start, stop: pulls[:, expert * high + start : expert * high + stop])
+
+    def pulled(expert: int, start: int, stop: int) -> np.ndarray:
+        return pulls[:, expert * high + start : expert * high + stop]
+
+    packer = Packer(inputs, high, pulled, ahead)
     parts = packer.pack(rows, 0, TO, mx.float32, loss)
     return np.array(mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 64, 4)), loss
 
@@ -193,6 +199,14 @@ def test_pulls_are_listened_to_in_packing(keep: bool) -> None:
     assert felt(coupled) < 0.75 * felt(alone)
     plain = rounded_values(exact, TO, mx.float32)[1]
     assert loss.against_rounding == pytest.approx(felt(coupled) / felt(plain), rel=0.1)
+
+
+@pytest.mark.parametrize(("tokens", "heard"), [(COLUMNS // 4 - 1, False), (COLUMNS // 4, True)])
+def test_a_search_feeds_nothing_back_from_column_to_column_by_few_tokens(tokens: int, heard: bool) -> None:
+    x = normal(tokens, 16) @ normal(16, COLUMNS, seed=3)
+    kept, unkept = (packed(related(), Inputs.of(x, keep=keep), ahead=True)[0] for keep in (True, False))
+    assert np.array_equal(kept, unkept) != heard
+    assert not np.array_equal(packed(related(), Inputs.of(x, keep=True))[0], unkept)  # gptq does in any case
 
 
 def test_each_expert_is_coupled_with_itself() -> None:
