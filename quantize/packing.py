@@ -14,7 +14,7 @@ from mlxarch.quantize.rounding import affine
 from mlxarch.quantize.rows import Loss
 from mlxarch.quantize.search import Grid, search, values_of
 
-FEW = 4  # channels for each token, beyond which a search without feedback is as good, and takes half the time
+FEW = 4  # channels for each token, beyond which a search goes without feedback: ``shrunk`` would leave it a ninth
 SPAN, SPAN_BYTES = 1536, 8 << 20  # rows that may make up for each other's errors, and what they take in float32
 
 
@@ -52,8 +52,8 @@ class Packer:
 
     Args:
         inputs: what reaches them. Where the rows are kept, errors are fed back from column to column.
-        ahead: whether grids are found before that; see ``Feedback``.
         pulls: (expert, start, stop) -> what pulls at these outputs, (T, stop - start); T is 0 where it is not known.
+        ahead: whether grids are found before errors are fed back from column to column; see ``Feedback``.
 
     Attributes:
         span: rows of a matrix, from its first on, that make up for each other's errors.
