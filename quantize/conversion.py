@@ -18,7 +18,7 @@ from mlxarch.blocks import Quantization
 from mlxarch.checkpoint import INDEX, child
 from mlxarch.errors import DiskSpaceError, InvalidInput, MlxArchError, OutputError
 from mlxarch.progress import Progress, silent
-from mlxarch.quantize.calibration import Calibration
+from mlxarch.quantize.calibration import Calibration, Tokens
 from mlxarch.quantize.card import Origin, card, origin_of
 from mlxarch.quantize.corpus import Text
 from mlxarch.quantize.disk import Disk, as_output_error, size
@@ -157,8 +157,10 @@ class Conversion:
         total, finished = self.summary.source_bytes, sum(entries[path].source_bytes for path in self.facts)
         label, unsynced, new = "copying" if self.wanted is None else "quantizing", 0, dict[str, Fact]()
         progress(label, finished, total)
-        batches = self.calibration.batches if self.calibration and todo else ()
-        turns = in_turn(self.resolved, self.chosen, batches, todo, progress, scratch=workspace.folder)
+        told = self.calibration.tokens(self.resolved, progress) if self.calibration and todo else Tokens([], [])
+        turns = in_turn(
+            self.resolved, self.chosen, told.inputs, todo, progress, writer.stored, told.trail, workspace.folder
+        )
         for path, pack, unreached, together in turns:
             entry, tensor, loss = entries[path], parameters[path], Loss()
             for start, stop in chunks(tensor, self.limits.chunk, together):
@@ -299,7 +301,7 @@ def prepare(
     tokens = None
     if chosen != "round":
         named = Calibration.text(calibration, opened, resolved) if calibration else None
-        tokens = named or Calibration.usual(chosen, opened, resolved)
+        tokens = (named or Calibration.usual(chosen, opened, resolved)).beside(chosen, resolved)
     return Conversion(
         opened, resolved, origin, output, plan, wanted, dtype, limits, disk or Disk(), chosen, tokens, texts
     )

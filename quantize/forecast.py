@@ -100,10 +100,10 @@ def rounder(
     Of what a search feeds errors back by, too much would have to be kept of all layers at once, so that it does less
     here, and the forecast is a little high; gptq gets half of the inputs that tell the divergence.
     """
-    batches = calibration.batches if calibration and method == "search" else ()
+    batches = calibration.tokens(resolved, progress, trail=False).inputs if calibration and method == "search" else ()
     known = "search" if batches else "round"
     matrices = resolved.published_matrices
-    turns = in_turn(resolved, known, batches, matrices, progress, coupled=False)
+    turns = in_turn(resolved, known, batches, matrices, progress)
     packs = {turn.name: turn.pack for turn in turns}
 
     def rounded(path: str, index: int, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:

@@ -1,7 +1,7 @@
 """How the codes of a matrix are chosen, and in which order the parameters of a model then are best taken."""
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,6 +18,8 @@ from mlxarch.quantize.packing import Packer
 from mlxarch.quantize.pulls import Pulls, token_bytes
 from mlxarch.quantize.rows import Pack, round_rows
 from mlxarch.quantize.tables import TOKENS, uses
+from mlxarch.quantize.trail import Trail
+from mlxarch.tensors import Tensor
 from mlxarch.weights import Resolved
 
 Method = Literal["search", "gptq", "round"]
@@ -27,7 +29,10 @@ METHODS: dict[Method, str] = {
     "round": "rounded to nearest",
 }
 
-PULLED = 4 << 30  # bytes of a file, within which more tokens than the usual ones pass back for gptq
+Stored = Callable[[str], Tensor | None]
+"""A parameter as it was quantized, by its published name; None of one that was not."""
+
+PULLED = 4 << 30  # bytes of a file, within which more tokens than the usual ones pass back
 
 
 def checked(method: str | None, wanted: Quantization | None, calibration: object = None) -> Method:
@@ -74,55 +79,72 @@ def in_turn(
     batches: Sequence[mx.array],
     todo: Collection[str],
     progress: Progress = silent,
-    coupled: bool = True,
+    stored: Stored | None = None,
+    passages: Sequence[mx.array] = (),
     scratch: Path | None = None,
 ) -> Iterator[Turn]:
     """Each of ``todo``, in the order in which it is best taken.
 
-    What is rounded comes in the order of ``todo``; else layer by layer, for the inputs of a layer are known when those
-    before it have been passed. One pass back before that tells of tables, and if ``coupled`` of all outputs, how an
-    error costs; what is ``coupled`` is packed whole, row after row. What pulls at the outputs stands in a file without
-    a name meanwhile, in the folder ``scratch`` or where the system has its own; see ``scratch_bytes``.
+    What is rounded comes in the order of ``todo``; else tables first and then layer by layer, each in the order of its
+    products, for the inputs of a layer are known when those before it have been passed. One pass back before that tells
+    of tables.
+
+    Given ``stored``, which tells what became of a parameter that was taken before, errors are fed back between rows and
+    columns, and later matrices make up for earlier ones, as far as ``passages`` tell; see ``trail``. The pass back
+    tells of all outputs then, and what it told of is packed whole, row after row. What pulls at the outputs stands in a
+    file without a name meanwhile, in the folder ``scratch`` or where the system has its own; see ``scratch_bytes``.
     """
     left = dict.fromkeys(todo)
+    if method == "round" or not left:
+        yield from (Turn(name, round_rows) for name in left)
+        return
+    published, coupled = resolved.architecture.published, stored is not None
+
+    def packed(path: str) -> Tensor | None:
+        name = published(path)
+        return None if stored is None or name in left else stored(name)
+
     with tempfile.TemporaryFile(dir=scratch) as file:
-        if method != "round" and left:
-            pulls = Pulls(file)
-            kept, count = (pulls, tokens_back(resolved, method)) if coupled else (None, TOKENS)
-            used = uses(resolved, batches, progress=progress, kept=kept, scratch=scratch, count=count)
-            gathering = Gathering(resolved, batches, keep=coupled)
-            for paths, found in gathering.layers(progress):
-                due = {path: name for path in paths if (name := resolved.architecture.published(path)) in left}
-                if not gathering.tables.isdisjoint(due):
-                    found |= _tables(used, keep=method == "gptq")
-                for path, name in due.items():
-                    del left[name]
-                    inputs, high = found.pop(path, None), prod(resolved.tensors[path].shape[-2:-1])
-                    if inputs is None:
-                        yield Turn(name, round_rows)
-                        continue
-                    ahead = method == "search" and path not in gathering.tables
-                    packer = Packer(inputs, high, partial(pulls.of, path), ahead)
-                    yield Turn(name, packer.pack, inputs.unreached, packer.span if path in pulls else 1)
-                if not left:
-                    return
-    for name in left:
-        yield Turn(name, round_rows)
+        pulls = Pulls(file)
+        kept, count = (pulls, tokens_back(resolved)) if coupled else (None, TOKENS)
+        used = uses(resolved, batches, progress=progress, kept=kept, scratch=scratch, count=count)
+
+        def turn(path: str, inputs: Inputs | None, owed: np.ndarray | None = None) -> Turn:
+            name, high = published(path), prod(resolved.tensors[path].shape[-2:-1])
+            del left[name]
+            if inputs is None:
+                return Turn(name, round_rows)
+            packer = Packer(inputs, high, partial(pulls.of, path), method == "search" and path not in used, owed)
+            return Turn(name, packer.pack, inputs.unreached, packer.span if path in pulls else 1)
+
+        for path, rows in used.items():
+            if published(path) in left:
+                # one weight for each channel cannot stand for both ways in which a table is used
+                keep = method == "gptq" or len(rows) > 1
+                yield turn(path, Inputs.of(np.concatenate(rows), keep=keep))
+        gathering = Gathering(resolved, batches, keep=coupled)
+        trail = Trail(resolved, passages, packed) if passages else None
+        if trail:
+            trail.begin()
+        for index, (paths, found) in enumerate(gathering.layers(progress)):
+            for path in [path for path in paths if path not in found] + list(found):
+                if published(path) in left:
+                    inputs = found.pop(path, None)
+                    owed = trail.owed(path) if trail else None
+                    yield turn(path, inputs, owed)
+            if trail and index < trail.count:
+                trail.advance()
+            if not left:
+                return
+        yield from (Turn(name, round_rows) for name in left)
 
 
-def tokens_back(resolved: Resolved, method: Method) -> int:
-    """How many tokens tell how outputs are pulled at, if there are as many. With errors fed back from column to column
-    as well, more of them still gain something; a search has random ones, of which more are no better.
-    """
-    return max(PULLED // token_bytes(resolved), TOKENS) if method == "gptq" else TOKENS
+def tokens_back(resolved: Resolved) -> int:
+    """How many tokens tell how outputs are pulled at, if there are as many."""
+    return max(PULLED // token_bytes(resolved), TOKENS)
 
 
 def scratch_bytes(resolved: Resolved, method: Method, batches: Sequence[mx.array]) -> int:
     """What ``in_turn`` needs of the disk while it goes on."""
     there = sum(batch.size for batch in batches)
-    return 0 if method == "round" else min(tokens_back(resolved, method), there) * token_bytes(resolved)
-
-
-def _tables(used: dict[str, list[np.ndarray]], keep: bool) -> dict[str, Inputs]:
-    """The rows are kept of a table that is used in two ways: one weight for each channel cannot stand for both."""
-    return {path: Inputs.of(np.concatenate(rows), keep=keep or len(rows) > 1) for path, rows in used.items()}
+    return 0 if method == "round" else min(tokens_back(resolved), there) * token_bytes(resolved)

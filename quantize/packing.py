@@ -54,15 +54,21 @@ class Packer:
         inputs: what reaches them. Where the rows are kept, errors are fed back from column to column.
         pulls: (expert, start, stop) -> what pulls at these outputs, (T, stop - start); T is 0 where it is not known.
         ahead: whether grids are found before errors are fed back from column to column; see ``Feedback``.
+        owed: what is added to the rows before they are packed, (rows, in); see ``trail``.
 
     Attributes:
         span: rows of a matrix, from its first on, that make up for each other's errors.
     """
 
     def __init__(
-        self, inputs: Inputs, high: int, pulls: Callable[[int, int, int], np.ndarray], ahead: bool = False
+        self,
+        inputs: Inputs,
+        high: int,
+        pulls: Callable[[int, int, int], np.ndarray],
+        ahead: bool = False,
+        owed: np.ndarray | None = None,
     ) -> None:
-        self._inputs, self._high, self._pulls, self._ahead = inputs, high, pulls, ahead
+        self._inputs, self._high, self._pulls, self._ahead, self._owed = inputs, high, pulls, ahead, owed
         self._importance = inputs.importance()
         self.span = max(min(SPAN, SPAN_BYTES // (4 * self._importance.shape[1])), 1)
         self._held: tuple[int, Method] | None = None  # of one expert at a time
@@ -71,6 +77,8 @@ class Packer:
     def pack(self, rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
         """See ``rows.Pack``."""
         pieces = []
+        if self._owed is not None:
+            rows = rows.astype(mx.float32) + mx.array(self._owed[start : start + len(rows)])
         for expert, first, last in self._spans(start, start + len(rows)):
             part = rows[first - start : last - start]
             pulls = self._pulls(expert, first % self._high, first % self._high + len(part))

@@ -4,7 +4,7 @@ So statistics can be gathered of a model that is larger than the memory. On MLX'
 products, which has a BLAS there: 30 to 130 GFLOP/s against 3.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -38,13 +38,20 @@ class Walk:
     Args:
         batches: token ids (B, L), in range. The weights are read once for each, and its activations held at a time.
         observe: see Observer.
+        tensors: in place of those that the model was resolved with.
     """
 
-    def __init__(self, resolved: Resolved, batches: Sequence[mx.array], observe: Observer = _ignore) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        batches: Sequence[mx.array],
+        observe: Observer = _ignore,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model: CausalLM = resolved.architecture.build()
         self.batches, self.observe = list(batches), observe
         self.steps = [Step(tokens.shape[1]) for tokens in batches]
-        self._tensors = resolved.parameters
+        self._tensors = resolved.parameters if tensors is None else tensors
         self._logits = True
         self._read = set(map(self._read_when_used, self._matrices()))
         layers = {id(layer): number for number, layer in enumerate(self.model.layers)}

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlxarch.quantize.disk import Disk
 from mlxarch.quantize.plan import Item, Plan, Shard
+from mlxarch.tensors import DTYPES, Packed, Tensor
 
 
 class Writer:
@@ -52,8 +53,34 @@ class Writer:
         ends = [shard.positions[item.name] + item.nbytes for item in self._entries[path].parts.values()]
         return file.is_file() and file.stat().st_size >= max(ends)
 
+    def stored(self, path: str) -> Tensor | None:
+        """A parameter as it was put, if it was quantized."""
+        entry, shard = self._entries[path], self._shards[path]
+        if entry.treatment != "quantized" or entry.quantization is None:
+            return None
+        file = self.folder / shard.file
+        parts = {part: _Put(file, item, shard.positions[item.name]) for part, item in entry.parts.items()}
+        return Packed(path, parts, entry.quantization)
+
     def _descriptor(self, shard: Shard) -> int:
         if shard.file not in self._open:
             self._open[shard.file] = self.disk.open(self.folder / shard.file)
             self.disk.write(self._open[shard.file], shard.header, 0)  # after a resume the same bytes once more
         return self._open[shard.file]
+
+
+class _Put(Tensor):
+    """A tensor in a file that is still being written."""
+
+    def __init__(self, file: Path, item: Item, position: int) -> None:
+        self._file, self._item, self._position = file, item, position
+        self.shape, self.dtype = item.shape, DTYPES[item.dtype]
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """See Tensor. Raises OSError."""
+        with self._file.open("rb", buffering=0) as file:
+            octets = os.pread(
+                file.fileno(), (stop - start) * self._item.row_bytes, self._position + start * self._item.row_bytes
+            )
+        words = mx.array(np.frombuffer(octets, f"u{self.dtype.size}"))
+        return words.view(self.dtype).reshape(stop - start, -1)

@@ -25,7 +25,9 @@ def test_memory_does_not_grow_with_the_checkpoint_nor_with_a_tensor(tmp_path: Pa
 
 def test_a_search_holds_the_activations_of_one_layer_besides(tmp_path: Path) -> None:
     found = measured(tmp_path, "20", "--method", "search")  # 50 MB: a layer is never smaller than 32
-    assert found["above_import_MB"] < 250
+    # states, norms, queries, keys, values, attention, what it adds; gate, up, their product, what it adds
+    activations = 1024 * 4 * (9 * 1024 + 3 * 4096) / 1e6
+    assert found["above_import_MB"] < 250 + activations
 
 
 def test_the_measurement_notices_whole_tensors(tmp_path: Path) -> None:

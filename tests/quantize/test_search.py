@@ -183,7 +183,7 @@ def test_the_same_call_writes_the_same_bytes_and_another_text_others(tmp_path: P
     one, two, three, four = (contents(tmp_path / name) for name in ("one", "two", "three", "four"))
     assert one == two and three == four
     assert one["model.safetensors"] != three["model.safetensors"]
-    assert b"random tokens" in (tmp_path / "one" / "README.md").read_bytes()
+    assert b"tokens that the model wrote itself" in (tmp_path / "one" / "README.md").read_bytes()
     assert b"tokens of text.txt" in (tmp_path / "three" / "README.md").read_bytes()
 
 
@@ -206,11 +206,13 @@ def test_a_calibration_text_that_is_not_there_is_refused(source: Path, tmp_path:
         prepare(source, tmp_path / "out", calibration=tmp_path / "none.txt")
 
 
-def test_random_tokens_are_the_same_every_time(source: Path) -> None:
-    resolved = resolve(open_source(source))
-    one, two = (Calibration.random(resolved) for _ in range(2))
-    assert one.digest == two.digest
-    assert one.batches[0].size == 1024
+def test_what_a_model_writes_is_the_same_every_time(source: Path) -> None:
+    opened = open_source(source)
+    resolved = resolve(opened)
+    one, two = (Calibration.usual("search", opened, resolved).beside("search", resolved) for _ in range(2))
+    assert one.digest == two.digest != Calibration.usual("search", opened, resolved).digest
+    for part, other in zip(one.tokens(resolved), two.tokens(resolved), strict=True):
+        assert len(part) and all(mx.array_equal(a, b) for a, b in zip(part, other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v2_lite", "gemma3n_text", "gpt2"])
