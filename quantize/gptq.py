@@ -28,7 +28,7 @@ class Feedback:
 
     def __init__(self, inputs: np.ndarray, ahead: bool = False) -> None:
         width = WIDTH if ahead else inputs.shape[1]
-        self._ahead = ahead
+        self.ahead = ahead
         self._blocks = [_Block(inputs, start, width) for start in range(0, inputs.shape[1], width)]
         self.importance = mx.array(np.concatenate([block.moments.diagonal() for block in self._blocks]))
 
@@ -56,12 +56,12 @@ class Feedback:
         """Grids for rows (R, in), and the values that come of them."""
         left, size = np.ascontiguousarray(exact.T), to.group_size  # column by column
         values, grids = np.empty_like(left), np.empty((2, len(left) // size, len(exact)), np.float32)
-        if self._ahead:
+        if self.ahead:
             grids[:] = _searched(left, to, dtype, self.importance)
         for block in self._blocks:
             for start in range(block.start, block.stop, size):
                 own, group = slice(start, start + size), start // size
-                if not self._ahead:
+                if not self.ahead:
                     grids[:, group : group + 1] = _searched(left[own], to, dtype, self.importance[own])
                 values[own] = block.feed(left, own, grids[:, group], 2**to.bits - 1)
         return Grid(*(mx.array(np.ascontiguousarray(part.T))[..., None] for part in grids)), values.T

@@ -14,7 +14,7 @@ from mlxarch.blocks import Quantization
 from mlxarch.errors import QuantizationError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.importance import Gathering, Inputs
-from mlxarch.quantize.packing import Packer
+from mlxarch.quantize.packing import Packer, Recent
 from mlxarch.quantize.pulls import Pulls, token_bytes
 from mlxarch.quantize.rows import Pack, round_rows
 from mlxarch.quantize.tables import TOKENS, uses
@@ -105,7 +105,7 @@ def in_turn(
         return None if stored is None or name in left else stored(name)
 
     with tempfile.TemporaryFile(dir=scratch) as file:
-        pulls = Pulls(file)
+        pulls, recent = Pulls(file), Recent()
         kept, count = (pulls, tokens_back(resolved)) if coupled else (None, TOKENS)
         used = uses(resolved, batches, progress=progress, kept=kept, scratch=scratch, count=count)
 
@@ -114,7 +114,8 @@ def in_turn(
             del left[name]
             if inputs is None:
                 return Turn(name, round_rows)
-            packer = Packer(inputs, high, partial(pulls.of, path), method == "search" and path not in used, owed)
+            ahead = method == "search" and path not in used
+            packer = Packer(inputs, high, partial(pulls.of, path), ahead, owed, recent)
             return Turn(name, packer.pack, inputs.unreached, packer.span if path in pulls else 1)
 
         for path, rows in used.items():
@@ -132,6 +133,7 @@ def in_turn(
                     inputs = found.pop(path, None)
                     owed = trail.owed(path) if trail else None
                     yield turn(path, inputs, owed)
+            recent.forget()
             if trail and index < trail.count:
                 trail.advance()
             if not left:

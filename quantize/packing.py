@@ -1,6 +1,7 @@
 """How rows of a matrix are packed, by what reaches it and by how its outputs are pulled at."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import mlx.core as mx
@@ -47,6 +48,27 @@ class Search:
         return change * self.importance
 
 
+@dataclass
+class Recent:
+    """The feedback that was worked out last: the next matrix may get the same inputs, as queries, keys and values do."""
+
+    rows: list[np.ndarray] = field(default_factory=list)
+    feedback: Feedback | None = None
+
+    def of(self, rows: list[np.ndarray], ahead: bool) -> Feedback:
+        """By rows (T, in) in parts; the same arrays make the same feedback."""
+        known = len(rows) == len(self.rows) and all(own is other for own, other in zip(rows, self.rows, strict=True))
+        if self.feedback is None or not known or self.feedback.ahead != ahead:
+            self.forget()
+            self.feedback = Feedback(np.concatenate(rows) if len(rows) > 1 else rows[0], ahead)
+            self.rows = list(rows)
+        return self.feedback
+
+    def forget(self) -> None:
+        """Make room."""
+        self.rows, self.feedback = [], None
+
+
 class Packer:
     """Packs the rows of a matrix, or of one of ``high`` rows for each expert, in their order.
 
@@ -55,6 +77,7 @@ class Packer:
         pulls: (expert, start, stop) -> what pulls at these outputs, (T, stop - start); T is 0 where it is not known.
         ahead: whether grids are found before errors are fed back from column to column; see ``Feedback``.
         owed: what is added to the rows before they are packed, (rows, in); see ``trail``.
+        recent: what several matrices that are packed one after the other share.
 
     Attributes:
         span: rows of a matrix, from its first on, that make up for each other's errors.
@@ -67,9 +90,10 @@ class Packer:
         pulls: Callable[[int, int, int], np.ndarray],
         ahead: bool = False,
         owed: np.ndarray | None = None,
+        recent: Recent | None = None,
     ) -> None:
         self._inputs, self._high, self._pulls, self._ahead, self._owed = inputs, high, pulls, ahead, owed
-        self._importance = inputs.importance()
+        self._importance, self._recent = inputs.importance(), recent or Recent()
         self.span = max(min(SPAN, SPAN_BYTES // (4 * self._importance.shape[1])), 1)
         self._held: tuple[int, Method] | None = None  # of one expert at a time
 
@@ -111,8 +135,7 @@ class Packer:
             enough = min(channels, WIDTH) // FEW if self._ahead else 1
             method: Method = Search(self._importance[expert])
             if self._inputs.rows and count >= max(enough, 1):
-                parts = self._inputs.rows[expert]
-                method = Feedback(np.concatenate(parts) if len(parts) > 1 else parts[0], self._ahead)
+                method = self._recent.of(self._inputs.rows[expert], self._ahead)
             self._held = expert, method
         return self._held[1]
 

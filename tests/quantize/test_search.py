@@ -15,6 +15,7 @@ from mlxarch.loading import load_model
 from mlxarch.quantize import convert, prepare
 from mlxarch.quantize.calibration import Calibration
 from mlxarch.quantize.importance import Gathering, Inputs, random_tokens
+from mlxarch.quantize.packing import Recent
 from mlxarch.quantize.rounding import quantize as rounded
 from mlxarch.quantize.search import quantize, search
 from mlxarch.quantize.tables import uses
@@ -245,3 +246,18 @@ def test_what_does_not_fit_into_memory_stands_beside_the_output(tmp_path, monkey
     places.clear()
     uses(resolve(open_source(GOLDEN / "llama3")), random_tokens(100, 64, 64))
     assert set(places) == {None}
+
+
+def test_feedback_is_worked_out_once_for_the_same_inputs_and_anew_for_others() -> None:
+    one, two = (np.random.default_rng(seed).standard_normal((50, 32)).astype(np.float32) for seed in range(2))
+    recent = Recent()
+    first = recent.of([one, two], ahead=True)
+    assert recent.of([one, two], ahead=True) is first
+    for rows, ahead in (([one], True), ([two, one], True), ([one, two.copy()], True), ([one, two], False)):
+        other = recent.of(rows, ahead)
+        assert other is not first and other.ahead == ahead
+        moments = np.concatenate(rows).T @ np.concatenate(rows) / sum(map(len, rows))
+        assert np.allclose(other.weigh(np.eye(32, dtype=np.float32)), moments, atol=1e-5)
+        first = recent.of([one, two], ahead=True)
+    recent.forget()
+    assert recent.of([one, two], ahead=True) is not first
