@@ -50,7 +50,7 @@ class Search:
 
 @dataclass
 class Recent:
-    """The feedback that was worked out last: the next matrix may get the same inputs, as queries, keys and values do."""
+    """The feedback that was worked out last: the next matrix may get the same inputs, as keys do behind queries."""
 
     rows: list[np.ndarray] = field(default_factory=list)
     feedback: Feedback | None = None
