@@ -33,7 +33,7 @@ METHODS = ("search", "gptq", "round")
 @click.option(
     "--calibration",
     metavar="FILE",
-    help="A text that tells which weights matter; else random tokens, and for gptq a text that comes along.",
+    help="A text that tells which weights matter; else what the model writes, for gptq also a text that comes along.",
 )
 @click.option("--target-size", metavar="SIZE", help="Choose bits for each matrix: of the whole folder, as 14GB.")
 @click.option("--target-bits", type=float, metavar="X", help="The same for bits per weight, scales included.")

@@ -1,6 +1,6 @@
 """What the matrices of a model are multiplied by, gathered from a few tokens, layer by layer.
 
-Random tokens do nearly as well as text: which channels are large is a property of the weights. So no data are needed.
+Which channels are large is a property of the weights: random tokens show that nearly as well as text.
 """
 
 from collections.abc import Iterator, Sequence
