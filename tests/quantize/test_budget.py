@@ -6,12 +6,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_chat import make_chat_model
 
 import parity
 from mlxarch.blocks import Quantization
 from mlxarch.errors import InvalidInput, QuantizationError
 from mlxarch.loading import load_model
-from mlxarch.quantize import Target
+from mlxarch.quantize import Target, forecast, prepare, toward
 from mlxarch.quantize.budget import Option, choose, ties
 from mlxarch.quantize.corpus import Text
 from mlxarch.quantize.forecast import ends
@@ -141,6 +142,16 @@ def log_softmax(logits: mx.array) -> np.ndarray:
     values = np.asarray(logits).astype(np.float64)
     values -= values.max(-1, keepdims=True)
     return values - np.log(np.exp(values).sum(-1, keepdims=True))
+
+
+def test_a_forecast_for_a_search_knows_of_the_feedback_that_it_does_not_see(tmp_path, monkeypatch) -> None:
+    source, found = make_chat_model(tmp_path / "source"), {}
+    for method, share in product(("search", "round"), (1.0, 0.5)):
+        monkeypatch.setattr(forecast, "FED_BACK", share)
+        conversion = toward(prepare(source, tmp_path / "out", method=method), Target(bits=5.0))
+        found[method, share] = conversion.forecast
+    assert found["search", 0.5] == pytest.approx(0.5 * found["search", 1.0])
+    assert found["round", 0.5] == found["round", 1.0] > found["search", 1.0]
 
 
 # What is read for a forecast ------------------------------------------------------------------------------------------
