@@ -158,9 +158,7 @@ class Conversion:
         label, unsynced, new = "copying" if self.wanted is None else "quantizing", 0, dict[str, Fact]()
         progress(label, finished, total)
         told = self.calibration.tokens(self.resolved, progress) if self.calibration and todo else Tokens([], [])
-        turns = in_turn(
-            self.resolved, self.chosen, told.inputs, todo, progress, writer.stored, told.trail, workspace.folder
-        )
+        turns = in_turn(self.resolved, self.chosen, told, todo, progress, writer.stored, workspace.folder)
         for path, pack, unreached, together in turns:
             entry, tensor, loss = entries[path], parameters[path], Loss()
             for start, stop in chunks(tensor, self.limits.chunk, together):

@@ -11,7 +11,7 @@ from mlxarch.blocks import Quantization
 from mlxarch.errors import InvalidInput
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.budget import CANDIDATES, Choice, Target, check_room, choose, offers_of, ties
-from mlxarch.quantize.calibration import Calibration, tokenizer_of
+from mlxarch.quantize.calibration import Calibration, Tokens, tokenizer_of
 from mlxarch.quantize.corpus import Text, bundled, prefix_of
 from mlxarch.quantize.formats import fitting, stored_as
 from mlxarch.quantize.gptq import Feedback
@@ -103,10 +103,12 @@ def rounder(
     Of what a search feeds errors back by, too much would have to be kept of all layers at once, so that it does less
     here; see ``FED_BACK``. gptq gets half of the inputs that tell the divergence.
     """
-    batches = calibration.tokens(resolved, progress, trail=False).inputs if calibration and method == "search" else ()
-    known = "search" if batches else "round"
+    known: Method = "search" if calibration and method == "search" else "round"
+    tokens = (
+        calibration.tokens(resolved, progress, trail=False) if calibration and known == "search" else Tokens([], [])
+    )
     matrices = resolved.published_matrices
-    turns = in_turn(resolved, known, batches, matrices, progress)
+    turns = in_turn(resolved, known, tokens, matrices, progress)
     packs = {turn.name: turn.pack for turn in turns}
 
     def rounded(path: str, index: int, rows: mx.array, inputs: np.ndarray, to: Quantization) -> mx.array:

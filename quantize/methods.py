@@ -13,6 +13,7 @@ import numpy as np
 from mlxarch.blocks import Quantization
 from mlxarch.errors import QuantizationError
 from mlxarch.progress import Progress, silent
+from mlxarch.quantize.calibration import Tokens
 from mlxarch.quantize.importance import Gathering, Inputs
 from mlxarch.quantize.packing import Packer, Recent
 from mlxarch.quantize.pulls import Pulls, token_bytes
@@ -76,11 +77,10 @@ class Turn(NamedTuple):
 def in_turn(
     resolved: Resolved,
     method: Method,
-    batches: Sequence[mx.array],
+    tokens: Tokens,
     todo: Collection[str],
     progress: Progress = silent,
     stored: Stored | None = None,
-    passages: Sequence[mx.array] = (),
     scratch: Path | None = None,
 ) -> Iterator[Turn]:
     """Each of ``todo``, in the order in which it is best taken.
@@ -90,7 +90,7 @@ def in_turn(
     of tables.
 
     Given ``stored``, which tells what became of a parameter that was taken before, errors are fed back between rows and
-    columns, and later matrices make up for earlier ones, as far as ``passages`` tell; see ``trail``. The pass back
+    columns, and later matrices make up for earlier ones, as far as other tokens tell; see ``trail``. The pass back
     tells of all outputs then, and what it told of is packed whole, row after row. What pulls at the outputs stands in a
     file without a name meanwhile, in the folder ``scratch`` or where the system has its own; see ``scratch_bytes``.
     """
@@ -107,7 +107,7 @@ def in_turn(
     with tempfile.TemporaryFile(dir=scratch) as file:
         pulls, recent = Pulls(file), Recent()
         kept, count = (pulls, tokens_back(resolved)) if coupled else (None, TOKENS)
-        used = uses(resolved, batches, progress=progress, kept=kept, scratch=scratch, count=count)
+        used = uses(resolved, tokens.inputs, progress=progress, kept=kept, scratch=scratch, count=count)
 
         def turn(path: str, inputs: Inputs | None, owed: np.ndarray | None = None) -> Turn:
             name, high = published(path), prod(resolved.tensors[path].shape[-2:-1])
@@ -123,8 +123,8 @@ def in_turn(
                 # one weight for each channel cannot stand for both ways in which a table is used
                 keep = method == "gptq" or len(rows) > 1
                 yield turn(path, Inputs.of(np.concatenate(rows), keep=keep))
-        gathering = Gathering(resolved, batches, keep=coupled)
-        trail = Trail(resolved, passages, packed) if passages else None
+        gathering = Gathering(resolved, tokens.inputs, keep=coupled)
+        trail = Trail(resolved, tokens.trail, packed) if coupled and tokens.trail else None
         if trail:
             trail.begin()
         for index, (paths, found) in enumerate(gathering.layers(progress)):
