@@ -13,7 +13,7 @@ import numpy as np
 from mlxarch.blocks import Step
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize import host_attention
-from mlxarch.quantize.walk import Walk
+from mlxarch.quantize.walk import Walk, quiet
 from mlxarch.weights import Resolved
 
 PASSAGE = 8  # tokens, the first of them as it was
@@ -33,7 +33,7 @@ def continued(
     flat = np.concatenate([np.asarray(batch).ravel() for batch in batches])
     length = min(PASSAGE, resolved.model.context_length)
     firsts = flat[::length]
-    with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
+    with quiet():
         written = _written(resolved, firsts, length, np.random.default_rng(seed), progress)
     pieces = np.split(written.ravel()[: len(flat)], np.cumsum(sizes)[:-1])
     return [mx.array(piece).reshape(batch.shape) for piece, batch in zip(pieces, batches, strict=True)]

@@ -13,7 +13,7 @@ import numpy as np
 from mlxarch.blocks import Embedding
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize import host_attention
-from mlxarch.quantize.walk import Walk
+from mlxarch.quantize.walk import Walk, quiet
 from mlxarch.weights import Resolved
 
 TOKENS = 1024  # random ones
@@ -89,15 +89,15 @@ class Gathering:
         layers = range(len(self.walk.model.layers))
         weights = [self._bytes(index) for index in layers]
         total, label = sum(weights) + self._bytes(None), "gathering statistics"
-        with _quiet():
+        with quiet():
             states = self.walk.embed()
         outside = self._taken()
         for index in layers:
             progress(label, sum(weights[:index]), total)
-            with _quiet():
+            with quiet():
                 states = self.walk.layer(index, states)
             yield self.walk.paths(index), self._taken()
-        with _quiet():
+        with quiet():
             self.walk.head(states, logits=False)
         progress(label, total, total)
         yield self.walk.paths(None), outside | self._taken()
@@ -128,11 +128,6 @@ class Gathering:
             ids = np.asarray(chosen).ravel()
             own = [rows[ids == expert] for expert in range(experts)]
         return Inputs.of(*own, keep=self.keep)
-
-
-def _quiet() -> np.errstate:
-    """A weight that is not finite is refused when it is written, by its name."""
-    return np.errstate(all="ignore")
 
 
 def random_tokens(vocabulary: int, context: int, count: int = TOKENS, seed: int = 0) -> list[mx.array]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlxarch.blocks import Linear
 from mlxarch.quantize import host_attention
-from mlxarch.quantize.walk import Product, Walk
+from mlxarch.quantize.walk import Product, Walk, quiet
 from mlxarch.tensors import Tensor
 from mlxarch.weights import Resolved
 
@@ -26,7 +26,7 @@ LEAST, SPARSE = 1.0, 4.0  # damping by the mean of the inputs' squares: always, 
 SHARES = (1.0, 0.5, 0.25, 0.0)  # of what is owed, that are tried in front of a norm
 FAINT = 0.05  # of a norm's median weight, below which nothing is to be won by what it weighs
 
-Packed = Callable[[str], Tensor | None]
+AsPacked = Callable[[str], Tensor | None]
 """A parameter, by its path, as it is stored; None as long as it is not."""
 
 
@@ -50,13 +50,13 @@ class Trail:
 
     Args:
         batches: token ids (B, L).
-        packed: see Packed.
+        packed: see AsPacked.
 
     Attributes:
         count: layers to be passed; 0 if there is nothing that could take errors away.
     """
 
-    def __init__(self, resolved: Resolved, batches: Sequence[mx.array], packed: Packed) -> None:
+    def __init__(self, resolved: Resolved, batches: Sequence[mx.array], packed: AsPacked) -> None:
         self._tensors = {path: _Latest(path, tensor, packed) for path, tensor in resolved.parameters.items()}
         self._original, self._packed = _Way(resolved, batches), _Way(resolved, batches, self._tensors)
         layers = self._original.walk.model.layers
@@ -137,15 +137,12 @@ class Trail:
         made = np.asarray(Product(self._tensors[end.path].stored)(mx.array(inputs)))
         step = inputs @ owed.T
         before = np.asarray(self._normed(end, mx.array(made)))
-        left = {
-            share: float(
-                np.square(
-                    error + before - np.asarray(self._normed(end, mx.array(made + np.float32(share) * step)))
-                ).sum()
-            )
-            for share in SHARES
-        }
-        best = min(left, key=left.__getitem__)
+
+        def left(share: float) -> float:
+            added = np.asarray(self._normed(end, mx.array(made + np.float32(share) * step)))
+            return float(np.square(error + before - added).sum())
+
+        best = min(SHARES, key=left)
         return np.float32(best) * owed if best else None
 
     def _in_front_of_norm(
@@ -184,7 +181,7 @@ class _Way:
 
     def begin(self) -> None:
         """Stand in front of the first layer."""
-        with _quiet():
+        with quiet():
             self.states = self.walk.embed()
 
     def advance(self, states: list[mx.array]) -> None:
@@ -195,7 +192,7 @@ class _Way:
         """The states behind the layer, which is passed once, and the inputs (T, in) of some of its matrices."""
         if self._passed is None:
             self._wanted, self._inputs = wanted, {}
-            with _quiet():
+            with quiet():
                 states = self.walk.layer(index, self.states)
             self._passed = states, {path: np.concatenate(parts) for path, parts in self._inputs.items()}
             self._wanted, self._inputs = (), {}
@@ -204,7 +201,7 @@ class _Way:
     def reach(self, index: int, path: str) -> np.ndarray:
         """The inputs (T, in) of a matrix; the layer is passed no further."""
         self._wanted, self._inputs, self._stop = (path,), {}, True
-        with _quiet(), self.walk.weights(index):
+        with quiet(), self.walk.weights(index):
             for state, step in zip(self.states, self.walk.steps, strict=True):
                 with suppress(_Enough):
                     self.walk.model.layers[index](state, step, None)
@@ -218,11 +215,6 @@ class _Way:
                 raise _Enough
 
 
-def _quiet() -> np.errstate:
-    """A weight that is not finite is refused when it is written, by its name."""
-    return np.errstate(all="ignore")
-
-
 class _Enough(Exception):
     """The inputs that were asked for are there."""
 
@@ -230,14 +222,17 @@ class _Enough(Exception):
 class _Latest(Tensor):
     """A parameter as it is packed, or before that, and while ``original`` is set, as it was."""
 
-    def __init__(self, path: str, stored: Tensor, packed: Packed) -> None:
+    def __init__(self, path: str, stored: Tensor, packed: AsPacked) -> None:
         self.path, self.stored, self._packed = path, stored, packed
         self.shape, self.dtype, self.original = stored.shape, stored.dtype, False
+        self._found: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> mx.array:
         """See Tensor."""
-        packed = None if self.original else self._packed(self.path)
-        return (packed or self.stored).rows(start, stop)
+        if self.original:
+            return self.stored.rows(start, stop)
+        self._found = self._found or self._packed(self.path)
+        return (self._found or self.stored).rows(start, stop)
 
 
 def ends(layer: Any, name: str) -> list[End]:

@@ -145,6 +145,11 @@ class Walk:
         return path
 
 
+def quiet() -> np.errstate:
+    """A weight that is not finite is refused when it is written, by its name."""
+    return np.errstate(all="ignore")
+
+
 class Product:
     """x @ weight.T of a matrix that is read row by row; with ``experts``, a matrix (E, out, in) by one of E each.
 
