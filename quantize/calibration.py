@@ -27,7 +27,7 @@ BYTES = 16 * MOST  # of a text that are looked at for them
 PER_CHANNEL = 10  # tokens that a model writes for each channel of its widest matrix, unless that is
 WORK = 1 << 37  # more than so many parameters times tokens, which take seconds, or
 ACTIVATIONS = 16 << 20  # more than so many bytes in front of that matrix
-PATIENCE = {"search": 1, "gptq": 2}  # times as many by which matrices make up for each other's errors
+PATIENCE = {"search": 1, "gptq": 2}  # times the work, the activations, and then the trail
 
 
 class Tokens(NamedTuple):
@@ -61,11 +61,11 @@ class Calibration:
             with suppress(TokenizerError):
                 found = cls.text(BUNDLED, source, resolved)
                 length = found.batches[0].shape[1]
-                own = np.concatenate([np.asarray(batch).ravel() for batch in _random(resolved)])
+                own = np.concatenate([np.asarray(batch).ravel() for batch in _random(resolved, method)])
                 own = mx.array(own[: own.size // length * length].reshape(-1, length))
                 words = f"{found.count:,} tokens of the text that comes with mlxarch, {_own(own.size)}"
                 return replace(found, batches=(*found.batches, own), written=1, words=words)
-        batches = tuple(_random(resolved))
+        batches = tuple(_random(resolved, method))
         return cls(batches, _own(sum(batch.size for batch in batches)), len(batches))
 
     @classmethod
@@ -87,7 +87,7 @@ class Calibration:
 
     def beside(self, method: str, resolved: Resolved) -> "Calibration":
         """With what the method lets matrices make up for each other's errors by."""
-        return replace(self, trail=tuple(_random(resolved, PATIENCE.get(method, 1), seed=1)))
+        return replace(self, trail=tuple(_random(resolved, method, PATIENCE.get(method, 1), seed=1)))
 
     def tokens(self, resolved: Resolved, progress: Progress = silent, trail: bool = True) -> Tokens:
         """The tokens themselves, once the model has written."""
@@ -108,18 +108,19 @@ class Calibration:
         return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def token_count(resolved: Resolved, times: int = 1) -> int:
+def token_count(resolved: Resolved, method: str) -> int:
     """How many tokens the model is to write: more for more channels, as long as time and memory allow it."""
     parameters = resolved.parameters
     shapes = [parameters[path].shape for path in resolved.matrices & parameters.keys()]
     elements, widest = sum(map(prod, shapes)), max((shape[-1] for shape in shapes), default=1)
-    count = min(WORK // max(elements, 1), PER_CHANNEL * widest, ACTIVATIONS // (4 * widest), MOST)
+    times = PATIENCE.get(method, 1)
+    count = min(WORK // max(elements, 1), PER_CHANNEL * widest, times * ACTIVATIONS // (4 * widest), MOST)
     return max(times * count, LEAST)
 
 
-def _random(resolved: Resolved, times: int = 1, seed: int = 0) -> list[mx.array]:
+def _random(resolved: Resolved, method: str, times: int = 1, seed: int = 0) -> list[mx.array]:
     model = resolved.model
-    return random_tokens(model.vocab_size, model.context_length, token_count(resolved, times), seed)
+    return random_tokens(model.vocab_size, model.context_length, times * token_count(resolved, method), seed)
 
 
 def _own(count: int) -> str:

@@ -14,7 +14,7 @@ from mlxarch.quantize.budget import CANDIDATES, Choice, Target, check_room, choo
 from mlxarch.quantize.calibration import Calibration, Tokens, tokenizer_of
 from mlxarch.quantize.corpus import Text, bundled, prefix_of
 from mlxarch.quantize.formats import fitting, stored_as
-from mlxarch.quantize.gptq import Feedback
+from mlxarch.quantize.gptq import Feedback, pack_fed
 from mlxarch.quantize.methods import Method, in_turn
 from mlxarch.quantize.rows import Loss
 from mlxarch.quantize.sensitivity import Rounded, costs
@@ -115,7 +115,7 @@ def rounder(
         tensor, pieces = resolved.parameters[path], []
         scales, high, pack = _scales(tensor, dtype), tensor.shape[-2], packs[resolved.architecture.published(path)]
         if method == "gptq":
-            parts, _, _ = Feedback(inputs[::2]).pack(rows, to, scales)
+            parts, _, _ = pack_fed(Feedback(inputs[::2]), rows, to, scales)
             return _unpacked(parts, to)
         for start in range(0, len(rows), high):  # rows of one matrix of a stack, which may be fewer than are drawn
             parts = pack(rows[start : start + high], index * high, to, scales, Loss())

@@ -6,6 +6,9 @@ the feedback has left them, or ahead of it; with grids from the smallest to the 
 than rounding.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 
@@ -29,46 +32,82 @@ class Feedback:
     def __init__(self, inputs: np.ndarray, ahead: bool = False) -> None:
         width = WIDTH if ahead else inputs.shape[1]
         self.ahead = ahead
-        self._blocks = [_Block(inputs, start, width) for start in range(0, inputs.shape[1], width)]
-        self.importance = mx.array(np.concatenate([block.moments.diagonal() for block in self._blocks]))
-
-    def pack(
-        self, rows: mx.array, to: Quantization, dtype: mx.Dtype
-    ) -> tuple[dict[str, mx.array], np.ndarray, np.ndarray]:
-        """Pack rows (R, in) as affine codes; a row that rounding serves better is rounded.
-
-        Returns:
-            The parts; the expected squared errors (R,) of the rows, and what they are rounded.
-        """
-        exact = np.array(rows.astype(mx.float32))
-        plain = rounded_values(exact, to, dtype)
-        found = self.choose(exact, to, dtype)
-        error, rounded = (
-            np.einsum("ri,ri->r", self.weigh(values - exact), values - exact) for _, values in (found, plain)
-        )
-        better = (mx.array(error) < mx.array(rounded))[:, None, None]
-        grid = Grid(*(mx.where(better, a, b) for a, b in zip(found[0], plain[0], strict=True)))
-        values = mx.where(better[..., 0], mx.array(found[1]), mx.array(plain[1]))
-        parts = affine(mx.unflatten(values, -1, (-1, to.group_size)), grid, to.bits, dtype)
-        return parts, np.minimum(error, rounded), rounded
+        self.blocks = [_Block(inputs, start, width) for start in range(0, inputs.shape[1], width)]
+        self.importance = mx.array(np.concatenate([block.moments.diagonal() for block in self.blocks]))
 
     def choose(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
         """Grids for rows (R, in), and the values that come of them."""
-        left, size = np.ascontiguousarray(exact.T), to.group_size  # column by column
-        values, grids = np.empty_like(left), np.empty((2, len(left) // size, len(exact)), np.float32)
-        if self.ahead:
-            grids[:] = _searched(left, to, dtype, self.importance)
-        for block in self._blocks:
-            for start in range(block.start, block.stop, size):
-                own, group = slice(start, start + size), start // size
-                if not self.ahead:
-                    grids[:, group : group + 1] = _searched(left[own], to, dtype, self.importance[own])
-                values[own] = block.feed(left, own, grids[:, group], 2**to.bits - 1)
-        return Grid(*(mx.array(np.ascontiguousarray(part.T))[..., None] for part in grids)), values.T
+        return _chosen([(self, slice(None))], exact, to, dtype)
 
     def weigh(self, change: np.ndarray) -> np.ndarray:
         """(R, in) times H: its product with the change is the expected squared error."""
-        return np.concatenate([change[:, block.start : block.stop] @ block.moments for block in self._blocks], axis=1)
+        return np.concatenate([change[:, block.start : block.stop] @ block.moments for block in self.blocks], axis=1)
+
+
+class Several:
+    """Feedback for rows (R, in) of which each has one of its own among some: of like shape, all not ``ahead``."""
+
+    def __init__(self, feedbacks: Sequence[Feedback], which: np.ndarray) -> None:
+        self._order = np.argsort(which, kind="stable")
+        self._back = np.argsort(self._order)
+        numbers, starts = np.unique(which[self._order], return_index=True)
+        spans = pairwise([*starts.tolist(), len(which)])
+        self._parts = [(feedbacks[number], slice(*span)) for number, span in zip(numbers, spans, strict=True)]
+
+    def choose(self, exact: np.ndarray, to: Quantization, dtype: mx.Dtype) -> tuple[Grid, np.ndarray]:
+        """See ``Feedback``."""
+        grid, values = _chosen(self._parts, exact[self._order], to, dtype)
+        return Grid(*(part[mx.array(self._back)] for part in grid)), values[self._back]
+
+    def weigh(self, change: np.ndarray) -> np.ndarray:
+        """See ``Feedback``."""
+        change = change[self._order]
+        return np.concatenate([feedback.weigh(change[rows]) for feedback, rows in self._parts])[self._back]
+
+
+def pack_fed(
+    method: Feedback | Several, rows: mx.array, to: Quantization, dtype: mx.Dtype
+) -> tuple[dict[str, mx.array], np.ndarray, np.ndarray]:
+    """Pack rows (R, in) as affine codes; a row that rounding serves better is rounded.
+
+    Returns:
+        The parts; the expected squared errors (R,) of the rows, and what they are rounded.
+    """
+    exact = np.array(rows.astype(mx.float32))
+    plain = rounded_values(exact, to, dtype)
+    found = method.choose(exact, to, dtype)
+    error, rounded = (
+        np.einsum("ri,ri->r", method.weigh(values - exact), values - exact) for _, values in (found, plain)
+    )
+    better = (mx.array(error) < mx.array(rounded))[:, None, None]
+    grid = Grid(*(mx.where(better, a, b) for a, b in zip(found[0], plain[0], strict=True)))
+    values = mx.where(better[..., 0], mx.array(found[1]), mx.array(plain[1]))
+    parts = affine(mx.unflatten(values, -1, (-1, to.group_size)), grid, to.bits, dtype)
+    return parts, np.minimum(error, rounded), rounded
+
+
+def _chosen(
+    parts: Sequence[tuple[Feedback, slice]], exact: np.ndarray, to: Quantization, dtype: mx.Dtype
+) -> tuple[Grid, np.ndarray]:
+    """Grids and values of rows (R, in), by the feedback of each part of them."""
+    left, size = np.ascontiguousarray(exact.T), to.group_size  # column by column
+    values, grids = np.empty_like(left), np.empty((2, len(left) // size, len(exact)), np.float32)
+    [first, *others] = [feedback for feedback, _ in parts]
+    importance = first.importance
+    if others:
+        each = [mx.broadcast_to(own.importance, exact[rows].shape) for own, rows in parts]
+        importance = mx.concatenate(each)
+    if first.ahead:
+        grids[:] = _searched(left, to, dtype, importance)
+    for number, block in enumerate(first.blocks):
+        for start in range(block.start, block.stop, size):
+            own, group = slice(start, start + size), start // size
+            if not first.ahead:
+                grids[:, group : group + 1] = _searched(left[own], to, dtype, importance[..., own])
+            for feedback, rows in parts:
+                fed = feedback.blocks[number].feed(left[:, rows], own, grids[:, group, rows], 2**to.bits - 1)
+                values[own, rows] = fed
+    return Grid(*(mx.array(np.ascontiguousarray(part.T))[..., None] for part in grids)), values.T
 
 
 class _Block:

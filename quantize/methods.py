@@ -14,6 +14,7 @@ from mlxarch.blocks import Quantization
 from mlxarch.errors import QuantizationError
 from mlxarch.progress import Progress, silent
 from mlxarch.quantize.calibration import Tokens
+from mlxarch.quantize.families import Families
 from mlxarch.quantize.importance import Gathering, Inputs
 from mlxarch.quantize.packing import Packer, Recent
 from mlxarch.quantize.pulls import Pulls, token_bytes
@@ -109,20 +110,23 @@ def in_turn(
         kept, count = (pulls, tokens_back(resolved)) if coupled else (None, TOKENS)
         used = uses(resolved, tokens.inputs, progress=progress, kept=kept, scratch=scratch, count=count)
 
-        def turn(path: str, inputs: Inputs | None, owed: np.ndarray | None = None) -> Turn:
+        def turn(
+            path: str, inputs: Inputs | None, owed: np.ndarray | None = None, related: Families | None = None
+        ) -> Turn:
             name, high = published(path), prod(resolved.tensors[path].shape[-2:-1])
             del left[name]
             if inputs is None:
                 return Turn(name, round_rows)
             ahead = method == "search" and path not in used
-            packer = Packer(inputs, high, partial(pulls.of, path), ahead, owed, recent)
+            packer = Packer(inputs, high, partial(pulls.of, path), ahead, owed, recent, related)
             return Turn(name, packer.pack, inputs.unreached, packer.span if path in pulls else 1)
 
-        for path, rows in used.items():
+        for path, own in used.items():
             if published(path) in left:
                 # one weight for each channel cannot stand for both ways in which a table is used
-                keep = method == "gptq" or len(rows) > 1
-                yield turn(path, Inputs.of(np.concatenate(rows), keep=keep))
+                keep = method == "gptq" or len(own.rows) > 1
+                related = own.families(resolved.tensors[path].shape[0]) if coupled and keep else None
+                yield turn(path, Inputs.of(np.concatenate(own.rows), keep=keep), related=related)
         gathering = Gathering(resolved, tokens.inputs, keep=coupled)
         trail = Trail(resolved, tokens.trail, packed) if coupled and tokens.trail else None
         if trail:

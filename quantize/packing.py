@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxarch.blocks import Quantization
-from mlxarch.quantize.gptq import WIDTH, Feedback, rounded_values
+from mlxarch.quantize.families import Families
+from mlxarch.quantize.gptq import WIDTH, Feedback, Several, pack_fed, rounded_values
 from mlxarch.quantize.importance import Inputs
 from mlxarch.quantize.pulls import RowFeedback
 from mlxarch.quantize.rounding import affine
@@ -78,6 +79,7 @@ class Packer:
         ahead: whether grids are found before errors are fed back from column to column; see ``Feedback``.
         owed: what is added to the rows before they are packed, (rows, in); see ``trail``.
         recent: what several matrices that are packed one after the other share.
+        families: of the rows, where the first inputs weigh differently for some.
 
     Attributes:
         span: rows of a matrix, from its first on, that make up for each other's errors.
@@ -91,11 +93,13 @@ class Packer:
         ahead: bool = False,
         owed: np.ndarray | None = None,
         recent: Recent | None = None,
+        families: Families | None = None,
     ) -> None:
         self._inputs, self._high, self._pulls, self._ahead, self._owed = inputs, high, pulls, ahead, owed
         self._importance, self._recent = inputs.importance(), recent or Recent()
         self.span = max(min(SPAN, SPAN_BYTES // (4 * self._importance.shape[1])), 1)
         self._held: tuple[int, Method] | None = None  # of one expert at a time
+        self._families, self._relatives = families, list[Feedback]()
 
     @np.errstate(all="ignore")  # what is not finite is refused when it is written, by its name
     def pack(self, rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
@@ -106,11 +110,11 @@ class Packer:
         for expert, first, last in self._spans(start, start + len(rows)):
             part = rows[first - start : last - start]
             pulls = self._pulls(expert, first % self._high, first % self._high + len(part))
-            method = self._method(expert)
+            method = self._related(self._families, first, last) if self._families else self._method(expert)
             if len(pulls):
                 pieces.append(_coupled(part, to, dtype, loss, method, RowFeedback(pulls)))
-            elif isinstance(method, Feedback):
-                parts, error, rounded = method.pack(part, to, dtype)
+            elif isinstance(method, (Feedback, Several)):
+                parts, error, rounded = pack_fed(method, part, to, dtype)
                 loss.add_weighted(error, rounded)
                 pieces.append(parts)
             else:
@@ -138,6 +142,14 @@ class Packer:
                 method = self._recent.of(self._inputs.rows[expert], self._ahead)
             self._held = expert, method
         return self._held[1]
+
+    def _related(self, families: Families, start: int, stop: int) -> Method:
+        if not self._relatives:
+            [[rows]] = self._inputs.rows
+            for own, often in zip(np.sqrt(families.states), np.sqrt(families.lookups), strict=True):
+                weights = np.concatenate([own, np.full(len(rows) - len(own), often)])
+                self._relatives.append(Feedback(rows * weights[:, None]))
+        return Several(self._relatives, families.of_row[start:stop])
 
 
 def _coupled(

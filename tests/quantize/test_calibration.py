@@ -52,7 +52,7 @@ def test_gptq_reads_a_text_beside_what_the_model_writes_and_a_search_that_alone(
 def test_without_a_tokenizer_gptq_takes_what_the_model_writes(tmp_path: Path) -> None:
     make_llama(tmp_path / "source")
     method = prepare(tmp_path / "source", tmp_path / "out", method="gptq").method
-    assert "(inputs of 1,280 tokens that the model wrote itself" in method
+    assert "(inputs of 2,560 tokens that the model wrote itself" in method
 
 
 def test_text_stays_as_it_is_and_the_rest_is_written_by_the_model(tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_a_larger_model_is_given_fewer_tokens_and_never_too_few(
     widest = max(resolved.parameters[path].shape[-1] for path in resolved.matrices)
     for name in ("LEAST", "WORK", "ACTIVATIONS"):
         monkeypatch.setattr(calibration, name, {"LEAST": 1}.get(name, 1 << 50))
-    assert token_count(resolved) == calibration.PER_CHANNEL * widest
+    assert token_count(resolved, "search") == calibration.PER_CHANNEL * widest
     monkeypatch.setattr(calibration, "ACTIVATIONS", 4 * widest * 50)
-    assert token_count(resolved) == 50 and token_count(resolved, 2) == 100
+    assert token_count(resolved, "search") == 50 and token_count(resolved, "gptq") == 200
     elements = sum(prod(resolved.parameters[path].shape) for path in resolved.matrices)
     monkeypatch.setattr(calibration, "WORK", 20 * elements)
-    assert token_count(resolved) == 20
+    assert token_count(resolved, "search") == 20
     monkeypatch.setattr(calibration, "LEAST", 30)
-    assert token_count(resolved) == 30
+    assert token_count(resolved, "search") == 30
 
 
 def test_a_source_without_a_tokenizer_is_called_the_source(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize import convert, gptq
-from mlxarch.quantize.gptq import Feedback, _Block, _steps
+from mlxarch.quantize.gptq import Feedback, _Block, _steps, pack_fed
 from mlxarch.quantize.rounding import quantize as rounded
 from mlxarch.quantize.search import quantize as searched
 from tiny_llama import contents, make_llama
@@ -44,7 +44,7 @@ def test_products_are_nearer_than_by_search_alone_and_no_row_is_worse_than_round
     bits: int, dtype: mx.Dtype, ahead: bool
 ) -> None:
     x, to = inputs(), Quantization(bits, 64)
-    parts, error, plain = Feedback(x, ahead).pack(weights(), to, dtype)
+    parts, error, plain = pack_fed(Feedback(x, ahead), weights(), to, dtype)
     own = product_errors(parts, x, to)
     by_search = product_errors(searched(weights(), to, dtype, mx.array(np.square(x).mean(0))), x, to)
     by_rounding = product_errors(rounded(weights(), to, dtype), x, to)
@@ -73,7 +73,7 @@ def test_grids_found_ahead_are_those_of_search_and_errors_stay_among_the_columns
 
 def test_without_correlation_nothing_is_gained() -> None:
     x, to = np.random.default_rng(3).standard_normal((50_000, COLUMNS)).astype(np.float32), Quantization(4, 64)
-    own = product_errors(Feedback(x).pack(weights(), to, mx.float32)[0], x, to)
+    own = product_errors(pack_fed(Feedback(x), weights(), to, mx.float32)[0], x, to)
     by_search = product_errors(searched(weights(), to, mx.float32, mx.array(np.square(x).mean(0))), x, to)
     assert own.mean() == pytest.approx(by_search.mean(), rel=0.03)
 
@@ -92,13 +92,13 @@ def test_the_step_of_a_column_is_the_best_answer_to_its_error() -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_fewer_tokens_than_channels_are_enough_to_go_on(tokens: int) -> None:
     to = Quantization(4, 64)
-    parts, error, plain = Feedback(inputs()[:tokens]).pack(weights(), to, mx.float32)
+    parts, error, plain = pack_fed(Feedback(inputs()[:tokens]), weights(), to, mx.float32)
     assert np.isfinite(unpacked(parts, to)).all() and (error <= plain).all()
 
 
 def test_silent_inputs_leave_the_rows_rounded_or_better() -> None:
     to = Quantization(4, 64)
-    parts, _, _ = Feedback(np.zeros((8, COLUMNS), np.float32)).pack(weights(), to, mx.float32)
+    parts, _, _ = pack_fed(Feedback(np.zeros((8, COLUMNS), np.float32)), weights(), to, mx.float32)
     assert np.abs(unpacked(parts, to) - np.array(weights())).max() < 0.5
 
 
@@ -106,17 +106,17 @@ def test_the_fewer_tokens_the_less_is_made_of_pairs_of_channels() -> None:
     """Inputs that are not correlated, and seem so where few were seen."""
     x, to = np.random.default_rng(5).standard_normal((COLUMNS // 2, COLUMNS)).astype(np.float32), Quantization(4, 64)
     seen = Feedback(x)
-    own = np.square(unpacked(seen.pack(weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
-    [block] = seen._blocks
+    own = np.square(unpacked(pack_fed(seen, weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
+    [block] = seen.blocks
     block._steps = _steps(block.moments)
-    believed = np.square(unpacked(seen.pack(weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
+    believed = np.square(unpacked(pack_fed(seen, weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
     assert own < 0.9 * believed
 
 
 def test_inputs_that_are_not_finite_tell_nothing() -> None:
     to, x = Quantization(4, 64), inputs()
     x[3, 5] = np.nan
-    parts = Feedback(x).pack(weights(), to, mx.float32)[0]
+    parts = pack_fed(Feedback(x), weights(), to, mx.float32)[0]
     assert np.abs(unpacked(parts, to) - np.array(weights())).max() < 0.5
 
 

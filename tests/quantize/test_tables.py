@@ -25,7 +25,8 @@ def batches(name: str, count: int = 512) -> list[mx.array]:
 
 
 def found(name: str, count: int = 512) -> dict[str, list[np.ndarray]]:
-    return uses(resolve(open_source(GOLDEN / name)), batches(name, count))
+    used = uses(resolve(open_source(GOLDEN / name)), batches(name, count))
+    return {path: own.rows for path, own in used.items()}
 
 
 def test_a_tied_table_multiplies_the_last_states_and_another_does_not() -> None:
@@ -50,7 +51,7 @@ def test_a_tied_table_multiplies_the_last_states_and_another_does_not() -> None:
 def test_moving_a_looked_up_row_moves_the_logits_along_its_pull(name: str) -> None:
     """The mean square of a change's product with the pulls is what the change makes of KL, twice."""
     resolved, [tokens] = resolve(open_source(GOLDEN / name)), batches(name, 256)
-    pulls = [uses(resolved, [tokens], seed=seed)[TABLE][-1] for seed in range(12)]
+    pulls = [uses(resolved, [tokens], seed=seed)[TABLE].rows[-1] for seed in range(12)]
     model, _ = load_model(GOLDEN / name)
     table = dict(model.named_modules())[TABLE.removesuffix(".weight")]
     change = np.random.default_rng(0).standard_normal(pulls[0].shape[-1]).astype(np.float32)
@@ -71,7 +72,7 @@ def test_a_few_windows_from_all_over_pass_back() -> None:
     resolved = resolve(open_source(GOLDEN / "llama3"))
     windows = np.zeros((3 * TOKENS // 128, 128), np.int32)
     windows[-1] = 5
-    rows = uses(resolved, [mx.array(windows[:1]), mx.array(windows[1:])])[TABLE][0]
+    rows = uses(resolved, [mx.array(windows[:1]), mx.array(windows[1:])])[TABLE].rows[0]
     assert len(rows) == TOKENS
     assert not np.allclose(rows[-128:].std(0), rows[:128].std(0))
 
