@@ -146,7 +146,7 @@ def train(name: str, data: Path, output: Path, steps: int, batch: int) -> float:
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from mlx.utils import tree_flatten, tree_map
+    from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
     from mlxarch.blocks import ZeroCenteredRMSNorm
     from mlxarch.registry import architecture
@@ -176,7 +176,9 @@ def train(name: str, data: Path, output: Path, steps: int, batch: int) -> float:
     def step(tokens: mx.array) -> mx.array:
         value, gradients = mx.value_and_grad(loss)(held["parameters"], tokens)
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
-        held["parameters"] = optimizer.apply_gradients(gradients, held["parameters"])
+        # MLX merges what optimizers give in the order of a set; a compiled function fills in arrays by their order
+        updated = dict(tree_flatten(optimizer.apply_gradients(gradients, held["parameters"])))
+        held["parameters"] = tree_unflatten([(name, updated[name]) for name, _ in tree_flatten(held["parameters"])])
         return value
 
     text, begin = np.load(data / "tokens.npy"), time.perf_counter()
