@@ -1,9 +1,10 @@
 """Error feedback: what a column loses when it is packed, the columns behind it make up for as well as they can.
 
 How well is told by H, the second moments of the inputs: the expected squared error of a product is d H dᵀ for a row
-that is off by d. Source: arXiv:2210.17323. Its grids are those of ``search``, found group by group for the weights as
-the feedback has left them, or ahead of it; with grids from the smallest to the largest weight, feedback can do worse
-than rounding.
+that is off by d. Source: arXiv:2210.17323. Columns with large inputs are taken first, for what these lose costs most,
+and more columns are left to make up for it. Grids are those of ``search``, found group by group for the weights as the
+feedback has left them, the columns of a group one after the other then (arXiv:2505.14638), or ahead of it; with grids
+from the smallest to the largest weight, feedback can do worse than rounding.
 """
 
 from collections.abc import Sequence
@@ -90,23 +91,24 @@ def _chosen(
     parts: Sequence[tuple[Feedback, slice]], exact: np.ndarray, to: Quantization, dtype: mx.Dtype
 ) -> tuple[Grid, np.ndarray]:
     """Grids and values of rows (R, in), by the feedback of each part of them."""
-    left, size = np.ascontiguousarray(exact.T), to.group_size  # column by column
-    values, grids = np.empty_like(left), np.empty((2, len(left) // size, len(exact)), np.float32)
-    [first, *others] = [feedback for feedback, _ in parts]
-    importance = first.importance
-    if others:
-        each = [mx.broadcast_to(own.importance, exact[rows].shape) for own, rows in parts]
-        importance = mx.concatenate(each)
+    size, first = to.group_size, parts[0][0]
+    values = np.empty(exact.shape[::-1], np.float32)
+    grids = np.empty((2, exact.shape[1] // size, len(exact)), np.float32)
     if first.ahead:
-        grids[:] = _searched(left, to, dtype, importance)
-    for number, block in enumerate(first.blocks):
-        for start in range(block.start, block.stop, size):
-            own, group = slice(start, start + size), start // size
+        grids[:] = _searched(exact.T, to, dtype, first.importance)
+    for number in range(len(first.blocks)):
+        runs = [_Run(feedback, number, exact[rows], size) for feedback, rows in parts]
+        for start in range(0, len(runs[0].columns), size):
+            now = slice(start, start + size)
             if not first.ahead:
-                grids[:, group : group + 1] = _searched(left[own], to, dtype, importance[..., own])
-            for feedback, rows in parts:
-                fed = feedback.blocks[number].feed(left[:, rows], own, grids[:, group, rows], 2**to.bits - 1)
-                values[own, rows] = fed
+                left = np.concatenate([run.left[now] for run in runs], axis=1)
+                each = [run.importance(now) for run in runs]
+                found = _searched(left, to, dtype, mx.concatenate(each) if len(each) > 1 else each[0][0])
+                for run, (_, rows) in zip(runs, parts, strict=True):
+                    grids[:, run.columns[start] // size, rows] = found[:, 0, rows]
+            for run, (_, rows) in zip(runs, parts, strict=True):
+                columns = run.columns[now]
+                values[columns, rows] = run.feed(now, grids[:, :, rows][:, columns // size], 2**to.bits - 1)
     return Grid(*(mx.array(np.ascontiguousarray(part.T))[..., None] for part in grids)), values.T
 
 
@@ -115,25 +117,59 @@ class _Block:
 
     def __init__(self, inputs: np.ndarray, start: int, width: int) -> None:
         own = inputs[:, start : start + width]
-        self.start, self.stop = start, start + own.shape[1]
+        self.start, self.stop, self._tokens = start, start + own.shape[1], len(own)
         self.moments = own.T @ own / np.float32(max(len(own), 1))
         if not np.isfinite(self.moments).all():  # the weight that made them so is refused when it is written
             self.moments = np.zeros_like(self.moments)
-        self._steps = _steps(shrunk(self.moments, len(own)))
+        self._ordered = dict[int, tuple[np.ndarray, np.ndarray]]()
 
-    def feed(self, left: np.ndarray, columns: slice, grids: np.ndarray, highest: int) -> np.ndarray:
-        """Values of a group of columns, by scales and biases (2, R); those behind them in ``left`` (in, R) follow."""
-        (scales, biases), first, count = grids, columns.start - self.start, columns.stop - columns.start
-        own, steps = left[columns], self._steps[first : first + count, first:]
-        values, errors = np.empty_like(own), np.empty_like(own)
+    def ordered(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Its columns in the order in which they are taken, groups of so many together, and their steps."""
+        if size not in self._ordered:
+            order = _order(self.moments.diagonal(), size)
+            steps = _steps(shrunk(self.moments[np.ix_(order, order)], self._tokens))
+            self._ordered = {size: (self.start + order, steps)}
+        return self._ordered[size]
+
+
+class _Run:
+    """Rows (R, in) on their way through a block.
+
+    Attributes:
+        columns: of the matrix, in the order in which they are taken.
+        left: the rows there, (columns, R), as the feedback has left them.
+    """
+
+    def __init__(self, feedback: Feedback, number: int, exact: np.ndarray, size: int) -> None:
+        block = feedback.blocks[number]
+        self.columns, self._steps = block.ordered(len(block.moments) if feedback.ahead else size)
+        self.left = np.ascontiguousarray(exact.T[self.columns])
+        self._importance = feedback.importance
+
+    def importance(self, now: slice) -> mx.array:
+        """Of each row, (R, columns)."""
+        own = self._importance[mx.array(self.columns[now])]
+        return mx.broadcast_to(own, (self.left.shape[1], len(own)))
+
+    def feed(self, now: slice, grids: np.ndarray, highest: int) -> np.ndarray:
+        """Values of some columns, by their scales and biases (2, columns, R); those behind them in ``left`` follow."""
+        own, steps, (scales, biases) = self.left[now], self._steps[now, now.start :], grids
+        values, errors, count = np.empty_like(own), np.empty_like(own), len(own)
         divisors = np.where(scales == 0, np.float32(1), scales)
         for j in range(count):
-            codes = np.clip(np.rint((own[j] - biases) / divisors), 0, highest)
-            values[j] = codes * scales + biases
+            codes = np.clip(np.rint((own[j] - biases[j]) / divisors[j]), 0, highest)
+            values[j] = codes * scales[j] + biases[j]
             errors[j] = (own[j] - values[j]) / steps[j, j]
             own[j + 1 :] -= steps[j, j + 1 : count, None] * errors[j]
-        left[columns.stop : self.stop] -= steps[:, count:].T @ errors
+        self.left[now.stop :] -= steps[:, count:].T @ errors
         return values
+
+
+def _order(squares: np.ndarray, size: int) -> np.ndarray:
+    """Columns with large inputs first: groups of so many, and within them."""
+    groups = squares.reshape(-1, size)
+    first, within = np.argsort(-groups.sum(1), kind="stable"), np.argsort(-groups, axis=1, kind="stable")
+    return (size * first[:, None] + within[first]).ravel()
 
 
 def _searched(columns: np.ndarray, to: Quantization, dtype: mx.Dtype, importance: mx.array) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize import convert, gptq
-from mlxarch.quantize.gptq import Feedback, _Block, _steps, pack_fed
+from mlxarch.quantize.gptq import Feedback, _Block, _order, _steps, pack_fed
 from mlxarch.quantize.rounding import quantize as rounded
 from mlxarch.quantize.search import quantize as searched
 from tiny_llama import contents, make_llama
@@ -84,9 +84,24 @@ def test_the_step_of_a_column_is_the_best_answer_to_its_error() -> None:
     pairs = moments - np.diag(moments.diagonal())
     damped = moments - pairs * (2 * COLUMNS) / (TOKENS + 2 * COLUMNS)
     damped += 0.1 * moments.diagonal().mean() * np.eye(COLUMNS)
+    order, steps = block.ordered(COLUMNS)
+    damped = damped[np.ix_(order, order)]
     j = 100  # the best change of the columns behind it, by least squares under H
     best = -np.linalg.solve(damped[j + 1 :, j + 1 :], damped[j + 1 :, j])
-    assert np.allclose(block._steps[j, j + 1 :] / block._steps[j, j], -best * -1, atol=1e-3)
+    assert np.allclose(steps[j, j + 1 :] / steps[j, j], -best * -1, atol=1e-3)
+    assert (np.diff(moments.diagonal()[order]) <= 0).all()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_columns_with_large_inputs_are_taken_first(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lose most: in their own order, or the other way round, products are farther off."""
+    x, to = inputs(), Quantization(3, 64)
+    x *= np.random.default_rng(8).permutation(np.geomspace(0.1, 10, COLUMNS)).astype(np.float32)
+    right = product_errors(pack_fed(Feedback(x, ahead), weights(), to, mx.float32)[0], x, to).mean()
+    for other in (lambda squares, size: np.arange(len(squares)), lambda squares, size: _order(-squares, size)):
+        monkeypatch.setattr(gptq, "_order", other)
+        wrong = product_errors(pack_fed(Feedback(x, ahead), weights(), to, mx.float32)[0], x, to).mean()
+        assert right < 0.7 * wrong
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -108,7 +123,8 @@ def test_the_fewer_tokens_the_less_is_made_of_pairs_of_channels() -> None:
     seen = Feedback(x)
     own = np.square(unpacked(pack_fed(seen, weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
     [block] = seen.blocks
-    block._steps = _steps(block.moments)
+    order, _ = block.ordered(64)
+    block._ordered = {64: (order, _steps(block.moments[np.ix_(order, order)]))}
     believed = np.square(unpacked(pack_fed(seen, weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
     assert own < 0.9 * believed
 
