@@ -68,5 +68,10 @@ def _drawn(walk: Walk, draw: np.random.Generator, state: mx.array) -> np.ndarray
     logits = np.array(walk.model.head(state).astype(mx.float32))[:, 0]
     logits -= logits.max(-1, keepdims=True)
     np.exp(logits, out=logits)
-    sums = (np.cumsum(row, dtype=np.float64) for row in logits)
-    return np.array([min(np.searchsorted(s, draw.random() * s[-1], "right"), len(s) - 1) for s in sums], np.int64)
+    return np.array([drawn(row, draw) for row in logits], np.int64)
+
+
+def drawn(chances: np.ndarray, draw: np.random.Generator) -> int:
+    """One of some tokens, by chances (V,) that need not add up to 1."""
+    sums = np.cumsum(chances, dtype=np.float64)
+    return min(int(np.searchsorted(sums, draw.random() * sums[-1], "right")), len(sums) - 1)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlxarch.quantize.walk import quiet
+
 LIKELIEST = 64  # tokens of each place that are remembered
 FAMILIES, FACTORS = 16, 64 << 20  # at the most, and the bytes of their moments and factors
 SKETCH, ROUNDS = 32, 8  # directions in which states are looked at, and of k-means
@@ -60,7 +62,7 @@ def most(channels: int) -> int:
     return min(FAMILIES, FACTORS // (8 * channels**2))
 
 
-@np.errstate(all="ignore")  # what is not finite is refused when it is written, by its name
+@quiet()
 def families(states: np.ndarray, likely: Likely, rows: int, count: int) -> Families:
     """Of a head of ``rows`` rows by the last states (T, in), at most ``count`` beside the first."""
     seen, places = np.unique(likely.ids, return_inverse=True)

@@ -15,6 +15,7 @@ from mlxarch.quantize.pulls import RowFeedback
 from mlxarch.quantize.rounding import affine
 from mlxarch.quantize.rows import Loss
 from mlxarch.quantize.search import Grid, search, values_of
+from mlxarch.quantize.walk import quiet
 
 FEW = 4  # channels for each token, beyond which a search goes without feedback: ``shrunk`` would leave it a ninth
 SPAN, SPAN_BYTES = 1536, 8 << 20  # rows that may make up for each other's errors, and what they take in float32
@@ -101,7 +102,7 @@ class Packer:
         self._held: tuple[int, Method] | None = None  # of one expert at a time
         self._families, self._relatives = families, list[Feedback]()
 
-    @np.errstate(all="ignore")  # what is not finite is refused when it is written, by its name
+    @quiet()
     def pack(self, rows: mx.array, start: int, to: Quantization, dtype: mx.Dtype, loss: Loss) -> dict[str, mx.array]:
         """See ``rows.Pack``."""
         pieces = []

@@ -16,6 +16,7 @@ import numpy as np
 from mlxarch.quantize.gptq import factor_of, shrunk
 from mlxarch.quantize.search import Grid
 from mlxarch.quantize.sensitivity import WIDEST
+from mlxarch.quantize.walk import quiet
 from mlxarch.weights import Resolved
 
 LEAST, MOST = 16, 64  # rows that are packed at once, of which none hears of the others
@@ -98,7 +99,7 @@ class RowFeedback:
 
 def _moments(pulls: np.ndarray) -> np.ndarray:
     """(T, R) -> (R, R), of mean 1 on the diagonal; those of strangers if nothing is to be learned from the pulls."""
-    with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
+    with quiet():
         pulls = pulls / np.abs(pulls).max()  # squares of small ones would vanish
         norms = np.linalg.norm(pulls, axis=1)
     felt = norms[norms > 0]

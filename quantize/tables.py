@@ -18,9 +18,11 @@ import numpy as np
 from mlxarch.blocks import Embedding, Quantization
 from mlxarch.blocks.linear import Matrix
 from mlxarch.progress import Progress, silent
+from mlxarch.quantize.continuation import drawn
 from mlxarch.quantize.families import Families, Likely, families, most
 from mlxarch.quantize.pulls import Pulls
 from mlxarch.quantize.sensitivity import Pass, _Use
+from mlxarch.quantize.walk import quiet
 from mlxarch.weights import Resolved
 
 TOKENS = 1024  # that pass back
@@ -73,7 +75,7 @@ def uses(
     for number, part in enumerate(part for part in parts if len(part)):
         told = partial(_told, progress, number, len(parts))
         own = _Uses(kept, resolved, windows[mx.array(part)], (), _as_they_are, seed + number, told)
-        with np.errstate(all="ignore"):  # a weight that is not finite is refused when it is written, by its name
+        with quiet():
             own.run(scratch)
         for path, more in own.found.items():
             found.setdefault(path, []).append(more)
@@ -144,8 +146,8 @@ def _chances(logits: np.ndarray) -> np.ndarray:
 
 def _pull(chances: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """How the likelihood of labels that are drawn by chances (1, T, V) pulls at the logits; in their place."""
-    np.negative(chances, out=chances)
     for row in chances[0]:
-        sums = np.cumsum(row, dtype=np.float64)  # down to -1
-        row[min(np.searchsorted(-sums, draw.random() * -sums[-1], "right"), len(row) - 1)] += 1
+        token = drawn(row, draw)
+        np.negative(row, out=row)
+        row[token] += 1
     return chances
