@@ -44,6 +44,17 @@ class Feedback:
         """(R, in) times H: its product with the change is the expected squared error."""
         return np.concatenate([change[:, block.start : block.stop] @ block.moments for block in self.blocks], axis=1)
 
+    def errors(self, inputs: np.ndarray) -> float:
+        """The squared error of a row's products with inputs (T, in), summed, to be expected where grids are found ahead
+        and every column is off by one when its turn comes; without feedback it is the sum of the inputs' squares.
+        """
+        total = 0.0
+        for block in self.blocks:
+            columns, steps = block.ordered(len(block.moments))
+            moved = inputs[:, columns] @ (steps / steps.diagonal()[:, None]).T  # by each column and those behind it
+            total += float(np.vdot(moved, moved))
+        return total
+
 
 class Several:
     """Feedback for rows (R, in) of which each has one of its own among some: of like shape, all not ``ahead``."""

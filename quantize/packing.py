@@ -71,6 +71,11 @@ class Recent:
         self.rows, self.feedback = [], None
 
 
+def enough(tokens: int, channels: int, ahead: bool) -> bool:
+    """Whether so many tokens tell enough of pairs of channels to feed errors back by; ``ahead``: see Feedback."""
+    return tokens >= max(min(channels, WIDTH) // FEW if ahead else 1, 1)
+
+
 class Packer:
     """Packs the rows of a matrix, or of one of ``high`` rows for each expert, in their order.
 
@@ -137,9 +142,8 @@ class Packer:
     def _method(self, expert: int) -> Method:
         if self._held is None or self._held[0] != expert:
             count, (_, channels) = self._inputs.counts[expert], self._importance.shape
-            enough = min(channels, WIDTH) // FEW if self._ahead else 1
             method: Method = Search(self._importance[expert])
-            if self._inputs.rows and count >= max(enough, 1):
+            if self._inputs.rows and enough(count, channels, self._ahead):
                 method = self._recent.of(self._inputs.rows[expert], self._ahead)
             self._held = expert, method
         return self._held[1]

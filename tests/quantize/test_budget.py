@@ -1,6 +1,6 @@
 """Bits under a limit: the choice, and the sensitivities behind it."""
 
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import mlx.core as mx
@@ -144,14 +144,18 @@ def log_softmax(logits: mx.array) -> np.ndarray:
     return values - np.log(np.exp(values).sum(-1, keepdims=True))
 
 
-def test_a_forecast_for_a_search_knows_of_the_feedback_that_it_does_not_see(tmp_path, monkeypatch) -> None:
+def test_a_forecast_for_a_search_counts_what_feedback_leaves_of_each_matrix(tmp_path, monkeypatch) -> None:
     source, found = make_chat_model(tmp_path / "source"), {}
     for method, share in product(("search", "round"), (1.0, 0.5)):
-        monkeypatch.setattr(forecast, "FED_BACK", share)
+
+        def left(resolved, *_: Any, share: float = share) -> dict[str, float]:
+            return dict.fromkeys(resolved.parameters, share)
+
+        monkeypatch.setattr(forecast, "left", left)
         conversion = toward(prepare(source, tmp_path / "out", method=method), Target(bits=5.0))
         found[method, share] = conversion.forecast
     assert found["search", 0.5] == pytest.approx(0.5 * found["search", 1.0])
-    assert found["round", 0.5] == found["round", 1.0] > found["search", 1.0]
+    assert found["round", 0.5] == found["round", 1.0] > found["search", 1.0] / forecast.SHORT
 
 
 # What is read for a forecast ------------------------------------------------------------------------------------------
@@ -176,10 +180,11 @@ def test_a_forecast_reads_the_second_halves_of_texts_all_over(begins: bool) -> N
     ]
     letters: Any = Letters(begins)
     found = np.asarray(ends(texts, letters, 4096))
-    assert found.shape == (4, 256 + begins) and (found[:, 0] == 0).all() == begins
+    assert found.shape == (8, 256 + begins) and (found[:, 0] == 0).all() == begins
     starts = found[:, int(begins)].tolist()
-    assert starts[0] == 1000 + 4000 - 256 and 3000 <= starts[1] < starts[0] - 256
-    assert starts[2] == 1000 + 3000 - 256 and 2500 <= starts[3] < starts[2] - 256
+    for half, (last, *others) in zip((3000, 2500), (starts[:4], starts[4:]), strict=True):
+        assert last == 2 * half - 1000 - 256 and min(others) >= half and len(set(others)) == 3
+        assert all(later - earlier > 256 for earlier, later in pairwise(sorted([last, *others])))
     assert np.asarray(ends(texts, letters, 100)).shape[1] == 100, "no more than the context"
     with pytest.raises(InvalidInput, match="text short is too short"):
         ends([texts[0], Text("short", "abc")], letters, 4096)
