@@ -25,7 +25,7 @@ from mlxarch.weights import Resolved, Source
 
 TOKENS = 2048  # in all
 WINDOW = 256  # of them that are read together
-SHORT = 1.15  # times what a search is expected to cost; see ``forecast``
+SHORT = 1.2  # times what a search is expected to cost; see ``forecast``
 
 
 @dataclass(frozen=True)
