@@ -8,7 +8,7 @@ import pytest
 
 from mlxarch.blocks import Quantization
 from mlxarch.quantize import convert, gptq
-from mlxarch.quantize.gptq import Feedback, _Block, _order, _steps, pack_fed
+from mlxarch.quantize.gptq import Feedback, _Block, _order, pack_fed
 from mlxarch.quantize.rounding import quantize as rounded
 from mlxarch.quantize.search import quantize as searched
 from tiny_llama import contents, make_llama
@@ -95,6 +95,7 @@ def test_the_step_of_a_column_is_the_best_answer_to_its_error() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_columns_with_large_inputs_are_taken_first(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """They lose most: in their own order, or the other way round, products are farther off."""
+    monkeypatch.setattr(gptq, "PASSES", 0)
     x, to = inputs(), Quantization(3, 64)
     x *= np.random.default_rng(8).permutation(np.geomspace(0.1, 10, COLUMNS)).astype(np.float32)
     right = product_errors(pack_fed(Feedback(x, ahead), weights(), to, mx.float32)[0], x, to).mean()
@@ -117,16 +118,53 @@ def test_silent_inputs_leave_the_rows_rounded_or_better() -> None:
     assert np.abs(unpacked(parts, to) - np.array(weights())).max() < 0.5
 
 
-def test_the_fewer_tokens_the_less_is_made_of_pairs_of_channels() -> None:
+def test_the_fewer_tokens_the_less_is_made_of_pairs_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs that are not correlated, and seem so where few were seen."""
     x, to = np.random.default_rng(5).standard_normal((COLUMNS // 2, COLUMNS)).astype(np.float32), Quantization(4, 64)
-    seen = Feedback(x)
-    own = np.square(unpacked(pack_fed(seen, weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
-    [block] = seen.blocks
-    order, _ = block.ordered(64)
-    block._ordered = {64: (order, _steps(block.moments[np.ix_(order, order)]))}
-    believed = np.square(unpacked(pack_fed(seen, weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
+    own = np.square(unpacked(pack_fed(Feedback(x), weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
+    monkeypatch.setattr(gptq, "_share", lambda *_: np.float32(1))
+    believed = np.square(unpacked(pack_fed(Feedback(x), weights(), to, mx.float32)[0], to) - np.array(weights())).mean()
     assert own < 0.9 * believed
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_grids_and_codes_that_settle_bring_products_nearer(
+    bits: int, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On inputs they have not seen, too, and more so in the second pass."""
+    (x, other), to, errors = np.split(inputs(), [TOKENS * 2 // 3]), Quantization(bits, 64), []
+    for passes in (0, 1, 2):
+        monkeypatch.setattr(gptq, "PASSES", passes)
+        parts, error, _ = pack_fed(Feedback(x), weights(), to, dtype)
+        own = product_errors(parts, x, to)
+        assert np.allclose(own, error, rtol=1e-2), "scales and biases are those that are stored"
+        errors.append((own.mean(), product_errors(parts, other, to).mean()))
+    for none, once, twice in zip(*errors, strict=True):
+        assert twice < once < 0.97 * none
+
+
+def test_no_code_and_no_grid_that_has_settled_could_move_for_the_better() -> None:
+    """By the slopes of the cost, and its curves: and before that some could."""
+    block, to, exact = _Block(inputs(), 0, COLUMNS), Quantization(4, 64), np.array(weights()).T
+    share, alone = block.parts()
+    curves = (share * block.moments.diagonal() + alone)[:, None]
+    grid, values = Feedback(inputs()).choose(exact.T, to, mx.float32)
+    grids, values, found = np.stack([np.array(part)[..., 0].T for part in grid]), values.T, []
+    for passes in (0, 20):
+        for _ in range(passes):
+            grids, values = gptq._settled(block, exact, grids, values, to, mx.float32)
+        slopes = share * (block.moments @ (values - exact)) + alone[:, None] * (values - exact)
+        scales, biases = np.repeat(grids, 64, axis=1)
+        codes = np.rint((values - biases) / scales)
+        gains = [
+            np.where((codes + by >= 0) & (codes + by <= 15), -2 * by * slopes - curves * scales, 0) for by in (-1, 1)
+        ]
+        groups = slopes.reshape(-1, 64, ROWS), codes.reshape(-1, 64, ROWS)
+        by_grid = np.abs([groups[0].sum(1), np.prod(groups, axis=0).sum(1)])
+        found.append((np.max(gains / (curves * scales)), by_grid.max()))
+    assert found[1][0] < 1e-3 < 0.1 < found[0][0]
+    assert found[1][1] < 0.02 * found[0][1]
 
 
 def test_inputs_that_are_not_finite_tell_nothing() -> None:
