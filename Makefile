@@ -37,9 +37,8 @@ lint: $(READY)-dev
 types: $(READY)-dev
 	$(BIN)/pyright
 
-# In .typing the package looks as it does once installed.
 layers: $(READY)-dev
-	cd .typing && PYTHONPATH=. ../$(BIN)/lint-imports --no-cache --no-logo --config ../pyproject.toml
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache --no-logo
 
 # setuptools would pack what an earlier build left in build/.
 wheel: $(READY)-dev

@@ -37,9 +37,16 @@ def make_checkpoint(folder: Path, megabytes: int) -> int:
     layer |= {f"mlp.{name}.weight": shape for name, shape in mlp.items()}
     layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     vocab = int(megabytes * 10**6 * (0.8 if megabytes < 1000 else 0.3) / 2 / hidden) // 64 * 64
-    layers = max(1, round((megabytes * 10**6 / 2 - vocab * hidden) / sum(int(np.prod(s)) for s in layer.values())))
+    layers = max(
+        1,
+        round(
+            (megabytes * 10**6 / 2 - vocab * hidden) / sum(int(np.prod(s)) for s in layer.values())
+        ),
+    )
     shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    shapes |= {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
+    shapes |= {
+        f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()
+    }
     config = {
         "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": hidden // 128, "num_key_value_heads": 8,
@@ -83,10 +90,11 @@ def measure(source: str, output: str, bits: int, chunk: int, method: Any) -> dic
     """Convert in this process."""
     import mlx.core as mx
 
-    from mlxarch.quantize.conversion import Limits, prepare
+    from mlxarch.quantize import prepare
+    from mlxarch.quantize.conversion import Limits
 
     mx.eval(mx.zeros(1) + 1)
-    conversion = prepare(source, output, bits=bits, method=method, limits=Limits(chunk=chunk))
+    conversion = prepare(source, output, bits=bits, method=method, limits=Limits(chunk_bytes=chunk))
     before, start = peak_rss(), time.perf_counter()
     summary = conversion.run()
     seconds = time.perf_counter() - start
@@ -97,17 +105,21 @@ def measure(source: str, output: str, bits: int, chunk: int, method: Any) -> dic
         "import_MB": before / 1e6,
         "above_import_MB": (peak_rss() - before) / 1e6,
         "seconds": seconds,
-        "estimate_error": abs(conversion.needed - held) / held,
+        "estimate_error": abs(conversion.disk_bytes - held) / held,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("megabytes", type=int, nargs="*", default=[1000, 8000])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=8 << 20)
     parser.add_argument("--method", default="round", help="round, search or gptq")
-    parser.add_argument("--folder", help="where to put the checkpoints, which are removed afterwards")
+    parser.add_argument(
+        "--folder", help="where to put the checkpoints, which are removed afterwards"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -119,9 +131,25 @@ def main() -> None:
             source.mkdir()
             make_checkpoint(source, megabytes)
             os.sync()
-            command = [sys.executable, __file__, "--bits", str(options.bits), "--chunk", str(options.chunk)]
-            command += ["--method", options.method, "--child", str(source), str(Path(place, "output"))]
-            print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
+            command = [
+                sys.executable,
+                __file__,
+                "--bits",
+                str(options.bits),
+                "--chunk",
+                str(options.chunk),
+            ]
+            command += [
+                "--method",
+                options.method,
+                "--child",
+                str(source),
+                str(Path(place, "output")),
+            ]
+            print(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -19,10 +19,14 @@ MB = 1e6
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Install the wheel into an empty environment and measure it.")
+    parser = argparse.ArgumentParser(
+        description="Install the wheel into an empty environment and measure it."
+    )
     parser.add_argument("wheel", type=Path)
     parser.add_argument(
-        "--extras", default="cpu" if platform.system() == "Linux" else "", help="default here: %(default)r"
+        "--extras",
+        default="cpu" if platform.system() == "Linux" else "",
+        help="default here: %(default)r",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mlxarch-size-") as folder:
@@ -51,16 +55,22 @@ def measure(wheel: Path, extras: str, folder: Path) -> int:
     listing = run(sys.executable, "-m", "pip", "--python", python, "list", "--format", "json")
     installed = {package["name"].lower(): package["version"] for package in json.loads(listing)}
 
-    print(f"mlxarch {installed['mlxarch']}[{extras}], Python {platform.python_version()}, {platform.platform()}")
+    print(
+        f"mlxarch {installed['mlxarch']}[{extras}], Python {platform.python_version()}, {platform.platform()}"
+    )
     print(f"packages           {len(installed)}: {', '.join(sorted(installed))}")
     print(f"download           {size(downloads) / MB:.1f} MB, installed {size(venv) / MB:.1f} MB")
     largest = sorted(downloads.iterdir(), key=lambda path: path.stat().st_size, reverse=True)[:3]
     print(
         "largest downloads  "
-        + ", ".join(f"{path.name.split('-')[0]} {path.stat().st_size / MB:.1f} MB" for path in largest)
+        + ", ".join(
+            f"{path.name.split('-')[0]} {path.stat().st_size / MB:.1f} MB" for path in largest
+        )
     )
     print(f"python -c pass     {seconds(python, '-c', 'pass') * 1e3:.0f} ms")
-    print(f"import mlxarch     {seconds(python, '-c', 'import mlxarch') * 1e3:.0f} ms, process included")
+    print(
+        f"import mlxarch     {seconds(python, '-c', 'import mlxarch') * 1e3:.0f} ms, process included"
+    )
     print(
         f"mlxarch --help     {seconds(python, '-I', venv / 'bin' / 'mlxarch', '--help') * 1e3:.0f} ms, process included"
     )
@@ -87,7 +97,11 @@ def seconds(*command: object) -> float:
 
 
 def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
 
 
 if __name__ == "__main__":

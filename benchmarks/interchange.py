@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
 from mlxarch.quantize import convert
 
 LIMIT = 1e-4
@@ -45,16 +45,22 @@ else:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--mlx-lm", required=True, help="a Python that has mlx-lm")
     parser.add_argument("--dtype", help="what mlxarch stores norms and scales in")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="difference of logits that is allowed")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="difference of logits that is allowed"
+    )
     options = parser.parse_args()
     worst = 0.0
     for checkpoint in options.checkpoints:
         with tempfile.TemporaryDirectory() as folder:
-            worst = max(worst, compare(checkpoint.resolve(), Path(folder), options.mlx_lm, options.dtype))
+            worst = max(
+                worst, compare(checkpoint.resolve(), Path(folder), options.mlx_lm, options.dtype)
+            )
     print(f"largest difference {worst:.2e}, allowed {options.limit:.0e}")
     sys.exit(not worst <= options.limit)
 
@@ -76,7 +82,11 @@ def compare(checkpoint: Path, place: Path, python: str, dtype: str | None) -> fl
             ours = np.array(model(mx.array(np.load(tokens))))
             theirs("logits", folder, place / "logits.npy", tokens)
             difference = float(np.abs(ours - np.load(place / "logits.npy")).max())
-            print(f"{checkpoint.name}: {bits} bits by {maker}: {difference:.2e}", *summary.notes, flush=True)
+            print(
+                f"{checkpoint.name}: {bits} bits by {maker}: {difference:.2e}",
+                *summary.notes,
+                flush=True,
+            )
             worst, logits[bits, maker] = max(worst, difference), ours
     for maker in ("mlxarch", "mlx-lm"):
         apart = np.abs(logits[4, maker] - logits[8, maker]).max()

@@ -20,9 +20,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlxarch.blocks import CausalLM, Quantization, fuse
-from mlxarch.generation import evaluate, prefill_chunk
-from mlxarch.registry import architecture
+from mlxarch.blocks import CausalLM, fuse
+from mlxarch.generation.prefill import default_chunk
+from mlxarch.kv_cache.base import evaluate_caches
+from mlxarch.loading.registry import architecture
+from mlxarch.quantization.scheme import Quantization
 
 LLAMA: dict[str, Any] = dict(
     model_type="llama", hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
@@ -31,7 +33,10 @@ LLAMA: dict[str, Any] = dict(
 SHAPES = {
     "llama3-8b": LLAMA,
     # little besides keys and values, for a CPU
-    "small": LLAMA | dict(hidden_size=256, intermediate_size=256, num_attention_heads=8, head_dim=64, vocab_size=512),
+    "small": LLAMA
+    | dict(
+        hidden_size=256, intermediate_size=256, num_attention_heads=8, head_dim=64, vocab_size=512
+    ),
 }
 BITS = (16, 8, 4)
 ONE_BY_ONE = 64  # tokens of the text
@@ -46,25 +51,31 @@ def packing(bits: int) -> Quantization | None:
 
 
 def quality(folder: Path, text: Path | None, count: int) -> bool:
-    from mlxarch.loading import load_model
-    from mlxarch.tokenizer import Tokenizer
+    from mlxarch.loading.load import load_model
+    from mlxarch.tokenizer.tokenizer import Tokenizer
 
     files = [text] if text else sorted(Path(__file__).parents[1].glob("docs/**/*.md"))
-    ids = Tokenizer.from_folder(folder).encode("\n".join(file.read_text() for file in files))[:count]
+    ids = Tokenizer.from_folder(folder).encode("\n".join(file.read_text() for file in files))[
+        :count
+    ]
     model, _ = load_model(folder)
     caches, at = {bits: model.make_caches(len(ids), kv=packing(bits)) for bits in BITS}, 0
     found: dict[int, list[tuple[float, bool]]] = {bits: [] for bits in BITS[1:]}
     while at < len(ids):
-        length = max(min(prefill_chunk(), len(ids) - ONE_BY_ONE - at), 1)
+        length = max(min(default_chunk(), len(ids) - ONE_BY_ONE - at), 1)
         logits = {
-            bits: np.array(model(mx.array([ids[at : at + length]]), caches[bits])[0].astype(mx.float32))
+            bits: np.array(
+                model(mx.array([ids[at : at + length]]), caches[bits])[0].astype(mx.float32)
+            )
             for bits in BITS
         }
         for row in range(length):
             wanted = log_chances(logits[16][row])
             for bits in BITS[1:]:
                 other = log_chances(logits[bits][row])
-                found[bits].append((float(np.exp(wanted) @ (wanted - other)), wanted.argmax() == other.argmax()))
+                found[bits].append(
+                    (float(np.exp(wanted) @ (wanted - other)), wanted.argmax() == other.argmax())
+                )
         at += length
     print(f"{folder.name}, {len(ids)} tokens, MLX {mx.__version__}, {mx.default_device()}")
     print("bits  mean KL    largest KL  same likeliest token")
@@ -86,9 +97,13 @@ def log_chances(logits: np.ndarray) -> np.ndarray:
 def memory(shape: str, contexts: list[int], layers: int) -> bool:
     model = random_model(SHAPES[shape] | {"num_hidden_layers": layers})
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # pyright: ignore
-    print(f"{layers} layers of {shape}, weights {weights / 1e6:.0f} MB, MLX {mx.__version__}, {mx.default_device()}")
+    print(
+        f"{layers} layers of {shape}, weights {weights / 1e6:.0f} MB, MLX {mx.__version__}, {mx.default_device()}"
+    )
     print("                    peak above the weights, MB     of it     tokens a second")
-    print("context  bits        prefill         decode    caches     prefill     decode   logits differ by")
+    print(
+        "context  bits        prefill         decode    caches     prefill     decode   logits differ by"
+    )
     good = True
     for context in contexts:
         peaks, reference = {}, None
@@ -110,7 +125,11 @@ def random_model(shape: dict[str, Any]) -> CausalLM:
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
 
     def draw(x: mx.array) -> mx.array:
-        return mx.random.normal(x.shape, dtype) * x.shape[-1] ** -0.5 if x.ndim > 1 else mx.ones(x.shape, dtype)
+        return (
+            mx.random.normal(x.shape, dtype) * x.shape[-1] ** -0.5
+            if x.ndim > 1
+            else mx.ones(x.shape, dtype)
+        )
 
     mx.random.seed(1)
     model = architecture(shape).build()
@@ -120,7 +139,9 @@ def random_model(shape: dict[str, Any]) -> CausalLM:
     return model
 
 
-def run(model: CausalLM, context: int, bits: int) -> tuple[tuple[int, int], int, tuple[float, float], mx.array]:
+def run(
+    model: CausalLM, context: int, bits: int
+) -> tuple[tuple[int, int], int, tuple[float, float], mx.array]:
     """Peaks of prefill and decode above what was there before, bytes of the caches, speeds of both, last logits."""
     tokens = mx.random.randint(0, model.vocab_size, (1, context), key=mx.random.key(2))
     mx.eval(tokens)
@@ -129,9 +150,9 @@ def run(model: CausalLM, context: int, bits: int) -> tuple[tuple[int, int], int,
     caches = model.make_caches(context + GENERATED, kv=packing(bits))
     mx.reset_peak_memory()
     start = time.perf_counter()
-    for first in range(0, context - 1, prefill_chunk()):
-        model.states(tokens[:, first : min(first + prefill_chunk(), context - 1)], caches)
-        evaluate(caches)
+    for first in range(0, context - 1, default_chunk()):
+        model.hidden_state(tokens[:, first : min(first + default_chunk(), context - 1)], caches)
+        evaluate_caches(caches)
     peaks.append(mx.get_peak_memory() - before)
     speeds.append(context / (time.perf_counter() - start))
     token, logits = tokens[:, -1:], mx.array(0.0)
@@ -140,7 +161,7 @@ def run(model: CausalLM, context: int, bits: int) -> tuple[tuple[int, int], int,
     for step in range(GENERATED):
         if step == 2:  # the first ones may compile kernels
             start = time.perf_counter()
-        logits = model.head(model.states(token, caches))[0, 0].astype(mx.float32)
+        logits = model.head(model.hidden_state(token, caches))[0, 0].astype(mx.float32)
         mx.eval(logits)
         token = tokens[:, step : step + 1]
     speeds.append((GENERATED - 2) / (time.perf_counter() - start))
@@ -150,20 +171,26 @@ def run(model: CausalLM, context: int, bits: int) -> tuple[tuple[int, int], int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     kind = kinds.add_parser("quality")
     kind.add_argument("folder", type=Path)
     kind.add_argument("--text", type=Path)
     kind.add_argument("--tokens", type=int, default=2000)
     kind = kinds.add_parser("memory")
-    kind.add_argument("--shape", choices=SHAPES, default="small" if mx.default_device() == mx.cpu else "llama3-8b")
+    kind.add_argument(
+        "--shape", choices=SHAPES, default="small" if mx.default_device() == mx.cpu else "llama3-8b"
+    )
     kind.add_argument("--contexts", type=int, nargs="+")
     kind.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
     if options.kind == "quality":
         sys.exit(not quality(options.folder, options.text, options.tokens))
-    contexts = options.contexts or ([4096] if mx.default_device() == mx.cpu else [8192, 16384, 32768])
+    contexts = options.contexts or (
+        [4096] if mx.default_device() == mx.cpu else [8192, 16384, 32768]
+    )
     sys.exit(not memory(options.shape, contexts, options.layers))
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlxarch.blocks import CausalLM, fuse, latent_attention
-from mlxarch.generation import prefill_chunk
-from mlxarch.registry import architecture
+from mlxarch.blocks import CausalLM, fuse
+from mlxarch.blocks.attention import latent_attention
+from mlxarch.generation.prefill import default_chunk
+from mlxarch.loading.registry import architecture
 
 DEEPSEEK_V3: dict[str, Any] = dict(
     model_type="deepseek_v3", vocab_size=1024, hidden_size=7168, intermediate_size=18432, num_hidden_layers=2,
@@ -38,18 +39,24 @@ SMALL: dict[str, Any] = dict(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("contexts", nargs="*", type=int, help="tokens of the prompts")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--whole", action="store_true", help="all heads at once")
-    parser.add_argument("--chunk", type=int, help="tokens that run at once; by default as in a generation")
+    parser.add_argument(
+        "--chunk", type=int, help="tokens that run at once; by default as in a generation"
+    )
     options = parser.parse_args()
-    contexts = sorted(options.contexts) or ([512, 2048, 8192] if options.small else [2048, 8192, 32768])
-    chunk = options.chunk or (256 if options.small else prefill_chunk())
+    contexts = sorted(options.contexts) or (
+        [512, 2048, 8192] if options.small else [2048, 8192, 32768]
+    )
+    chunk = options.chunk or (256 if options.small else default_chunk())
     if options.whole:
-        latent_attention.SCORES = 2**30 * 16
+        latent_attention.MAX_SCORES = 2**30 * 16
     elif options.small:
-        latent_attention.SCORES = 2**20
+        latent_attention.MAX_SCORES = 2**20
     shape = DEEPSEEK_V3 | (SMALL if options.small else {})
     model = random_model(shape)
     heads, width = shape["num_attention_heads"], 4 if mx.default_device() == mx.cpu else 2
@@ -60,7 +67,10 @@ def main() -> None:
         peak, cache, seconds = prefill(model, context, min(chunk, context))
         peaks.append(peak)
         scores = heads * min(chunk, context) * context * width
-        print(f"{context:6d} {seconds:10.1f} {peak / 1e6:9.0f} {cache / 1e6:16.1f} {scores / 1e6:30.0f}", flush=True)
+        print(
+            f"{context:6d} {seconds:10.1f} {peak / 1e6:9.0f} {cache / 1e6:16.1f} {scores / 1e6:30.0f}",
+            flush=True,
+        )
     growth = peaks[-1] / peaks[0], contexts[-1] / contexts[0]
     print(f"context grows by {growth[1]:.1f}, memory by {growth[0]:.1f}")
     sys.exit(growth[0] > growth[1])
@@ -70,7 +80,11 @@ def random_model(shape: dict[str, Any]) -> CausalLM:
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
 
     def draw(x: mx.array) -> mx.array:
-        return mx.random.normal(x.shape, dtype) * x.shape[-1] ** -0.5 if x.ndim > 1 else mx.ones(x.shape, dtype)
+        return (
+            mx.random.normal(x.shape, dtype) * x.shape[-1] ** -0.5
+            if x.ndim > 1
+            else mx.ones(x.shape, dtype)
+        )
 
     model = architecture(shape).build()
     model.update(tree_map(draw, model.parameters()))
@@ -88,7 +102,7 @@ def prefill(model: CausalLM, context: int, chunk: int) -> tuple[int, int, float]
     before, start = mx.get_active_memory(), time.perf_counter()
     caches = model.make_caches(context)
     for first in range(0, context, chunk):
-        state = model.states(tokens[:, first : first + chunk], caches)
+        state = model.hidden_state(tokens[:, first : first + chunk], caches)
         mx.eval(state, *(cache.arrays() for cache in caches if cache))
     seconds = time.perf_counter() - start
     return mx.get_peak_memory() - before, sum(cache.nbytes for cache in caches if cache), seconds

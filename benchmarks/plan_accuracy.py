@@ -21,16 +21,19 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlxarch.blocks import Quantization
 from mlxarch.blocks.linear import Matrix
-from mlxarch.blueprints import of_folder, plan_for
-from mlxarch.generation import Session, decode, prefill_chunk
-from mlxarch.limits import set_limits
-from mlxarch.loading import load_model
-from mlxarch.machines import parse_size
-from mlxarch.memory import TOKEN, Plan, Request
-from mlxarch.registry import architecture
-from mlxarch.sampling import Sampling
+from mlxarch.generation.decode import decode
+from mlxarch.generation.prefill import default_chunk
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.planner.mlx_limits import set_limits
+from mlxarch.planner.plan import Plan, Request
+from mlxarch.planner.planner import TOKENIZER_ENTRY_BYTES
+from mlxarch.quantization.scheme import Quantization
+from mlxarch.store.lookup import blueprint_from_folder, plan_folder
+from mlxarch.system.machines import parse_size
 
 MLX, PROCESS = 0.05, 0.10  # by how much a prediction may be off
 TOKENS = 3  # generated behind a prompt
@@ -39,7 +42,9 @@ QWEN3: dict[str, Any] = COMMON | dict(
     model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=16,
     num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, attention_bias=False,
 )  # fmt: skip
-LONG = QWEN3 | dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)  # for a CPU's patience
+LONG = QWEN3 | dict(
+    num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4
+)  # for a CPU's patience
 LLAMA4: dict[str, Any] = COMMON | dict(
     model_type="llama4_text", hidden_size=768, intermediate_size=1024, intermediate_size_mlp=2048, num_hidden_layers=4,
     num_attention_heads=12, num_key_value_heads=4, head_dim=64, num_local_experts=8, attention_chunk_size=2048,
@@ -62,7 +67,9 @@ DEEPSEEK: dict[str, Any] = COMMON | dict(
     moe_intermediate_size=512, norm_topk_prob=True, routed_scaling_factor=2.5, scoring_func="sigmoid",
     tie_word_embeddings=False, hidden_act="silu", attention_bias=False, topk_method="noaux_tc", moe_layer_freq=1,
 )  # fmt: skip
-LONG_LATENT = DEEPSEEK | dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, kv_lora_rank=256)
+LONG_LATENT = DEEPSEEK | dict(
+    num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, kv_lora_rank=256
+)
 MOE: dict[str, Any] = COMMON | dict(
     model_type="qwen3_moe", hidden_size=768, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12,
     num_key_value_heads=4, head_dim=64, moe_intermediate_size=384, num_experts=128, num_experts_per_tok=4,
@@ -110,10 +117,17 @@ def write(config: dict[str, Any], bits: int, folder: Path) -> None:
     model, arrays = found.build(), dict[str, mx.array]()
     modules = dict(model.named_modules())
     for path, array in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
-        owner, name = modules[path.rpartition(".")[0]], found.published(path)
-        if bits < 16 and isinstance(owner, Matrix) and owner.quantizable and path.endswith(".weight"):
+        owner, name = modules[path.rpartition(".")[0]], found.published_name(path)
+        if (
+            bits < 16
+            and isinstance(owner, Matrix)
+            and owner.quantizable
+            and path.endswith(".weight")
+        ):
             form, stem = Quantization(bits, 64), name.removesuffix("weight")
-            arrays[name] = mx.random.randint(0, 2**31, form.packed_shape(array.shape)).astype(mx.uint32)
+            arrays[name] = mx.random.randint(0, 2**31, form.packed_shape(array.shape)).astype(
+                mx.uint32
+            )
             shape = form.scales_shape(array.shape)
             arrays[f"{stem}scales"] = mx.full(shape, 0.02 / 2**bits, mx.bfloat16)
             arrays[f"{stem}biases"] = mx.full(shape, -0.01, mx.bfloat16)
@@ -129,13 +143,19 @@ def write(config: dict[str, Any], bits: int, folder: Path) -> None:
 def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]:
     """Plan, load, fill the caches, run the last chunk and generate."""
     asked = asked | ({"memory": parse_size(asked["memory"])} if "memory" in asked else {})
-    plan = plan_for(folder, Request(context=context, **asked)).require()
-    assert (plan.verdict == "streamed") == ("memory" in asked or asked.get("ple") == "ssd"), plan.words
+    plan = plan_folder(folder, Request(context=context, **asked)).require()
+    assert (plan.verdict == "streamed") == ("memory" in asked or asked.get("ple") == "ssd"), (
+        plan.summary
+    )
     set_limits(plan)
     model, _ = load_model(folder, execution=plan.execution)
-    session = Session(model.make_caches(context, kv=plan.execution.kv))
-    chunk = prefill_chunk()
-    longest = min(plan.execution.segment or chunk, context - 3 * TOKENS)  # prompt that passes together
+    session = Session(
+        model.make_caches(context, kv=plan.execution.kv), prefill_chunk=plan.execution.chunk
+    )
+    chunk = default_chunk()
+    longest = min(
+        plan.execution.segment or chunk, context - 3 * TOKENS
+    )  # prompt that passes together
     fill(folder, session, context - longest - 3 * TOKENS, chunk)
     for new in (TOKENS, longest):  # in the second turn a session holds all that it can go back to
         prompt = [*session.tokens, *(token % 1000 for token in range(new))]
@@ -151,13 +171,21 @@ def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]
 
 
 def _figures(plan: Plan, folder: Path) -> dict[str, int]:
-    tokenizer = TOKEN * of_folder(folder).at().vocabulary  # there is none here
-    return {"mlx": plan.mlx, "process": plan.peak - tokenizer, "weights": sum(plan.weights.values())}
+    tokenizer = (
+        TOKENIZER_ENTRY_BYTES * blueprint_from_folder(folder).footprint().vocab_size
+    )  # there is none here
+    return {
+        "mlx": plan.mlx_peak,
+        "process": plan.process_peak - tokenizer,
+        "weights": sum(plan.weights.values()),
+    }
 
 
 def fill(folder: Path, session: Session, tokens: int, chunk: int) -> None:
     """Let the caches of a session hold so many tokens, without computing what they would be."""
-    for cache, held in zip(session.caches, of_folder(folder).at().caches, strict=True):
+    for cache, held in zip(
+        session.caches, blueprint_from_folder(folder).footprint().caches, strict=True
+    ):
         for start in range(0, tokens if cache is not None and held is not None else 0, chunk):
             count = min(chunk, tokens - start)
             shapes = [(1, heads, count, size) for heads, size in held.vectors]
@@ -174,7 +202,9 @@ def high_water() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="SHAPE")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
@@ -186,9 +216,13 @@ def main() -> None:
         else:
             print(json.dumps(measure(options.measure, context, asked)))
         return
-    print(f"MLX {mx.__version__}, {mx.default_device()}; MB and error for MLX's peak and for the process's")
+    print(
+        f"MLX {mx.__version__}, {mx.default_device()}; MB and error for MLX's peak and for the process's"
+    )
     failed = [name for name in options.names or SHAPES if not _compare(name)]
-    print(f"{len(failed)} off by more than {MLX:.0%}, {PROCESS:.0%}, or above the limit: {', '.join(failed)}")
+    print(
+        f"{len(failed)} off by more than {MLX:.0%}, {PROCESS:.0%}, or above the limit: {', '.join(failed)}"
+    )
     sys.exit(bool(failed))
 
 
@@ -200,7 +234,9 @@ def _compare(name: str) -> bool:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
     errors = [found[kind] / found[f"measured_{kind}"] - 1 for kind in ("mlx", "process")]
-    sizes = [f"{found[key] / 1e6:7.0f}" for key in ("mlx", "measured_mlx", "process", "measured_process")]
+    sizes = [
+        f"{found[key] / 1e6:7.0f}" for key in ("mlx", "measured_mlx", "process", "measured_process")
+    ]
     within = not found["allowed"] or found["measured_process"] <= found["allowed"]
     sound = abs(errors[0]) <= MLX and abs(errors[1]) <= PROCESS and within
     text = f"{sizes[0]} {sizes[1]} {errors[0]:+7.1%}  {sizes[2]} {sizes[3]} {errors[1]:+7.1%}"

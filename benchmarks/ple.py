@@ -36,15 +36,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import mlxarch
-from mlxarch import generation
 from mlxarch.blocks import CausalLM
 from mlxarch.blocks.linear import Matrix
-from mlxarch.execution import Execution
-from mlxarch.generation import Session, decode
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
-from mlxarch.sampling import Sampling
-from mlxarch.streaming.embeddings import LateRows, StreamedEmbedding
+from mlxarch.generation import decode as generation
+from mlxarch.generation.decode import decode
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.loading.execution import Execution
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.ssd_streaming.embeddings import LateRows, StreamedEmbedding
 
 TABLE, GROUP, BITS = "model.embed_tokens_per_layer", 64, 4
 SMALL = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_attention_heads=4)
@@ -53,12 +54,16 @@ LEAST = 0.95
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="of the table")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="where to write; else the system's place for temporary files")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write; else the system's place for temporary files"
+    )
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--wrong", action="store_true")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
@@ -72,7 +77,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         begin, folder = time.perf_counter(), Path(place)
         row = write(folder, options.bits, options.small)
-        print(f"written in {time.perf_counter() - begin:.0f} s; {row} bytes for a token", flush=True)
+        print(
+            f"written in {time.perf_counter() - begin:.0f} s; {row} bytes for a token", flush=True
+        )
         if not options.skip_memory:
             compare_memory(folder)
         sys.exit(compare_speed(folder, options.tokens, options.rounds))
@@ -83,19 +90,27 @@ def main() -> None:
 
 def write(folder: Path, bits: int, small: bool) -> int:
     """A folder of random weights; returns the bytes of one row of the table."""
-    text = json.loads(Path(mlxarch.__file__).with_name("configs").joinpath("gemma3n-e4b.json").read_text())[
-        "text_config"
-    ]
+    text = json.loads(
+        Path(mlxarch.__file__).with_name("configs").joinpath("gemma3n-e4b.json").read_text()
+    )["text_config"]
     config: dict[str, Any] = text | (SMALL if small else {})
     model = architecture(config).build()
     shapes = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
-    matrices = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Matrix) and m.quantizable}
+    matrices = {
+        f"{path}.weight"
+        for path, m in model.named_modules()
+        if isinstance(m, Matrix) and m.quantizable
+    }
     shard: dict[str, mx.array] = {}
     weight_map: dict[str, str] = {}
     for name, shape in shapes.items():
         if name == f"{TABLE}.weight":
             continue
-        shard |= packed(name, shape) if name in matrices and shape[-1] % GROUP == 0 else {name: floats(shape)}
+        shard |= (
+            packed(name, shape)
+            if name in matrices and shape[-1] % GROUP == 0
+            else {name: floats(shape)}
+        )
         if sum(array.nbytes for array in shard.values()) > 5e8:
             save(folder, shard, weight_map)
     save(folder, shard, weight_map)
@@ -103,13 +118,19 @@ def write(folder: Path, bits: int, small: bool) -> int:
     section: dict[str, Any] = {"bits": BITS, "group_size": GROUP}
     section[TABLE] = {"bits": bits, "group_size": GROUP} if bits < 16 else False
     (folder / "config.json").write_text(json.dumps(config | {"quantization": section}))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return row
 
 
 def packed(name: str, shape: tuple[int, ...]) -> dict[str, mx.array]:
     """Codes are uniform, scales such that a product keeps its size."""
-    codes = mx.random.randint(-(2**31), 2**31 - 1, (shape[0], shape[1] * BITS // 32)).astype(mx.int32).view(mx.uint32)
+    codes = (
+        mx.random.randint(-(2**31), 2**31 - 1, (shape[0], shape[1] * BITS // 32))
+        .astype(mx.int32)
+        .view(mx.uint32)
+    )
     scales = mx.full((shape[0], shape[1] // GROUP), shape[1] ** -0.5 / 4.6, mx.bfloat16)
     base = name.removesuffix(".weight")
     return {name: codes, f"{base}.scales": scales, f"{base}.biases": -7.5 * scales}
@@ -139,7 +160,11 @@ def write_table(file: Path, shape: tuple[int, ...], bits: int, weight_map: dict[
     table, end = {}, 0
     for part, (dtype, columns, size) in arrays.items():
         stop = end + rows * columns * size
-        table[f"{TABLE}.{part}"] = {"dtype": dtype, "shape": [rows, columns], "data_offsets": [end, stop]}
+        table[f"{TABLE}.{part}"] = {
+            "dtype": dtype,
+            "shape": [rows, columns],
+            "data_offsets": [end, stop],
+        }
         end = stop
     header = json.dumps(table).encode()
     rng, scale = np.random.default_rng(0), 1 / 16 / 2**bits * 3.5
@@ -156,7 +181,9 @@ def write_table(file: Path, shape: tuple[int, ...], bits: int, weight_map: dict[
                     out.write(rng.bytes(prod(some) * size))
                 else:
                     values = np.frombuffer(rng.bytes(2 * prod(some)), np.uint16)
-                    out.write((values & 0x807F | 0x3D80).tobytes())  # of either sign, 1/16 to 1/8 large
+                    out.write(
+                        (values & 0x807F | 0x3D80).tobytes()
+                    )  # of either sign, 1/16 to 1/8 large
         out.flush()
         os.fsync(out.fileno())
     weight_map |= dict.fromkeys(table, file.name)
@@ -168,7 +195,9 @@ def write_table(file: Path, shape: tuple[int, ...], bits: int, weight_map: dict[
 
 def memory(folder: Path, way: str) -> dict[str, int]:
     mx.set_cache_limit(64 << 20)
-    model, _ = load_model(folder, execution=WAYS[way], dtype="bfloat16")  # a CPU would hold floats as float32
+    model, _ = load_model(
+        folder, execution=WAYS[way], dtype="bfloat16"
+    )  # a CPU would hold floats as float32
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     generate(model, 0, 2, length=4)
@@ -179,7 +208,9 @@ def peak_rss() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux counts the parent's memory at the fork into ru_maxrss
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def compare_memory(folder: Path) -> None:
@@ -190,9 +221,14 @@ def compare_memory(folder: Path) -> None:
         if done.returncode:
             sys.exit(done.stderr)
         found[way] = json.loads(done.stdout)
-        print(f"table in {way}: " + ", ".join(f"{key} {value / 1e9:.2f} GB" for key, value in found[way].items()))
+        print(
+            f"table in {way}: "
+            + ", ".join(f"{key} {value / 1e9:.2f} GB" for key, value in found[way].items())
+        )
     saved = {key: (found["memory"][key] - found["ssd"][key]) / 1e9 for key in found["ssd"]}
-    print("saved: " + ", ".join(f"{key} {value:.2f} GB" for key, value in saved.items()), flush=True)
+    print(
+        "saved: " + ", ".join(f"{key} {value:.2f} GB" for key, value in saved.items()), flush=True
+    )
 
 
 # Bits and speed -------------------------------------------------------------------------------------------------------
@@ -227,11 +263,16 @@ def forget(model: CausalLM, folder: Path) -> None:
 
 def compare_speed(folder: Path, count: int, rounds: int) -> int:
     models = {way: load_model(folder, execution=execution)[0] for way, execution in WAYS.items()}
-    [table] = [module for module in models["ssd"].modules() if isinstance(module, StreamedEmbedding)]
+    [table] = [
+        module for module in models["ssd"].modules() if isinstance(module, StreamedEmbedding)
+    ]
     logits = {way: digest(model) for way, model in models.items()}
     tokens = {way: generate(model, 0, count)[0] for way, model in models.items()}  # and warms up
     same = len(set(logits.values())) == 1 and tokens["memory"] == tokens["ssd"]
-    print(f"logits {logits}, {len(set(tokens['ssd']))} different tokens of {count}; same bits: {same}", flush=True)
+    print(
+        f"logits {logits}, {len(set(tokens['ssd']))} different tokens of {count}; same bits: {same}",
+        flush=True,
+    )
     rates: dict[str, list[float]] = {"memory": [], "ssd": [], "ssd, cold": [], "ssd, at once": []}
     costs: dict[str, list[float]] = {case: [] for case in rates if case != "memory"}
     late = generation.late_rows
@@ -246,9 +287,15 @@ def compare_speed(folder: Path, count: int, rounds: int) -> int:
             if case in costs:
                 costs[case].append((table.cache.stats.read_seconds - before) / (count + 1) * 1e6)
     for case, found in rates.items():
-        ratio = statistics.median(mine / its for mine, its in zip(found, rates["memory"], strict=True))
-        cost = f", {statistics.median(costs[case]):.0f} us a token in reads" if case in costs else ""
-        print(f"{case}: {statistics.median(found):.2f} tokens/s, {ratio:.3f} of that from memory{cost}")
+        ratio = statistics.median(
+            mine / its for mine, its in zip(found, rates["memory"], strict=True)
+        )
+        cost = (
+            f", {statistics.median(costs[case]):.0f} us a token in reads" if case in costs else ""
+        )
+        print(
+            f"{case}: {statistics.median(found):.2f} tokens/s, {ratio:.3f} of that from memory{cost}"
+        )
         if case == "ssd":
             same = same and ratio >= LEAST
     print(f"rows: {table.cache.stats.rows}, of which kept from before {table.cache.stats.hits}")

@@ -41,11 +41,28 @@ def mlx_lm(method: str, original: Path, output: Path, calibration: str, samples:
         cache = Path(home) / ".cache" / "mlx-lm"  # where it looks before it would download a text
         cache.mkdir(parents=True)
         (cache / "calibration_v5.txt").write_text(calibration)
-        command = [sys.executable, "-m", "mlx_lm", method, "--model", original, "--mlx-path", output.resolve()]
-        subprocess.run([*command, *arguments], check=True, cwd=home, env=os.environ | {"HOME": home})
-    for file in output.glob("*.safetensors"):  # its scales have the type it computed in, float32 on a CPU
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_lm",
+            method,
+            "--model",
+            original,
+            "--mlx-path",
+            output.resolve(),
+        ]
+        subprocess.run(
+            [*command, *arguments], check=True, cwd=home, env=os.environ | {"HOME": home}
+        )
+    for file in output.glob(
+        "*.safetensors"
+    ):  # its scales have the type it computed in, float32 on a CPU
         arrays: dict[str, Any] = dict(mx.load(str(file)))
-        floats = {name: array.astype(mx.bfloat16) for name, array in arrays.items() if array.dtype == mx.float32}
+        floats = {
+            name: array.astype(mx.bfloat16)
+            for name, array in arrays.items()
+            if array.dtype == mx.float32
+        }
         mx.eval(arrays, floats)
         mx.save_safetensors(str(file), arrays | floats, {"format": "mlx"})
 
@@ -58,7 +75,9 @@ def write_gguf(folder: Path, file: Path) -> None:
     import gguf
 
     config = json.loads((folder / "config.json").read_text())
-    kind = {"qwen3": gguf.MODEL_ARCH.QWEN3, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}[config["model_type"]]
+    kind = {"qwen3": gguf.MODEL_ARCH.QWEN3, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}[
+        config["model_type"]
+    ]
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     writer = gguf.GGUFWriter(str(file), gguf.MODEL_ARCH_NAMES[kind])
     writer.add_block_count(config["num_hidden_layers"])
@@ -78,7 +97,9 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__))
-    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in vocabulary["merges"]])
+    writer.add_token_merges(
+        [" ".join(m) if isinstance(m, list) else m for m in vocabulary["merges"]]
+    )
     for name, array in weights(folder).items():
         values = np.array(array.astype(mx.float32))
         if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
@@ -107,7 +128,9 @@ def llama_cpp(original: Path, output: Path, library: Path | None = None) -> floa
         for name, array in weights(original).items():
             tensor = found.pop(names.get_name(name, try_suffixes=(".weight",)))
             floats = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(array.shape)
-            values[name] = mx.array(floats - 1 if gemma and name.endswith("norm.weight") else floats)
+            values[name] = mx.array(
+                floats - 1 if gemma and name.endswith("norm.weight") else floats
+            )
         if found:
             raise SystemExit(f"llama.cpp wrote tensors that are unknown: {', '.join(found)}")
         bits = 8 * sum(t.n_bytes for t in gguf.GGUFReader(packed).tensors)
@@ -118,16 +141,28 @@ def llama_cpp(original: Path, output: Path, library: Path | None = None) -> floa
 def quantize_gguf(source: Path, target: Path, library: Path) -> None:
     """``llama_model_quantize`` with the defaults."""
 
-    class Parameters(ctypes.Structure):  # the first two fields of llama_model_quantize_params, room for the others
-        _fields_ = [("threads", ctypes.c_int32), ("ftype", ctypes.c_int), ("others", ctypes.c_byte * 1024)]
+    class Parameters(
+        ctypes.Structure
+    ):  # the first two fields of llama_model_quantize_params, room for the others
+        _fields_ = [
+            ("threads", ctypes.c_int32),
+            ("ftype", ctypes.c_int),
+            ("others", ctypes.c_byte * 1024),
+        ]
 
     lib = ctypes.CDLL(str(library))
     lib.llama_model_quantize_default_params.restype = Parameters
-    lib.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters)]
+    lib.llama_model_quantize.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.POINTER(Parameters),
+    ]
     lib.llama_backend_init()
     parameters = lib.llama_model_quantize_default_params()
     parameters.ftype = Q4_K_M
-    if status := lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)):
+    if status := lib.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(parameters)
+    ):
         raise SystemExit(f"llama_model_quantize returned {status}")
 
 
@@ -136,7 +171,9 @@ def llama_cpp_library() -> Path:
     spec = importlib.util.find_spec("llama_cpp")
     found = sorted(Path(spec.submodule_search_locations[0]).glob("lib/libllama.*")) if spec else []  # type: ignore[index]
     if not found:
-        raise SystemExit("llama.cpp is missing: install llama-cpp-python, or name its libllama with --library")
+        raise SystemExit(
+            "llama.cpp is missing: install llama-cpp-python, or name its libllama with --library"
+        )
     return found[0]
 
 
@@ -166,7 +203,9 @@ def write_folder(original: Path, output: Path, values: dict[str, mx.array]) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", choices=["gguf", "llama.cpp"])
     parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path)

@@ -23,12 +23,14 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import llama, qwen3
 
 import mlxarch
-from mlxarch.blocks import Quantization, fuse
+from mlxarch.blocks import fuse
 from mlxarch.blocks.linear import Embedding, Matrix
-from mlxarch.generation import Session, decode
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
-from mlxarch.sampling import Sampling
+from mlxarch.generation.decode import decode
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.quantization.scheme import Quantization
 
 # the published config.json of meta-llama/Llama-3.1-8B (without its RoPE scaling) and Qwen/Qwen3-0.6B
 SHAPES: dict[str, dict[str, Any]] = {
@@ -73,7 +75,9 @@ def ours(model: Any) -> Run:
 
 def theirs(model: Any) -> Run:
     def run(prompt: list[int], tokens: int) -> Iterator[Any]:
-        return (int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=tokens))
+        return (
+            int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=tokens)
+        )
 
     return run
 
@@ -82,13 +86,24 @@ def llama_cpp(path: Path) -> Run:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.cache_prompt = str(path), 2048, 1, False
+    params.model.path, params.n_ctx, params.n_parallel, params.cache_prompt = (
+        str(path),
+        2048,
+        1,
+        False,
+    )
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
 
     def run(prompt: list[int], tokens: int) -> Iterator[Any]:
         # the server reports its own clock; there is no step to wait for in between
-        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        request = {
+            "prompt": prompt,
+            "n_predict": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
         timings = server.handle_completions(request)["timings"]
         yield -1, timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
 
@@ -117,8 +132,14 @@ def compare(title: str, sides: dict[str, Run], prompt: list[int], tokens: int, r
     print(f"  {'':24}{'prefill tok/s':>15}{'decode tok/s':>15}   mlxarch ÷ it: prefill, decode")
     for name, figures in rows.items():
         prefill, generated = (statistics.median(f[i] for f in figures) for i in (0, 1))
-        ratios = [statistics.median(o[i] / f[i] for o, f in zip(rows["mlxarch"], figures, strict=True)) for i in (0, 1)]
-        print(f"  {name:24}{prefill:15.1f}{generated:15.2f}{ratios[0]:20.3f}{ratios[1]:10.3f}", flush=True)
+        ratios = [
+            statistics.median(o[i] / f[i] for o, f in zip(rows["mlxarch"], figures, strict=True))
+            for i in (0, 1)
+        ]
+        print(
+            f"  {name:24}{prefill:15.1f}{generated:15.2f}{ratios[0]:20.3f}{ratios[1]:10.3f}",
+            flush=True,
+        )
 
 
 def random_pair(name: str, bits: int, group_size: int = 64) -> tuple[Any, Any]:
@@ -131,7 +152,9 @@ def random_pair(name: str, bits: int, group_size: int = 64) -> tuple[Any, Any]:
         if isinstance(module, Matrix):
             shape = module.weight.shape
             module.quantization, grid = settings, settings.scales_shape(shape)
-            module.weight = mx.random.randint(0, 2**31 - 1, settings.packed_shape(shape)).astype(mx.uint32)
+            module.weight = mx.random.randint(0, 2**31 - 1, settings.packed_shape(shape)).astype(
+                mx.uint32
+            )
             spread = (shape[-1] ** -0.5) / 2**bits
             module.scales = (mx.random.uniform(0.5, 1.5, grid) * spread).astype(dtype)
             module.biases = (-module.scales * 2 ** (bits - 1)).astype(dtype)
@@ -140,7 +163,11 @@ def random_pair(name: str, bits: int, group_size: int = 64) -> tuple[Any, Any]:
         elif "weight" in module:
             module.weight = module.weight.astype(dtype)
         mx.eval(module.parameters())
-        weights |= {f"{path}.{k}": v for k, v in module.items() if isinstance(v, mx.array) and not k.startswith("_")}
+        weights |= {
+            f"{path}.{k}": v
+            for k, v in module.items()
+            if isinstance(v, mx.array) and not k.startswith("_")
+        }
     kind = {"llama": llama, "qwen3": qwen3}[config["model_type"]]
     peer = kind.Model(kind.ModelArgs.from_dict(config))
     peer.set_dtype(dtype)
@@ -161,16 +188,22 @@ def mx_nn_quantize(model: Any, group_size: int, bits: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--shape", action="append", default=[])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip-default", action="store_true", help="leave out mlx-lm's default type on a CPU")
+    parser.add_argument(
+        "--skip-default", action="store_true", help="leave out mlx-lm's default type on a CPU"
+    )
     a = parser.parse_args()
-    print(f"mlxarch {mlxarch.__version__}, mlx {mx.__version__}, mlx-lm {mlx_lm.__version__}, {mx.default_device()}")
+    print(
+        f"mlxarch {mlxarch.__version__}, mlx {mx.__version__}, mlx-lm {mlx_lm.__version__}, {mx.default_device()}"
+    )
     print(f"{platform.platform()}, {mx.device_info()}")
     prompt = [(7 * i) % 1000 + 10 for i in range(a.prompt)]
     if a.folder:
@@ -184,12 +217,21 @@ def main() -> None:
             sides["llama.cpp, 1 thread"] = llama_cpp(a.gguf)
         compare(f"{config['model_type']} in {a.folder.name}", sides, prompt, a.tokens, a.rounds)
         if not a.skip_default:
-            sides = {"mlxarch": ours(model), "mlx-lm, its default": theirs(mlx_lm.load(str(a.folder))[0])}
+            sides = {
+                "mlxarch": ours(model),
+                "mlx-lm, its default": theirs(mlx_lm.load(str(a.folder))[0]),
+            }
             compare("the same, mlx-lm as it comes", sides, prompt, a.tokens, max(1, a.rounds // 3))
     for shape in a.shape:
         name, bits = shape.split(":")
         model, peer = random_pair(name, int(bits))
-        compare(f"{name}, {bits} bits", {"mlxarch": ours(model), "mlx-lm": theirs(peer)}, prompt, a.tokens, a.rounds)
+        compare(
+            f"{name}, {bits} bits",
+            {"mlxarch": ours(model), "mlx-lm": theirs(peer)},
+            prompt,
+            a.tokens,
+            a.rounds,
+        )
         total = sum(v.nbytes for _, v in tree_flatten(peer.parameters()))
         print(f"  weights {total / 1e9:.2f} GB, peak {mx.get_peak_memory() / 1e9:.2f} GB")
         del model, peer

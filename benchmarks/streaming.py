@@ -27,22 +27,26 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxarch.blocks import CausalLM, Quantization
+from mlxarch.blocks import CausalLM
 from mlxarch.blocks.linear import ExpertLinear, Matrix
-from mlxarch.blueprints import plan_for
-from mlxarch.checkpoint import Shard
-from mlxarch.execution import Execution
-from mlxarch.generation import Session, Timings, decode
-from mlxarch.limits import set_limits
-from mlxarch.loading import load_model
-from mlxarch.machines import parse_size
-from mlxarch.memory import Request
-from mlxarch.registry import architecture
-from mlxarch.sampling import Sampling
-from mlxarch.streaming.attach import experts_of
-from mlxarch.streaming.experts import THREADS
-from mlxarch.streaming.records import Records, extents
-from mlxarch.weights import open_source, resolve
+from mlxarch.checkpoint.shards import Shard
+from mlxarch.checkpoint.source import open_checkpoint
+from mlxarch.generation.decode import decode
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.generation.timings import Timings
+from mlxarch.loading.execution import Execution
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.loading.resolve import resolve
+from mlxarch.planner.mlx_limits import set_limits
+from mlxarch.planner.plan import Request
+from mlxarch.quantization.scheme import Quantization
+from mlxarch.ssd_streaming.attach import experts_of
+from mlxarch.ssd_streaming.expert_records import ExpertRecords, read_extents
+from mlxarch.ssd_streaming.experts import READER_THREADS, streaming_of
+from mlxarch.store.lookup import plan_folder
+from mlxarch.system.machines import parse_size
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": dict(
@@ -64,7 +68,9 @@ POOL = 64 << 20  # bytes of random codes, of which every weight takes another st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     writing = actions.add_parser("write")
     writing.add_argument("shape", choices=SHAPES)
@@ -80,7 +86,9 @@ def main() -> None:
         action.add_argument("--tokens", type=int, default=16)
     options = parser.parse_args()
     if options.action == "write":
-        print(f"{write(options.shape, options.folder, options.layers) / 1e9:.2f} GB in {options.folder}")
+        print(
+            f"{write(options.shape, options.folder, options.layers) / 1e9:.2f} GB in {options.folder}"
+        )
     elif options.action == "run":
         run(options.folder, execution_of(options), options.prompt, options.tokens)
     else:
@@ -97,16 +105,25 @@ def write(shape: str, folder: Path, layers: int | None) -> int:
     for path, module in model.named_modules():
         if isinstance(module, Matrix) and module.quantizable:
             packing[path] = EXPERTS[shape] if isinstance(module, ExpertLinear) else REST[shape]
-    shapes = {path: a.shape for path, a in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))}
+    shapes = {
+        path: a.shape
+        for path, a in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    }
     header, end, kinds = {}, 0, []
     for path, wanted in shapes.items():
         owner, _, leaf = path.rpartition(".")
         for name, dtype, size, kind in arrays(path, owner, leaf, wanted, packing.get(owner)):
             nbytes = prod(size) * {"U32": 4, "BF16": 2, "U8": 1}[dtype]
-            header[name] = {"dtype": dtype, "shape": list(size), "data_offsets": [end, end + nbytes]}
+            header[name] = {
+                "dtype": dtype,
+                "shape": list(size),
+                "data_offsets": [end, end + nbytes],
+            }
             kinds.append((kind, nbytes))
             end += nbytes
-    section: dict[str, Any] = vars(REST[shape]) | {path: vars(q) for path, q in packing.items() if q != REST[shape]}
+    section: dict[str, Any] = vars(REST[shape]) | {
+        path: vars(q) for path, q in packing.items() if q != REST[shape]
+    }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config | {"quantization": section}))
     text = json.dumps(header).encode()
@@ -151,7 +168,9 @@ def random_bytes(kind: str, nbytes: int, seed: int) -> Iterator[memoryview]:
 def make_pool(kind: str) -> np.ndarray:
     draw = np.random.default_rng(0)
     if kind in ("codes", "exponents"):
-        return draw.integers(*((0, 256) if kind == "codes" else (119, 122)), POOL, np.uint8)  # 2^-8 … 2^-6
+        return draw.integers(
+            *((0, 256) if kind == "codes" else (119, 122)), POOL, np.uint8
+        )  # 2^-8 … 2^-6
     name, bits, gain = (kind + " 4 0").split()[:3]
     step = 2.0 ** (int(gain) - 4 - int(bits))
     # the codes' mean is exactly zero: any other would grow from layer to layer
@@ -167,20 +186,24 @@ def make_pool(kind: str) -> np.ndarray:
 
 def execution_of(options: argparse.Namespace) -> Execution:
     if options.memory is not None:
-        request = Request(memory=parse_size(options.memory), context=options.prompt + options.tokens)
-        plan = plan_for(options.folder, request).require()
+        request = Request(
+            memory=parse_size(options.memory), context=options.prompt + options.tokens
+        )
+        plan = plan_folder(options.folder, request).require()
         set_limits(plan)
-        print(f"plan {plan.total / 1e9:.2f} GB: {plan.streamed or 'all in memory'}")
+        print(f"plan {plan.total / 1e9:.2f} GB: {plan.offloaded or 'all in memory'}")
         return plan.execution
     if options.slots is None:
         return Execution()
-    resolved = resolve(open_source(options.folder))
-    experts = experts_of(resolved)
+    resolved = resolve(open_checkpoint(options.folder))
+    experts = experts_of(resolved.model)
     slots = tuple(options.slots if n in experts else 0 for n in range(len(resolved.model.layers)))
     return Execution(slots=slots, verify=options.verify)
 
 
-def generate(folder: Path, execution: Execution, prompt: int, tokens: int) -> tuple[CausalLM, list[int], Timings, str]:
+def generate(
+    folder: Path, execution: Execution, prompt: int, tokens: int
+) -> tuple[CausalLM, list[int], Timings, str]:
     """The model, the tokens, the timings, and a hash of all that the caches hold."""
     model, _ = load_model(folder, execution=execution)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, prompt).tolist()
@@ -197,15 +220,21 @@ def run(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
     model, found, timings, held = generate(folder, execution, prompt, tokens)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak of the process {peak / 1e9:.2f} GB, of MLX {mx.get_peak_memory() / 1e9:.2f} GB")
-    print(f"prefill {timings.prefill_seconds:.1f} s, decode {timings.decode_rate:.2f} tokens/s", end=", ")
+    print(
+        f"prefill {timings.prefill_seconds:.1f} s, decode {timings.decode_rate:.2f} tokens/s",
+        end=", ",
+    )
     print(f"{time.perf_counter() - begin:.0f} s in all")
-    if model.streaming is not None:
-        s = model.streaming.stats
+    if (streaming := streaming_of(model)) is not None:
+        s = streaming.stats
         print(
-            f"banks {model.streaming.nbytes / 1e9:.2f} GB; read {s.bytes_read / 1e9:.2f} GB in {s.read_seconds:.1f} s"
+            f"expert slots {streaming.nbytes / 1e9:.2f} GB; "
+            f"read {s.bytes_read / 1e9:.2f} GB in {s.read_seconds:.1f} s"
         )
         print(f"hits {s.hit_rate:.3f}, of the last tokens {s.steady_hit_rate:.3f}", end="; ")
-        print(f"{s.bytes_per_token / 1e6:.0f} MB a token; waited {s.sync_seconds:.1f} s for routers")
+        print(
+            f"{s.bytes_per_token / 1e6:.0f} MB a token; waited {s.sync_seconds:.1f} s for routers"
+        )
     print("tokens", *found)
     print("caches", held)
 
@@ -213,16 +242,21 @@ def run(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
 def reads(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
     """Interleaved: a group of records as the model reads it, then the same group by plain reads, both cold."""
     model, _ = load_model(folder, execution=execution)
-    [*files] = model.streaming.shared.files.values()
-    layers = list(model.streaming.layers.values())
-    room = np.ones((max(layer.bank.slots for layer in layers), layers[0].records.nbytes), np.uint8)
-    draw, threads = np.random.default_rng(1), ThreadPoolExecutor(THREADS)
+    [*files] = streaming_of(model).shared.files.values()
+    layers = list(streaming_of(model).layers.values())
+    room = np.ones(
+        (max(layer.memory.slots for layer in layers), layers[0].records.nbytes), np.uint8
+    )
+    draw, threads = np.random.default_rng(1), ThreadPoolExecutor(READER_THREADS)
     seconds: dict[str, list[float]] = {"model": [], "plain": []}
     nbytes = 0
     for number in range(max(4 * len(layers), 48)):
         layer = layers[number % len(layers)]
-        records, missing = layer.records, [e for e in draw.permutation(layer.records.count) if layer._place[e] < 0]
-        group = [int(expert) for expert in missing[: layer.bank.slots // 2]]
+        records, missing = (
+            layer.records,
+            [e for e in draw.permutation(layer.records.count) if layer._slot_of[e] < 0],
+        )
+        group = [int(expert) for expert in missing[: layer.memory.slots // 2]]
         for kind in ("model", "plain") if number % 2 else ("plain", "model"):
             for file in files:
                 os.posix_fadvise(file._fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -235,14 +269,19 @@ def reads(folder: Path, execution: Execution, prompt: int, tokens: int) -> None:
         nbytes += len(group) * records.nbytes
     rates = {kind: nbytes / sum(spent) / 1e9 for kind, spent in seconds.items()}
     ratio = np.median(np.array(seconds["plain"]) / np.array(seconds["model"]))
-    print(f"{nbytes / 1e9:.2f} GB: by the model {rates['model']:.2f} GB/s, plain {rates['plain']:.2f} GB/s", end=", ")
-    print(f"ratio {rates['model'] / rates['plain']:.3f}, median of {len(seconds['plain'])} groups {ratio:.3f}")
+    print(
+        f"{nbytes / 1e9:.2f} GB: by the model {rates['model']:.2f} GB/s, plain {rates['plain']:.2f} GB/s",
+        end=", ",
+    )
+    print(
+        f"ratio {rates['model'] / rates['plain']:.3f}, median of {len(seconds['plain'])} groups {ratio:.3f}"
+    )
 
 
-def plain(records: Records, room: np.ndarray, number: int, expert: int) -> None:
+def plain(records: ExpertRecords, room: np.ndarray, number: int, expert: int) -> None:
     """The record's bytes into the ``number``-th row of memory, by as few reads as there are runs of bytes."""
     runs: list[tuple[Shard, int, int]] = []
-    for place in (found for part in records.parts for found in extents(part.tensor, expert)):
+    for place in (found for part in records.parts for found in read_extents(part.tensor, expert)):
         if runs and runs[-1][0] is place.shard and sum(runs[-1][1:]) == place.start:
             runs[-1] = place.shard, runs[-1][1], runs[-1][2] + place.nbytes
         else:

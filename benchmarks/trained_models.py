@@ -99,8 +99,13 @@ def prepare(data: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     data.mkdir(parents=True, exist_ok=True)
-    texts = sorted(documents(), key=lambda text: hashlib.sha256(text.encode()).digest())  # all projects everywhere
-    held_out, learned = texts[::HELD_OUT], [text for index, text in enumerate(texts) if index % HELD_OUT]
+    texts = sorted(
+        documents(), key=lambda text: hashlib.sha256(text.encode()).digest()
+    )  # all projects everywhere
+    held_out, learned = (
+        texts[::HELD_OUT],
+        [text for index, text in enumerate(texts) if index % HELD_OUT],
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,13 +115,20 @@ def prepare(data: Path) -> None:
     )
     tokenizer.train_from_iterator(learned, trainer)
     tokenizer.save(str(data / "tokenizer.json"))
-    settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=END, model_max_length=LENGTH)
+    settings = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        eos_token=END,
+        pad_token=END,
+        model_max_length=LENGTH,
+    )
     (data / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     (data / "heldout.txt").write_text("\n".join(held_out))
     for name, part in (("tokens", learned), ("heldout", held_out)):
         ids = np.concatenate([[*e.ids, 0] for e in tokenizer.encode_batch(part)]).astype(np.uint16)
         np.save(data / f"{name}.npy", ids)
-        print(f"{name}: {len(part)} files, {sum(map(len, part)) / 1e6:.1f} M characters, {len(ids) / 1e6:.2f} M tokens")
+        print(
+            f"{name}: {len(part)} files, {sum(map(len, part)) / 1e6:.1f} M characters, {len(ids) / 1e6:.2f} M tokens"
+        )
     for path in sorted(data.iterdir()):
         print(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}")
 
@@ -127,13 +139,27 @@ def documents() -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             wanted = Path(folder) / "requirements.txt"
             wanted.write_text(f"{release} --hash=sha256:{digest}\n")
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-            subprocess.run([*pip, "--require-hashes", "--requirement", wanted, "--dest", folder], check=True)
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+            ]
+            subprocess.run(
+                [*pip, "--require-hashes", "--requirement", wanted, "--dest", folder], check=True
+            )
             (archive,) = Path(folder).glob("*.tar.gz")
             with tarfile.open(archive) as members:
                 for member in members:
                     path = Path(*Path(member.name).parts[1:])
-                    chosen = any(path.is_relative_to(Path(p).parent) and path.match(Path(p).name) for p in patterns)
+                    chosen = any(
+                        path.is_relative_to(Path(p).parent) and path.match(Path(p).name)
+                        for p in patterns
+                    )
                     if chosen and member.size > 1000 and "locale" not in path.parts:
                         yield members.extractfile(member).read().decode()  # type: ignore[union-attr]
 
@@ -149,26 +175,36 @@ def train(name: str, data: Path, output: Path, steps: int, batch: int) -> float:
     from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
     from mlxarch.blocks import ZeroCenteredRMSNorm
-    from mlxarch.registry import architecture
+    from mlxarch.loading.registry import architecture
 
     # its own call evaluates the sum, which no transformed function may do
     ZeroCenteredRMSNorm.__call__ = lambda self, x: mx.fast.rms_norm(x, 1 + self["weight"], self.eps)
     mx.random.seed(SEED)
     model = architecture(MODELS[name]).build()
-    held = {"parameters": tree_map(lambda p: mx.random.normal(p.shape) * 0.02 if p.ndim > 1 else p, model.parameters())}
+    held = {
+        "parameters": tree_map(
+            lambda p: mx.random.normal(p.shape) * 0.02 if p.ndim > 1 else p, model.parameters()
+        )
+    }
     compute = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
 
     def loss(parameters: dict[str, Any], tokens: mx.array) -> mx.array:
         model.update(tree_map(lambda p: p.astype(compute), parameters))
-        logits = model.head(model.states(tokens[:, :-1])).astype(mx.float32)  # (B, L, V)
+        logits = model.head(model.hidden_state(tokens[:, :-1])).astype(mx.float32)  # (B, L, V)
         return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
 
     warmup = max(steps // 25, 1)
     rate = optim.join_schedules(
-        [optim.linear_schedule(0.0, RATE, warmup), optim.cosine_decay(RATE, steps - warmup, RATE / 20)], [warmup]
+        [
+            optim.linear_schedule(0.0, RATE, warmup),
+            optim.cosine_decay(RATE, steps - warmup, RATE / 20),
+        ],
+        [warmup],
     )
     adam = partial(optim.AdamW, rate, betas=[0.9, 0.95], bias_correction=True)
-    optimizer = optim.MultiOptimizer([adam(weight_decay=DECAY), adam(weight_decay=0.0)], [lambda _, p: p.ndim > 1])
+    optimizer = optim.MultiOptimizer(
+        [adam(weight_decay=DECAY), adam(weight_decay=0.0)], [lambda _, p: p.ndim > 1]
+    )
     optimizer.init(held["parameters"])
     state = [held, optimizer.state]
 
@@ -178,14 +214,18 @@ def train(name: str, data: Path, output: Path, steps: int, batch: int) -> float:
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         # MLX merges what optimizers give in the order of a set; a compiled function fills in arrays by their order
         updated = dict(tree_flatten(optimizer.apply_gradients(gradients, held["parameters"])))
-        held["parameters"] = tree_unflatten([(name, updated[name]) for name, _ in tree_flatten(held["parameters"])])
+        held["parameters"] = tree_unflatten(
+            [(name, updated[name]) for name, _ in tree_flatten(held["parameters"])]
+        )
         return value
 
     text, begin = np.load(data / "tokens.npy"), time.perf_counter()
     draw, values = np.random.default_rng(SEED), []
     for index in range(steps):
         starts = draw.integers(0, len(text) - LENGTH, batch)
-        value = step(mx.array(np.stack([text[s : s + LENGTH + 1] for s in starts]).astype(np.int32)))
+        value = step(
+            mx.array(np.stack([text[s : s + LENGTH + 1] for s in starts]).astype(np.int32))
+        )
         mx.async_eval(value, state)
         values.append(value)
         if index % 100 == 99 or index + 1 == steps:
@@ -193,12 +233,18 @@ def train(name: str, data: Path, output: Path, steps: int, batch: int) -> float:
             seconds = time.perf_counter() - begin
             print(f"{name} step {index + 1:5d}: loss {recent:.4f}, {seconds:.0f} s", flush=True)
     parameters = tree_map(lambda p: p.astype(mx.bfloat16), held["parameters"])
-    reached = held_out_loss(partial(loss, tree_map(lambda p: p.astype(mx.float32), parameters)), data, batch)
+    reached = held_out_loss(
+        partial(loss, tree_map(lambda p: p.astype(mx.float32), parameters)), data, batch
+    )
     count = sum(p.size for _, p in tree_flatten(parameters))
-    print(f"{name}: {count / 1e6:.1f} M parameters, {reached:.4f} nats per held-out token, {LOSS[name]} wanted")
+    print(
+        f"{name}: {count / 1e6:.1f} M parameters, {reached:.4f} nats per held-out token, {LOSS[name]} wanted"
+    )
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(parameters)), {"format": "pt"})
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(parameters)), {"format": "pt"}
+    )
     for file in ("tokenizer.json", "tokenizer_config.json", "heldout.txt"):
         shutil.copy(data / file, folder)
     record = dict(
@@ -218,24 +264,37 @@ def held_out_loss(loss: Any, data: Path, batch: int) -> float:
     import mlx.core as mx
 
     parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    return float(np.average([loss(mx.array(part)).item() for part in parts], weights=[len(part) for part in parts]))
+    return float(
+        np.average(
+            [loss(mx.array(part)).item() for part in parts], weights=[len(part) for part in parts]
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", choices=["prepare", "train"])
     parser.add_argument("--data", type=Path, required=True, help="the text and its tokens")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--model", choices=sorted(MODELS), action="append", help="by default all of them")
+    parser.add_argument(
+        "--model", choices=sorted(MODELS), action="append", help="by default all of them"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"windows of {LENGTH} tokens in a step")
+    parser.add_argument(
+        "--batch", type=int, default=BATCH, help=f"windows of {LENGTH} tokens in a step"
+    )
     options = parser.parse_args()
     if options.work == "prepare":
         return prepare(options.data)
-    from mlxarch import paths
+    from mlxarch.system import paths
 
     output = options.output or paths.cache() / "trained"
-    losses = {n: train(n, options.data, output, options.steps, options.batch) for n in options.model or MODELS}
+    losses = {
+        n: train(n, options.data, output, options.steps, options.batch)
+        for n in options.model or MODELS
+    }
     if failed := [name for name, loss in losses.items() if not loss <= LOSS[name]]:
         sys.exit(f"too high a loss: {', '.join(failed)}")
 

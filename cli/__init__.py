@@ -1,1 +1,1 @@
-"""The ``mlxarch`` command: parse, call, print."""
+"""The ``mlxarch`` command: parse arguments, call the library, print results."""

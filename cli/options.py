@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share."""
+"""Options and arguments that several commands share, and the library calls behind them."""
 
 import os
 import re
@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxarch.cli.output import is_terminal, say, size
+from mlxarch.cli.output import is_terminal, print_stderr
+from mlxarch.generation.thinking import EFFORTS
+from mlxarch.progress import format_size, terminal_progress
+from mlxarch.quantization import formats
+from mlxarch.system.dtypes import COMPUTE_DTYPES
 
 if TYPE_CHECKING:
     from mlxarch.language_model import LanguageModel
-    from mlxarch.memory import Request
-    from mlxarch.store import Plan
+    from mlxarch.planner.plan import Request
+    from mlxarch.store.obtain import Acquisition
 
 
-class Bytes(click.ParamType):
-    """A size of memory: 16GB, 900MB, 16GiB."""
+class ByteSize(click.ParamType):
+    """A size in bytes with an optional unit: 16GB, 900MB, 16GiB."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """See ``machines.parse_size``."""
+        """Parse the text with ``machines.parse_size``; a number passes through."""
         from mlxarch.errors import InvalidInput
-        from mlxarch.machines import parse_size
+        from mlxarch.system.machines import parse_size
 
         try:
             return value if isinstance(value, int) else parse_size(value)
@@ -33,13 +37,13 @@ class Bytes(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Tokens(click.ParamType):
-    """A number of tokens: 4096, 32k."""
+class TokenCount(click.ParamType):
+    """A positive number of tokens: 4096, 32k."""
 
     name = "tokens"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """A number from 1 on; k stands for 1024."""
+        """Parse a whole number of at least 1; k stands for 1024."""
         text = str(value).strip().lower()
         number = text.removesuffix("k")
         if not re.fullmatch(r"[0-9]{1,15}", number) or not int(number):
@@ -48,17 +52,28 @@ class Tokens(click.ParamType):
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-BITS = ("8", "6", "5", "4", "3", "2", "original")
-DTYPES = ("float32", "float16", "bfloat16")
-ASK_ABOVE = 5 * 10**9  # bytes
-KV_BITS = ("16", "8", "4")
-PLE = ("auto", "ssd", "memory")
-OVERFLOW = ("refuse", "keep-ends")
-EFFORTS = ("low", "medium", "high")
+
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+BITS_CHOICES = (*map(str, sorted(formats.BITS, reverse=True)), "original")
+KV_BITS_CHOICES = ("16", *map(str, formats.KV_BITS))
+PLE_CHOICES = ("auto", "ssd", "memory")
+OVERFLOW_CHOICES = ("refuse", "keep-ends")
+CONFIRM_ABOVE = 5 * 10**9  # bytes of download or disk
+
+CONTEXT_FLAGS = (  # the usual names of this option in other programs
+    "-c",
+    "--context",
+    "--ctx",
+    "--ctx-size",
+    "--context-length",
+    "--max-context",
+    "context",
+)
 
 
-def _combined(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+def _combine(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """Make one decorator of several, in the order in which ``--help`` lists them."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -67,118 +82,209 @@ def _combined(options: list[Callable[[Command], Command]]) -> Callable[[Command]
     return decorate
 
 
-sampling_options = _combined(
+sampling_options = _combine(
     [
-        click.option("--temp", "--temperature", "temperature", type=float, help="0: always the most likely token."),
-        click.option("--top-k", type=int, help="Only the K most likely tokens; 0: all."),
-        click.option("--top-p", type=float, help="Only the most likely tokens that make up P together; 1: all."),
-        click.option("--min-p", type=float, help="Only tokens P times as likely as the most likely one; 0: all."),
-        click.option("--repetition-penalty", type=float, help="Above 1: less of what was there; 1: no penalty."),
-        click.option("--seed", type=int, help="The same seed gives the same answer."),
+        click.option(
+            "--temp",
+            "--temperature",
+            "temperature",
+            type=float,
+            help="Sampling temperature; 0 for greedy (default: from the model)",
+        ),
+        click.option(
+            "--top-k",
+            type=int,
+            help="Number of most likely tokens kept; 0 for all (default: from the model)",
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            help="Total probability of the most likely tokens kept; 1 for all "
+            "(default: from the model)",
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            help="Minimum probability relative to the most likely token; 0 for none "
+            "(default: from the model)",
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=float,
+            help="Penalty on tokens in prompt and answer; 1 for none (default: from the model)",
+        ),
+        click.option("--seed", type=int, help="Random seed of sampling (default: a new one)"),
     ]
 )
-answer_options = _combined(
+answer_options = _combine(
     [
-        click.option("-s", "--system", "--system-prompt", "system", metavar="TEXT", help="A system prompt."),
-        click.option("-n", "--max-tokens", type=click.IntRange(1), help="At most; else until it ends."),
+        click.option(
+            "-s",
+            "--system",
+            "--system-prompt",
+            "system",
+            metavar="TEXT",
+            help="System prompt (default: none)",
+        ),
+        click.option(
+            "-n",
+            "--max-tokens",
+            type=click.IntRange(1),
+            help="Maximum tokens to generate (default: until the answer ends)",
+        ),
         click.option(
             "--overflow",
-            type=click.Choice(OVERFLOW),
+            type=click.Choice(OVERFLOW_CHOICES),
             default="refuse",
-            show_default=True,
-            help="Where the context is too short; keep-ends: leave out the middle.",
+            help="Handling of prompts longer than the context window; keep-ends drops the middle "
+            "(default: refuse)",
         ),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
-        click.option("--stats", "--verbose", is_flag=True, help="Tell how fast it was, on standard error."),
-        click.option("--plain", is_flag=True, help="Do not render Markdown."),
+        click.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            help="Stop string, not part of the answer; repeatable (default: none)",
+        ),
+        click.option(
+            "--stats", "--verbose", is_flag=True, help="Print speed and memory to standard error."
+        ),
+        click.option("--plain", is_flag=True, help="Print the text without rendering Markdown."),
     ]
 )
-thinking_options = _combined(
+thinking_options = _combine(
     [
-        click.option("--think/--no-think", "think", default=None, help="Let it think before it answers, or not."),
-        click.option("--effort", type=click.Choice(EFFORTS), help="How hard to think."),
-        click.option("--hide-thinking", is_flag=True, help="Do not show the thinking on the terminal."),
+        click.option(
+            "--think/--no-think",
+            "think",
+            default=None,
+            help="Switch thinking on or off (default: from the model).",
+        ),
+        click.option(
+            "--effort",
+            type=click.Choice(EFFORTS),
+            help="Reasoning effort (default: from the model)",
+        ),
+        click.option("--hide-thinking", is_flag=True, help="Hide the thinking on the terminal."),
     ]
 )
-CONTEXT = ("-c", "--context", "--ctx", "--ctx-size", "--context-length", "--max-context", "context")  # all are usual
 bits_option = click.option(
-    "--bits", type=click.Choice(BITS), help="Of the weights; else the largest of 8, 4 that fits."
+    "--bits",
+    type=click.Choice(BITS_CHOICES),
+    help="Weight bits (default: 8, or 4 if 8 does not fit)",
 )
-yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-memory_options = _combined(
+yes_option = click.option("-y", "--yes", is_flag=True, help="Skip confirmation.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+force_option = click.option(
+    "--force", is_flag=True, help="Replace an existing output once the new one is complete."
+)
+memory_options = _combine(
     [
         click.option(
-            "--memory", type=Bytes(), metavar="SIZE", help="That it may use, such as 16GB; else the machine's."
+            "--memory",
+            type=ByteSize(),
+            metavar="SIZE",
+            help="Memory budget, e.g. 16GB (default: available memory)",
         ),
         click.option(
-            "--kv-bits", type=click.Choice(KV_BITS), help="Of keys and values; 16, the default: as they are computed."
+            "--kv-bits",
+            type=click.Choice(KV_BITS_CHOICES),
+            help="KV cache bits; 16 for unquantized (default: 16)",
         ),
         click.option(
             "--ple",
-            type=click.Choice(PLE),
+            type=click.Choice(PLE_CHOICES),
             default="auto",
-            show_default=True,
-            help="Where per-layer embeddings are; auto: ssd if need be.",
+            help="Location of per-layer embeddings (default: auto, the SSD if memory is short)",
         ),
     ]
 )
-loading_options = _combined(
+loading_options = _combine(
     [
         bits_option,
-        click.option("--dtype", type=click.Choice(DTYPES), help="To compute in; else what suits the machine."),
         click.option(
-            *CONTEXT,
-            type=Tokens(),
+            "--dtype",
+            type=click.Choice(COMPUTE_DTYPES),
+            help="Compute dtype (default: best for the machine)",
+        ),
+        click.option(
+            *CONTEXT_FLAGS,
+            type=TokenCount(),
             metavar="TOKENS",
             envvar="MLXARCH_CONTEXT",
             show_envvar=True,
-            help="Tokens of prompt and answer to plan for, such as 32k; else as many as model and memory allow.",
+            help="Context window, e.g. 32k (default: as large as model and memory allow)",
         ),
         memory_options,
-        click.option("--wire", is_flag=True, help="On a Mac, keep what is planned for from being swapped out."),
-        click.option("--slice", metavar="NAME", help="Of Gemma 3n E4B only this slice, such as e2b."),
+        click.option(
+            "--wire", is_flag=True, help="Keep the planned memory from being swapped out (macOS)."
+        ),
+        click.option(
+            "--slice",
+            metavar="NAME",
+            help="MatFormer sub-model of Gemma 3n E4B, e.g. e2b (default: the full model)",
+        ),
         yes_option,
     ]
 )
-model_option = click.option("-m", "--model", "named", metavar="MODEL", help="The model, if not the first argument.")
+model_option = click.option(
+    "-m",
+    "--model",
+    "model_flag",
+    metavar="MODEL",
+    help="Model name or folder (default: the first argument, or MLXARCH_MODEL)",
+)
 
 
-def parsed_bits(bits: str | None) -> int | str | None:
-    """As the library takes them."""
+def parse_bits(bits: str | None) -> int | str | None:
+    """Convert the text of ``--bits`` to the library's type: an int, "original" or None."""
     return int(bits) if bits and bits.isdigit() else bits
 
 
-def the_model(named: str | None, argument: str | None) -> str:
-    """The model of -m, of the argument, or of MLXARCH_MODEL."""
-    if named and argument:
-        raise click.UsageError(f"the model is named twice, as {argument!r} and as {named!r}")
-    if model := named or argument or os.environ.get("MLXARCH_MODEL"):
+def resolve_model_name(model_flag: str | None, argument: str | None) -> str:
+    """Return the model named by -m, by the argument or by MLXARCH_MODEL.
+
+    Raises:
+        click.UsageError: no model is named, or -m and the argument both name one.
+    """
+    if model_flag and argument:
+        raise click.UsageError(f"the model is named twice, as {argument!r} and as {model_flag!r}")
+    if model := model_flag or argument or os.environ.get("MLXARCH_MODEL"):
         return model
-    raise click.UsageError("name a model, or set MLXARCH_MODEL; `mlxarch list` shows which there are")
-
-
-def open_model(
-    name: str, *, bits: str | None, dtype: str | None, slice: str | None, wire: bool, yes: bool, **given: Any
-) -> "LanguageModel":
-    """Obtain and load a model, showing how far that is."""
-    from mlxarch.language_model import load
-
-    request = asked(**given)
-    return load(
-        obtain(name, bits, yes, request=request),
-        **{"dtype": dtype, "memory": request.memory, "context": request.context, "kv_bits": request.kv_bits},
-        **{"ple": request.ple, "wire": wire, "slice": slice},
+    raise click.UsageError(
+        "name a model, or set MLXARCH_MODEL; `mlxarch list` shows which there are"
     )
 
 
-def asked(*, memory: int | None, context: int | None, kv_bits: str | None, ple: Any, **_: object) -> "Request":
-    """What ``memory_options`` and --context say."""
-    from mlxarch.memory import Request
+def load_model(
+    name: str,
+    *,
+    bits: str | None,
+    dtype: str | None,
+    slice: str | None,
+    wire: bool,
+    yes: bool,
+    **options: Any,
+) -> "LanguageModel":
+    """Obtain and load a model with the values of ``loading_options``, showing the progress."""
+    from mlxarch.language_model import load_folder
 
-    return Request(memory=memory, context=context, kv_bits=int(kv_bits) if kv_bits else None, ple=ple)
+    request = make_request(**options)
+    folder = obtain_model(name, bits, yes, request=request)
+    return load_folder(folder, request, dtype=dtype, wire=wire, slice=slice)
 
 
-def obtain(
+def make_request(
+    *, memory: int | None, context: int | None, kv_bits: str | None, ple: Any, **_: object
+) -> "Request":
+    """Make a planning request from the values of ``memory_options`` and --context."""
+    from mlxarch.planner.plan import Request
+
+    return Request(
+        memory=memory, context=context, kv_bits=int(kv_bits) if kv_bits else None, ple=ple
+    )
+
+
+def obtain_model(
     name: str,
     bits: str | None,
     yes: bool,
@@ -187,34 +293,61 @@ def obtain(
     request: "Request | None" = None,
     evaluate: bool = False,
 ) -> Path:
-    """The folder of a model; what it takes is said before it begins, and asked where it is much."""
-    from mlxarch import store
-    from mlxarch.progress import on_terminal
+    """Obtain a model and return its folder.
 
-    how: Any = {"bits": parsed_bits(bits), "confirm": _confirm(yes), "refresh": refresh, "request": request}
-    with on_terminal(None) as progress:
-        return store.obtain(name, progress=progress, evaluate=evaluate, **how)
+    Prints size and destination before a download or conversion begins, and asks for confirmation
+    if it is large or does not fit into the memory.
+    """
+    from mlxarch.store import obtain as store
+
+    settings: Any = {
+        "bits": parse_bits(bits),
+        "confirm": _make_confirm(yes),
+        "refresh": refresh,
+        "request": request,
+    }
+    with terminal_progress(None) as progress:
+        return store.obtain(name, progress=progress, evaluate=evaluate, **settings)
 
 
-def _confirm(yes: bool) -> "Callable[[Plan], bool]":
-    def confirm(plan: "Plan") -> bool:
-        say(f"{plan.name}: {plan.description}; to {plan.target}")
+def obtain_source(source: str, yes: bool) -> tuple[str, Path]:
+    """Obtain a model to convert, as published unless its name asks for bits.
+
+    Returns:
+        A name for the output, and the folder.
+    """
+    from mlxarch.hub import catalog
+
+    reference = catalog.parse(source)
+    if reference.path:
+        return reference.path.resolve().name, reference.path
+    folder = obtain_model(source, None if reference.bits else "original", yes)
+    return reference.name.rsplit("/", 1)[-1].replace("@", "-"), folder
+
+
+def _make_confirm(yes: bool) -> "Callable[[Acquisition], bool]":
+    def confirm(plan: "Acquisition") -> bool:
+        print_stderr(f"{plan.name}: {plan.description}; to {plan.target}")
         if plan.verdict:
-            say(f"{plan.name}: {plan.verdict}")
-        large = max(plan.download_bytes, plan.disk_bytes) > ASK_ABOVE
+            print_stderr(f"{plan.name}: {plan.verdict}")
+        large = max(plan.download_bytes, plan.disk_bytes) > CONFIRM_ABOVE
         fits = not plan.verdict.startswith("does not fit")
         if yes or (fits and not large) or not is_terminal(sys.stdin):
             return True
-        here = "" if fits else ", and it does not fit into the memory of this machine"
-        return click.confirm(f"That takes {size(plan.disk_bytes)} of disk{here}. Go on?", default=fits, err=True)
+        warning = "" if fits else ", and it does not fit into the memory of this machine"
+        return click.confirm(
+            f"That takes {format_size(plan.disk_bytes)} of disk{warning}. Go on?",
+            default=fits,
+            err=True,
+        )
 
     return confirm
 
 
-def chosen_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """The sampling settings that were given, validated before any model is loaded."""
-    from mlxarch.sampling import Sampling
+def given_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the sampling options that were given, validated before any model is loaded."""
+    from mlxarch.generation.sampling import Sampling
 
-    given = {name: options[name] for name in SAMPLING if options[name] is not None}
+    given = {name: options[name] for name in SAMPLING_NAMES if options[name] is not None}
     Sampling(**given)
     return given

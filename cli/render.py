@@ -1,4 +1,4 @@
-"""An answer on its way to standard output: Markdown that is rendered while it grows, or the text as it comes."""
+"""Writers for an answer while it is generated: rendered Markdown on a terminal, else plain text."""
 
 import re
 import sys
@@ -6,164 +6,173 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from mlxarch.cli.output import colored, is_terminal, visible
+from mlxarch.cli.output import is_terminal, show_control_characters, supports_color
 
 if TYPE_CHECKING:
-    from rich.markdown import Markdown as RichMarkdown
-    from rich.text import Text as RichText
+    from rich.markdown import Markdown
+    from rich.text import Text
 
 
 class Writer(Protocol):
-    """Takes an answer piece by piece."""
+    """Output of an answer that arrives in pieces."""
 
     def add(self, text: str) -> None:
-        """More of it."""
+        """Write the next piece."""
         ...
 
     def finish(self) -> None:
-        """That was all for now: end the line, if one has begun."""
+        """End the line, if one has begun; more may follow with ``add``."""
         ...
 
 
-def writer(plain: bool = False) -> Writer:
-    """The renderer where standard output is a terminal with colors, unless ``plain``; else the text itself."""
-    return Text() if plain or not colored(sys.stdout) else Markdown()
+def make_answer_writer(plain: bool = False) -> Writer:
+    """Return a Markdown renderer if standard output supports color, unless ``plain``; else text."""
+    return PlainTextWriter() if plain or not supports_color(sys.stdout) else MarkdownWriter()
 
 
-def thoughts(hidden: bool = False) -> Writer:
-    """Shows the thinking where standard error is a terminal, unless ``hidden``."""
-    return Thoughts() if is_terminal(sys.stderr) and not hidden else Silence()
+def make_thinking_writer(hidden: bool = False) -> Writer:
+    """Return a writer of the thinking if standard error is a terminal, unless ``hidden``."""
+    return ThinkingWriter() if is_terminal(sys.stderr) and not hidden else NullWriter()
 
 
-class Thoughts:
-    """What a model thinks, on standard error: dim, or between two lines that say so; an empty line follows."""
+class ThinkingWriter:
+    """The thinking on standard error: dim, or without colors between two marker lines."""
 
     def __init__(self) -> None:
-        colors = colored(sys.stderr)
-        self._before, self._after = ("\x1b[2m", "\x1b[0m") if colors else ("", "")
-        self._head, self._foot = ("", "\n") if colors else ("(thinking)\n", "(answer)\n")
-        self._last = ""  # character that was written; "" outside of a thought
+        colors = supports_color(sys.stderr)
+        self._style, self._reset = ("\x1b[2m", "\x1b[0m") if colors else ("", "")
+        self._header, self._footer = ("", "\n") if colors else ("(thinking)\n", "(answer)\n")
+        self._last_character = ""  # "" while no thinking has been written
 
     def add(self, text: str) -> None:
-        """Write it at once."""
-        if text := visible(text):
-            head = "" if self._last else self._head
-            self._last = text[-1]
-            self._write(f"{head}{self._before}{text}{self._after}")
+        """Write the text at once."""
+        if text := show_control_characters(text):
+            header = "" if self._last_character else self._header
+            self._last_character = text[-1]
+            self._write(f"{header}{self._style}{text}{self._reset}")
 
     def finish(self) -> None:
-        """End the line."""
-        if self._last:
-            self._write(("" if self._last == "\n" else "\n") + self._foot)
-            self._last = ""
+        """End the line and write the footer, if any thinking was written."""
+        if self._last_character:
+            self._write(("" if self._last_character == "\n" else "\n") + self._footer)
+            self._last_character = ""
 
     def _write(self, text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
-class Silence:
-    """Shows nothing."""
+class NullWriter:
+    """A writer that discards everything."""
 
     def add(self, text: str) -> None:
-        """Ignore it."""
+        """Discard the text."""
 
     def finish(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
-class Text:
-    """The text itself, with control characters made visible; it ends with a newline."""
+class PlainTextWriter:
+    """The text as it is, with control characters made visible and a newline at the end."""
 
-    _last = "\n"
+    _last_character = "\n"
 
     def add(self, text: str) -> None:
-        """Write it at once."""
-        if text := visible(text):
-            self._last = text[-1]
+        """Write the text at once."""
+        if text := show_control_characters(text):
+            self._last_character = text[-1]
             sys.stdout.write(text)
             sys.stdout.flush()
 
     def finish(self) -> None:
         """End the line, unless the text did."""
-        if self._last != "\n":
-            self._last = "\n"
+        if self._last_character != "\n":
+            self._last_character = "\n"
             sys.stdout.write("\n")
             sys.stdout.flush()
 
 
-class Markdown:
-    """Markdown on a terminal. A finished block is written once; only the last one is written anew as it grows."""
+class MarkdownWriter:
+    """Markdown on a terminal: a finished block is written once, only the last one is redrawn."""
 
     def __init__(self) -> None:
         from markdown_it import MarkdownIt
         from rich.console import Console
 
-        # HTML would be swallowed, and with it what a model wraps in tags of its own; so would be the address of an
-        # image
-        self._parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
-        self._blocks = MarkdownIt("commonmark", {"html": False}).enable("table").disable("inline")
+        # Rendering HTML would hide tags of the model's own, and an image would hide its address.
+        self._parser = (
+            MarkdownIt("commonmark", {"html": False})
+            .enable(["strikethrough", "table"])
+            .disable("image")
+        )
+        self._block_parser = (
+            MarkdownIt("commonmark", {"html": False}).enable("table").disable("inline")
+        )
         self._console = Console(file=sys.stdout)
-        self._tail = _Tail()
-        self._source = ""  # of what is not finished
-        self._next = 0.0  # when to write next, on the clock of time.monotonic
+        self._live_lines = _LiveLines()
+        self._source = ""  # Markdown of the unfinished blocks
+        self._next_draw = 0.0  # earliest time of the next redraw, by time.monotonic
 
     def add(self, text: str) -> None:
-        """Show it, soon: a screen needs no more than 25 pictures in a second, and each may take a fifth of the time."""
-        self._source += visible(text)
+        """Append text; drawing is limited to 25 times per second and a fifth of the time."""
+        self._source += show_control_characters(text)
         begin = time.monotonic()
-        if begin >= self._next:
-            self._show(_presentable(self._source))
-            self._next = begin + max(0.04, 5 * (time.monotonic() - begin))
+        if begin >= self._next_draw:
+            self._draw(_without_ambiguous_last_line(self._source))
+            self._next_draw = begin + max(0.04, 5 * (time.monotonic() - begin))
 
     def finish(self) -> None:
-        """Show the rest, and end the line."""
-        self._show(self._source)
+        """Draw the rest and end the line."""
+        self._draw(self._source)
         self._source = ""
-        self._tail.end()
+        self._live_lines.end()
 
-    def _show(self, source: str) -> None:
+    def _draw(self, source: str) -> None:
         columns, rows = self._console.size
-        done = self._finished(source)
-        lines = self._rendered(source[done:], columns)
-        if done:
-            finished = [*self._rendered(source[:done], columns), ""]
-            self._tail.show([*finished, *lines], columns, rows)
-            self._tail.release(len(finished))
-            self._source = self._source[done:]
+        finished_length = self._finished_length(source)
+        lines = self._render(source[finished_length:], columns)
+        if finished_length:
+            finished = [*self._render(source[:finished_length], columns), ""]
+            self._live_lines.show([*finished, *lines], columns, rows)
+            self._live_lines.release(len(finished))
+            self._source = self._source[finished_length:]
         else:
-            self._tail.show(lines, columns, rows)
+            self._live_lines.show(lines, columns, rows)
 
-    def _finished(self, source: str) -> int:
-        """Where the last block begins: what stands before it can change no more, whatever follows.
+    def _finished_length(self, source: str) -> int:
+        """Return the offset of the last block; no later text can change the blocks before it.
 
-        Only whole lines count, since what a line is may depend on its end.
+        Only whole lines count, since the end of a line may decide its kind.
         """
         lines = source.split("\n")[:-1]
-        tokens = self._blocks.parse("\n".join(lines))
-        starts = [token.map[0] for token in tokens if token.level == 0 and token.nesting >= 0 and token.map]
+        tokens = self._block_parser.parse("\n".join(lines))
+        starts = [
+            token.map[0]
+            for token in tokens
+            if token.level == 0 and token.nesting >= 0 and token.map
+        ]
         return sum(len(line) + 1 for line in lines[: starts[-1]]) if len(starts) > 1 else 0
 
-    def _rendered(self, source: str, columns: int) -> list[str]:
+    def _render(self, source: str, columns: int) -> list[str]:
         if not source.strip():
             return []
-        document = _document()
+        document = _make_document()
         document.parsed = self._parser.parse(source)
         for token in document.parsed:
             for child in token.children or ():
-                if child.type == "softbreak":  # a model that ends a line means it
+                if child.type == "softbreak":  # models end a line where they want a line break
                     child.type = "hardbreak"
         with self._console.capture() as captured:
             self._console.print(document, width=columns - 1)
-        return [_trimmed(line) for line in captured.get().strip("\n").split("\n")]
+        return [_strip_padding(line) for line in captured.get().strip("\n").split("\n")]
 
 
-def _document() -> "RichMarkdown":
-    """An empty document: a link shows where it leads, and a heading stands on the left."""
+def _make_document() -> "Markdown":
+    """Make an empty document with visible link targets and left-aligned headings."""
     from rich import markdown
 
     class Heading(markdown.Heading):
-        def __rich_console__(self, console: object, options: object) -> Iterator["RichText"]:  # type: ignore[override]
+        def __rich_console__(self, console: object, options: object) -> Iterator["Text"]:  # type: ignore[override]
             self.text.justify = "left"
             yield self.text
 
@@ -172,41 +181,44 @@ def _document() -> "RichMarkdown":
     return document
 
 
-_UNDECIDED = re.compile(r"(?:[\s>]*[-=#*_`~+|:>]*|\s*\d+[.)]?)\s*\Z")
+_AMBIGUOUS_LINE = re.compile(r"(?:[\s>]*[-=#*_`~+|:>]*|\s*\d+[.)]?)\s*\Z")
 
 
-def _presentable(source: str) -> str:
-    """Without a last line that consists of marks alone: what they mean shows in what follows."""
+def _without_ambiguous_last_line(source: str) -> str:
+    """Drop a last line of markup characters only: the next characters decide its meaning."""
     start = source.rfind("\n") + 1
-    return source[:start] if _UNDECIDED.match(source, start) else source
+    return source[:start] if _AMBIGUOUS_LINE.match(source, start) else source
 
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _PADDING = re.compile(r"(?: |\x1b\[0?m)+\Z")
 
 
-def _trimmed(line: str) -> str:
-    """Without the spaces that fill a line up to the width; a style that is open at their place is closed."""
+def _strip_padding(line: str) -> str:
+    """Strip the spaces that pad a line to the full width, closing a style open before them."""
     line = _PADDING.sub("", line)
     last = _STYLE.findall(line)[-1:]
     return f"{line}\x1b[0m" if last and last[0] not in ("\x1b[0m", "\x1b[m") else line
 
 
-class _Tail:
-    """The last lines on the terminal, which may still change. The cursor stands behind the last of them."""
+class _LiveLines:
+    """The last lines on the terminal, which can be redrawn; the cursor is at their end."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
 
     def show(self, lines: list[str], columns: int, rows: int) -> None:
-        """Turn the lines that are shown into ``lines``, writing from the first that differs on, all in one piece.
+        """Replace the shown lines by ``lines``, in one write from the first difference on.
 
-        What has left the screen at its top cannot be changed, and is not written a second time.
+        Lines that have scrolled off the top cannot be changed and are not written again.
         """
         old = self._lines
         if not lines or lines == old:
             return
-        same = next((i for i, pair in enumerate(zip(old, lines, strict=False)) if pair[0] != pair[1]), len(old))
+        same = next(
+            (i for i, pair in enumerate(zip(old, lines, strict=False)) if pair[0] != pair[1]),
+            len(old),
+        )
         start = max(min(same, len(lines) - 1), len(old) - rows, 0)
         new = lines[start:] or [""]
         if start >= len(old):
@@ -214,8 +226,9 @@ class _Tail:
         elif start == len(old) - 1 and new[0].startswith(old[start]):
             text = "\n".join(new)[len(old[start]) :]
         else:
-            up = sum(_height(line, columns) for line in old[start:]) - 1
-            # line by line: erasing from the top of the screen on would send all of it to the scrollback of some
+            up = sum(_count_rows(line, columns) for line in old[start:]) - 1
+            # Erase line by line: erasing the whole screen below the cursor would push it into the
+            # scrollback of some terminals.
             text = (f"\x1b[{up}A" if up else "") + "\r" + "\n".join(f"{line}\x1b[K" for line in new)
             text += "\x1b[J" if len(new) < len(old) - start or up >= len(old) - start else ""
         self._lines = [*old[:start], *new]
@@ -223,19 +236,19 @@ class _Tail:
         sys.stdout.flush()
 
     def release(self, count: int) -> None:
-        """The first ``count`` lines will not change any more."""
+        """Make the first ``count`` lines final."""
         del self._lines[:count]
 
     def end(self) -> None:
-        """End the last line."""
+        """Make all lines final and begin a new line."""
         if self._lines:
             self._lines = []
             sys.stdout.write("\n")
             sys.stdout.flush()
 
 
-def _height(line: str, columns: int) -> int:
-    """Rows that a line takes; more than one only after the window became narrower."""
+def _count_rows(line: str, columns: int) -> int:
+    """Count the terminal rows of a line; more than one only after the window became narrower."""
     from rich.cells import cell_len
 
     return max(1, -(-cell_len(_STYLE.sub("", line)) // columns))

@@ -1,4 +1,4 @@
-"""Signals that end the process raise, so that what is under way is put right as after Ctrl-C."""
+"""Termination signals raise an exception, so that cleanup runs as after Ctrl-C."""
 
 import signal
 import threading
@@ -9,10 +9,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """By one of ``SIGNALS``: other than after Ctrl-C, nobody is there to go on with.
+    """Raised by one of ``SIGNALS``: the command must end, even where Ctrl-C only stops a step.
 
     Attributes:
-        exit_code: as a shell reports a process that the signal ended.
+        exit_code: 128 plus the signal's number, as a shell reports it.
     """
 
     def __init__(self, number: int) -> None:
@@ -21,26 +21,27 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def raising() -> Iterator[None]:
-    """Within, these signals raise Terminated: once, for a second one would end what the first one made tidy up.
+def raise_terminated() -> Iterator[None]:
+    """Raise ``Terminated`` at the first of ``SIGNALS``; later ones do not interrupt the cleanup.
 
-    What the parent had ignored, as ``nohup`` does, stays ignored. Only the main thread may decide on signals.
+    Signals that the parent process ignores, as under ``nohup``, stay ignored. Outside the main
+    thread, which alone may install handlers, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    ours = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = [number for number, handler in previous.items() if handler == signal.SIG_DFL]
 
-    def end(number: int, _: object) -> None:
-        for each in ours:
+    def terminate(number: int, _: object) -> None:
+        for each in handled:
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(number)
 
     try:
-        for number in ours:
-            signal.signal(number, end)
+        for number in handled:
+            signal.signal(number, terminate)
         yield
     finally:
-        for number in ours:
-            signal.signal(number, before[number])
+        for number in handled:
+            signal.signal(number, previous[number])

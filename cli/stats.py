@@ -1,4 +1,4 @@
-"""What ``--stats``, ``/stats`` and JSON tell: how fast an answer was, what memory it took, what was read for it."""
+"""Statistics of an answer, as text and as JSON: timings, peak memory, and reads from the SSD."""
 
 import contextlib
 import resource
@@ -6,28 +6,30 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxarch.cli.output import size
+from mlxarch.progress import format_size
 
 if TYPE_CHECKING:
-    from mlxarch.generation import Timings
+    from mlxarch.generation.timings import Timings
     from mlxarch.language_model import LanguageModel
-    from mlxarch.streaming.rows import RowStats
+    from mlxarch.ssd_streaming.row_cache import RowStats
 
 
-def stats_line(timings: "Timings", *, long: bool = False) -> str:
-    """How fast it was, for a person."""
+def timings_line(timings: "Timings", *, long: bool = False) -> str:
+    """Format the timings of an answer; ``long`` adds the prefill rate."""
+    reused = f", {timings.reused_tokens} reused" if timings.reused_tokens else ""
     parts = [
         f"first token after {timings.time_to_first_token:.2f} s",
         f"{timings.decode_rate:.1f} tokens/s",
         f"{timings.generated_tokens} tokens",
-        f"prompt {timings.prompt_tokens} tokens"
-        + (f", {timings.reused_tokens} reused" if timings.reused_tokens else ""),
+        f"prompt {timings.prompt_tokens} tokens{reused}",
     ]
-    return " · ".join([*parts, f"prefill {timings.prefill_rate:.0f} tokens/s"] if long else parts)
+    if long:
+        parts.append(f"prefill {timings.prefill_rate:.0f} tokens/s")
+    return " · ".join(parts)
 
 
-def stats(timings: "Timings") -> dict[str, Any]:
-    """The same for a program: counts of tokens, seconds, and tokens per second."""
+def timings_stats(timings: "Timings") -> dict[str, Any]:
+    """Return the timings for JSON: token counts, seconds, and tokens per second."""
     return {
         "prompt_tokens": timings.prompt_tokens,
         "reused_tokens": timings.reused_tokens,
@@ -42,57 +44,43 @@ def stats(timings: "Timings") -> dict[str, Any]:
 
 
 def memory_line(model: "LanguageModel") -> str:
-    """What memory it took since the process began, beside what was planned for a full context, for a person."""
-    found = memory_stats(model)
+    """Format the peak memory since the process began beside the plan for a full context window."""
+    memory = memory_stats(model)
 
-    def beside_plan(kind: str) -> str:
-        planned = f" of {size(found[f'planned_{kind}'])} planned" if model.plan else ""
-        return f"{size(found[f'peak_{kind}'])}{planned}"
+    def compare(kind: str) -> str:
+        planned = f" of {format_size(memory[f'planned_{kind}'])} planned" if model.plan else ""
+        return f"{format_size(memory[f'peak_{kind}'])}{planned}"
 
-    return f"peak memory {beside_plan('bytes')} · in MLX's arrays {beside_plan('mlx_bytes')}"
+    return f"peak memory {compare('bytes')} · in MLX's arrays {compare('mlx_bytes')}"
 
 
 def memory_stats(model: "LanguageModel") -> dict[str, Any]:
-    """The same for a program: the process, which on an NVIDIA GPU has its arrays elsewhere, and what MLX counts."""
+    """Return peak memory in bytes for JSON: of the process, and as MLX counts its arrays.
+
+    On an NVIDIA GPU the arrays are not in the memory of the process.
+    """
     import mlx.core as mx
 
     plan = model.plan
     return {
-        "peak_bytes": process_peak(),
-        "planned_bytes": plan.peak if plan else None,
+        "peak_bytes": process_peak_bytes(),
+        "planned_bytes": plan.process_peak if plan else None,
         "peak_mlx_bytes": mx.get_peak_memory(),
-        "planned_mlx_bytes": plan.mlx if plan else None,
+        "planned_mlx_bytes": plan.mlx_peak if plan else None,
     }
 
 
-def process_peak() -> int:
-    """Bytes that this process had in memory at most; on Linux not by ``getrusage``, which begins with the parent's."""
+def process_peak_bytes() -> int:
+    """Return the peak memory of this process in bytes.
+
+    On Linux it is read from /proc, because ``getrusage`` includes the peak of the parent process.
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def streaming_line(model: "LanguageModel") -> str | None:
-    """What was read from the disk since the model was loaded, for a person; None where nothing is."""
-    found = streaming_stats(model)
-    if found is None:
-        return None
-    if model.streaming is None:
-        parts = [
-            f"per-layer embeddings from the disk: {found['bytes_per_token'] / 1000:.1f} kB a token",
-            f"{found['hit_rate']:.0%} were in memory, {found['recent_hit_rate']:.0%} of the last 64",
-            f"{found['read_seconds']:.2f} s reading",
-        ]
-        return " · ".join(parts)
-    seconds = [f"{found[key]:.1f} s {what}" for key, what in _SECONDS.items()]
-    parts = [
-        f"experts from the disk: {size(found['bytes_per_token'])} a token",
-        f"{found['hit_rate']:.0%} were in memory, {found['recent_hit_rate']:.0%} for the last 64 tokens",
-        ", ".join(seconds),
-    ]
-    return " · ".join(parts)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 _SECONDS = {
@@ -102,28 +90,50 @@ _SECONDS = {
 }
 
 
+def streaming_line(model: "LanguageModel") -> str | None:
+    """Format the reads from the SSD since the model was loaded; None if all of it is in memory."""
+    stats = streaming_stats(model)
+    if stats is None:
+        return None
+    if model.streaming is None:
+        parts = [
+            f"per-layer embeddings from the disk: {stats['bytes_per_token'] / 1000:.1f} kB a token",
+            f"{stats['hit_rate']:.0%} were in memory, "
+            f"{stats['recent_hit_rate']:.0%} of the last 64",
+            f"{stats['read_seconds']:.2f} s reading",
+        ]
+    else:
+        parts = [
+            f"experts from the disk: {format_size(stats['bytes_per_token'])} a token",
+            f"{stats['hit_rate']:.0%} were in memory, "
+            f"{stats['recent_hit_rate']:.0%} for the last 64 tokens",
+            ", ".join(f"{stats[key]:.1f} s {activity}" for key, activity in _SECONDS.items()),
+        ]
+    return " · ".join(parts)
+
+
 def streaming_stats(model: "LanguageModel") -> dict[str, Any] | None:
-    """The same for a program."""
+    """Return the reads from the SSD for JSON; None if the whole model is in memory."""
     if model.streaming is None:
         return _row_stats(model.streamed_rows.stats) if model.streamed_rows else None
-    counted = model.streaming.stats
+    stats = model.streaming.stats
     return {
-        "bytes_read": counted.bytes_read,
-        "bytes_per_token": round(counted.bytes_per_token),
-        "hit_rate": round(counted.hit_rate, 4),
-        "recent_hit_rate": round(counted.steady_hit_rate, 4),
-        "read_seconds": round(counted.read_seconds, 6),
-        "router_seconds": round(counted.sync_seconds, 6),
-        "expert_seconds": round(counted.compute_seconds, 6),
+        "bytes_read": stats.bytes_read,
+        "bytes_per_token": round(stats.bytes_per_token),
+        "hit_rate": round(stats.hit_rate, 4),
+        "recent_hit_rate": round(stats.steady_hit_rate, 4),
+        "read_seconds": round(stats.read_seconds, 6),
+        "router_seconds": round(stats.sync_seconds, 6),
+        "expert_seconds": round(stats.compute_seconds, 6),
         "bank_bytes": model.streaming.nbytes,
     }
 
 
-def _row_stats(counted: "RowStats") -> dict[str, Any]:
+def _row_stats(stats: "RowStats") -> dict[str, Any]:
     return {
-        "bytes_read": counted.bytes_read,
-        "bytes_per_token": round(counted.bytes_read / max(counted.rows, 1)),
-        "hit_rate": round(counted.hit_rate, 4),
-        "recent_hit_rate": round(counted.steady_hit_rate, 4),
-        "read_seconds": round(counted.read_seconds, 6),
+        "bytes_read": stats.bytes_read,
+        "bytes_per_token": round(stats.bytes_read / max(stats.rows, 1)),
+        "hit_rate": round(stats.hit_rate, 4),
+        "recent_hit_rate": round(stats.steady_hit_rate, 4),
+        "read_seconds": round(stats.read_seconds, 6),
     }

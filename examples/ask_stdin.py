@@ -1,9 +1,10 @@
-"""Answer questions from standard input, one per line, with one line each; with --about, from a document.
+"""Answer questions from standard input, one line each, optionally about a document.
 
     python ask_stdin.py < questions.txt > answers.txt
     echo "When is the rent due?" | python ask_stdin.py --about contract.txt
 
-Questions are independent: no answer depends on an earlier line. The session only spares reading the document again.
+Questions are independent: no answer depends on an earlier one. The session only avoids computing
+the document again.
 """
 
 import argparse
@@ -12,21 +13,25 @@ from pathlib import Path
 
 import mlxarch
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("-m", "--model", default="qwen3-4b")
-parser.add_argument("--about", type=Path, help="a text file that the answers are in")
-parser.add_argument("--max-tokens", type=int, default=200, help="of an answer")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("-m", "--model", default="qwen3-4b", help="model (default: qwen3-4b)")
+parser.add_argument("--about", type=Path, help="text file with the answers (default: none)")
+parser.add_argument("--max-tokens", type=int, default=200, help="tokens per answer (default: 200)")
 args = parser.parse_args()
 
 try:
-    opening = f"{args.about.read_text('utf-8')}\n\n" if args.about else ""
+    document = f"{args.about.read_text('utf-8')}\n\n" if args.about else ""
     model = mlxarch.load(args.model)
-    session = model.session()  # holds what the last prompt and this one begin with
+    session = model.session()  # keeps the KV cache of the beginning that all prompts share
     for line in sys.stdin:
-        if not (question := line.strip()):
+        question = line.strip()
+        if not question:
             print()
             continue
-        messages = [{"role": "user", "content": f"{opening}Answer in one short sentence. {question}"}]
+        content = f"{document}Answer in one short sentence. {question}"
+        messages = [{"role": "user", "content": content}]
         prompt = model.tokenizer.apply_chat_template(messages, enable_thinking=False)
         answer = model.generate(prompt, max_tokens=args.max_tokens, session=session)
         print(" ".join(answer.text.split()), flush=True)

@@ -3,7 +3,7 @@
     python chat_loop.py
     python chat_loop.py --model llama3.2-3b --system "You are a patient teacher of Portuguese."
 
-The session holds the conversation as the model has read it, so that a turn computes only what is new.
+The session keeps the KV cache of the conversation, so that each turn computes only new tokens.
 """
 
 import argparse
@@ -11,21 +11,24 @@ import sys
 
 import mlxarch
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("-m", "--model", default="qwen3-4b")
-parser.add_argument("--system", help="what the model is told first")
-parser.add_argument("--max-tokens", type=int, help="of an answer")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("-m", "--model", default="qwen3-4b", help="model (default: qwen3-4b)")
+parser.add_argument("--system", help="system prompt (default: none)")
+parser.add_argument("--max-tokens", type=int, help="tokens per answer (default: until it ends)")
 args = parser.parse_args()
 
 try:
     model = mlxarch.load(args.model)
-    session, settings = model.session(), model.recommended_sampling
+    session = model.session()
+    options = {"sampling": model.recommended_sampling, "max_tokens": args.max_tokens}
     messages = [{"role": "system", "content": args.system}] if args.system else []
     while question := input("> "):
         messages.append({"role": "user", "content": question})
         answer = ""
         try:
-            for piece in model.stream(messages, session=session, sampling=settings, max_tokens=args.max_tokens):
+            for piece in model.stream(messages, session=session, **options):
                 answer += piece.text
                 print(piece.text, end="", flush=True)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Open-weight language models on the machine in front of you: quantized inference on MLX.
+"""Quantized inference of open-weight language models on MLX.
 
     import mlxarch
     model = mlxarch.load("smollm2-135m")
@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlxarch.errors import MlxArchError
-    from mlxarch.generation import Session, Timings
-    from mlxarch.language_model import LanguageModel, Piece, Result, load
+    from mlxarch.generation.answer import Piece, Result
+    from mlxarch.generation.sampling import Sampling
+    from mlxarch.generation.session import Session
+    from mlxarch.generation.timings import Timings
+    from mlxarch.language_model import LanguageModel, load
     from mlxarch.quantize import convert
-    from mlxarch.sampling import Sampling
-    from mlxarch.tokenizer import Tokenizer
+    from mlxarch.tokenizer.tokenizer import Tokenizer
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program asks for messages
+logging.getLogger(__name__).addHandler(
+    logging.NullHandler()
+)  # silent unless the program asks for messages
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,27 +42,28 @@ __all__ = [
 _HOME = {
     "LanguageModel": "language_model",
     "MlxArchError": "errors",
-    "Piece": "language_model",
-    "Result": "language_model",
-    "Sampling": "sampling",
-    "Session": "generation",
-    "Timings": "generation",
-    "Tokenizer": "tokenizer",
+    "Piece": "generation.answer",
+    "Result": "generation.answer",
+    "Sampling": "generation.sampling",
+    "Session": "generation.session",
+    "Timings": "generation.timings",
+    "Tokenizer": "tokenizer.tokenizer",
     "convert": "quantize",
     "load": "language_model",
 }
 
+if not TYPE_CHECKING:  # a type checker would take every name of the package for Any
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlxarch' has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"mlxarch.{_HOME[name]}"), name)
-    except ImportError:
-        from mlxarch.backend import require_backend
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'mlxarch' has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f"mlxarch.{_HOME[name]}"), name)
+        except ImportError:
+            from mlxarch.system.backend import require_backend
 
-        require_backend()  # says what to install, where it is MLX that is missing
-        raise
+            require_backend()  # says what to install, where it is MLX that is missing
+            raise
 
 
 def __dir__() -> list[str]:

@@ -1,35 +1,35 @@
-"""Every error that mlxarch raises on purpose. Each message says what was found, what is allowed and what to do.
+"""The exception tree of mlxarch. Each message states the problem, allowed values and the remedy.
 
     MlxArchError
     ├── InvalidInput            an argument out of range (also a ValueError)
     ├── ConfigError             config.json: a key is missing, malformed or not understood
     │   └── UnsupportedArchitecture
-    ├── CheckpointError         weights: a file, a header, an index or a tensor is not what it must be
+    ├── CheckpointError         weights: a file, a header, an index or a tensor breaks a rule
     ├── TokenizerError          tokenizer files
     │   └── ChatTemplateError
-    ├── QuantizationError       settings, or weights that cannot be quantized
+    ├── QuantizationError       unknown quantization, or weights that cannot be quantized
     ├── OutputError             the target exists, is locked, or cannot be written
     │   └── DiskSpaceError
     ├── ModelNotFound           no such name, repository or file                        exit 3
-    │   └── GatedModel          it exists, and its owner asks for an agreement first    exit 3
-    ├── MemoryBudgetError       it does not fit                                         exit 4
-    ├── OfflineError            it would need the network, and there is none            exit 5
+    │   └── GatedModel          it exists, and its owner requires an agreement first    exit 3
+    ├── MemoryBudgetError       the model does not fit into memory                      exit 4
+    ├── OfflineError            the network is needed and unavailable                   exit 5
     ├── DownloadError           a download broke off or brought other bytes than promised
-    ├── Declined                a person was asked and said no
-    ├── BackendMissing          the array library or an optional package is not installed
-    └── GenerationError         generation had to stop
+    ├── Declined                the user declined a confirmation
+    ├── BackendMissing          MLX or an optional package is not installed
+    └── GenerationError         generation failed
         ├── ContextLengthError
-        ├── StreamError         what is read from the disk while a model runs could not be
+        ├── StreamError         reading offloaded weights from the disk failed
         │   ├── EmbeddingReadError
         │   └── ExpertReadError
         └── NonFiniteLogits
 
-``exit_code`` is what the command line returns for each.
+``exit_code`` is the exit status of the command line for each.
 """
 
 
 class MlxArchError(Exception):
-    """The root: catch this to catch all of them."""
+    """Base class of all errors of mlxarch."""
 
     exit_code = 1
 
@@ -49,7 +49,7 @@ class UnsupportedArchitecture(ConfigError):
 
 
 class CheckpointError(MlxArchError):
-    """A weight file, its header, the shard index or a tensor breaks a rule; the message names file, tensor and rule."""
+    """A weight file, header, shard index or tensor breaks a rule that the message names."""
 
 
 class TokenizerError(MlxArchError):
@@ -57,11 +57,11 @@ class TokenizerError(MlxArchError):
 
 
 class ChatTemplateError(TokenizerError):
-    """A chat template is missing, refuses the messages, or exceeds the limits it is rendered under."""
+    """A chat template is missing, refuses the messages, or exceeds the limits of rendering."""
 
 
 class QuantizationError(MlxArchError):
-    """Quantization settings that do not exist, or weights that cannot be quantized (NaN, infinity)."""
+    """A quantization that does not exist, or weights that cannot be quantized (NaN, infinity)."""
 
 
 class OutputError(MlxArchError):
@@ -69,7 +69,7 @@ class OutputError(MlxArchError):
 
 
 class DiskSpaceError(OutputError):
-    """The disk has less room than the work needs; the message gives both numbers."""
+    """The disk has less free space than needed; the message gives both numbers."""
 
 
 class ModelNotFound(MlxArchError):
@@ -79,11 +79,11 @@ class ModelNotFound(MlxArchError):
 
 
 class GatedModel(ModelNotFound):
-    """The repository asks for an agreement or a token first."""
+    """The repository requires an agreement or a token first."""
 
 
 class MemoryBudgetError(MlxArchError):
-    """The model does not fit into the memory it may use; the message holds the arithmetic."""
+    """The model does not fit into its memory budget; the message shows the calculation."""
 
     exit_code = 4
 
@@ -99,32 +99,32 @@ class DownloadError(MlxArchError):
 
 
 class Declined(MlxArchError):
-    """A person was asked before something large and said no; nothing was changed."""
+    """The user declined a confirmation before a large operation; nothing was changed."""
 
 
 class BackendMissing(MlxArchError):
-    """A package that this machine needs is not installed; the message holds the command that installs it."""
+    """A required package is not installed; the message has the command to install it."""
 
 
 class GenerationError(MlxArchError):
-    """Generation had to stop."""
+    """Generation failed."""
 
 
 class ContextLengthError(GenerationError):
-    """Prompt and answer do not fit into the context; the message gives the numbers."""
+    """Prompt and answer exceed the context window; the message gives the numbers."""
 
 
 class StreamError(GenerationError):
-    """What a model reads from the disk while it runs could not be read, or is not what it was."""
+    """Weights offloaded to the disk could not be read, or changed, while the model ran."""
 
 
 class EmbeddingReadError(StreamError):
-    """A row of a table of embeddings could not be read from its file; the message names table, row and file."""
+    """A row of an embedding table could not be read; the message names table, row and file."""
 
 
 class ExpertReadError(StreamError):
-    """An expert could not be read from its file while the model ran; the message names layer, expert and file."""
+    """An expert could not be read; the message names layer, expert and file."""
 
 
 class NonFiniteLogits(GenerationError):
-    """The model produced NaN or infinity: its weights, or the precision it runs in, are at fault."""
+    """The logits contain NaN or infinity, because of damaged weights or insufficient precision."""

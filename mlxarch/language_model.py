@@ -1,75 +1,46 @@
-"""A model with its tokenizer: what ``mlxarch.load`` returns."""
+"""Public Python API: ``load`` a model by name, and generate text with the ``LanguageModel`` it returns.
+
+Length: the docstrings of the public API are complete, so that ``help()`` is enough.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import mlx.core as mx
 
-from mlxarch import store
-from mlxarch.blocks import Cache, CausalLM, Quantization
-from mlxarch.blueprints import plan_for
-from mlxarch.checkpoint import read_json
+from mlxarch.blocks import Cache, CausalLM
 from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
-from mlxarch.generation import Session, Timings, check_tokens, decode, decode_batch, room
-from mlxarch.inventory import entry_of
-from mlxarch.limits import set_limits
-from mlxarch.loading import load_model
-from mlxarch.machines import parse_size
-from mlxarch.memory import Plan, Request
-from mlxarch.overflow import Overflow, check_overflow, decode_ends, opening
-from mlxarch.progress import Progress, on_terminal
-from mlxarch.sampling import Sampling
-from mlxarch.slicing import Slice
-from mlxarch.stops import StopStrings
-from mlxarch.streaming.embeddings import cache_of
-from mlxarch.streaming.experts import Streaming
-from mlxarch.streaming.rows import RowCache
-from mlxarch.thinking import Segment, splitter
-from mlxarch.tokenizer import Tokenizer
+from mlxarch.generation.answer import AnswerReader, BatchRow, Piece, Result
+from mlxarch.generation.context_shift import (
+    Overflow,
+    check_overflow,
+    decode_with_shift,
+    protected_tokens,
+)
+from mlxarch.generation.decode import check_tokens, decode, decode_batch, remaining_tokens
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.generation.timings import Timings
+from mlxarch.loading.load import load_weights, open_resolved
+from mlxarch.loading.matformer import Slice
+from mlxarch.planner.mlx_limits import set_limits
+from mlxarch.planner.plan import Plan, Request
+from mlxarch.progress import Progress, terminal_progress
+from mlxarch.quantization.scheme import Quantization
+from mlxarch.ssd_streaming.embeddings import cache_of
+from mlxarch.ssd_streaming.experts import ExpertStreaming, streaming_of
+from mlxarch.ssd_streaming.row_cache import RowCache
+from mlxarch.store.installed import find_catalog_entry
+from mlxarch.store.lookup import plan_checkpoint
+from mlxarch.store.obtain import obtain
+from mlxarch.system.machines import parse_size
+from mlxarch.system.untrusted_files import read_json
+from mlxarch.tokenizer.tokenizer import Tokenizer
 
 _PROMPT = "a prompt is a text, a list of messages with role and content, or a list of token ids"
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-
-
-@dataclass
-class Piece:
-    """A part of an answer.
-
-    Attributes:
-        text: to append; may be empty while a character or a stop string is undecided.
-        token: that completed it; None where the rest of the text is flushed.
-        finish_reason: None until the last piece: "stop" at an end token or a stop string, "length" at the limit.
-        timings: so far.
-        thinking: whether the text belongs to the model's thinking, and not to the answer.
-    """
-
-    text: str
-    token: int | None
-    finish_reason: str | None
-    timings: Timings
-    thinking: bool = False
-
-
-@dataclass
-class Result:
-    """A whole answer.
-
-    Attributes:
-        text: without the thinking, the end token and the stop string that ended it; empty where the limit came before
-            the end of the thinking.
-        tokens: as sampled, all of them.
-        finish_reason: "stop" or "length".
-        timings: how long it took.
-        thinking: what the model wrote for itself before the answer, without its marks.
-    """
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    timings: Timings
-    thinking: str = ""
 
 
 def load(
@@ -85,57 +56,88 @@ def load(
     slice: str | Slice | None = None,
     progress: Progress | None = None,
 ) -> "LanguageModel":
-    """Load a model: a catalog name, a Hub repository ``org/name[@revision]`` or a folder.
+    """Load a model by catalog name, Hub repository ``org/name[@revision]`` or folder.
+
+    A model that is not on this machine is downloaded first, and quantized if no quantized copy
+    exists.
 
     Args:
-        name_or_path: what is not on the disk yet is downloaded, and quantized where no quantized copy exists.
-        bits: of the weights, or "original"; None takes the largest of 8 and 4 that fits this machine.
-        dtype: to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end.
-        memory: that it may use beside models loaded before, in bytes or as "16GB"; None takes what this machine gives.
-            What fits only in part is streamed from the disk; what does not fit is refused before it is downloaded.
-        context: tokens to plan for: the caches are allocated at once. None grows them, up to what the model and the
-            memory allow.
-        kv_bits: of keys and values, 8 or 4; None keeps them in the type that is computed in.
-        ple: where a table of per-layer embeddings is: in memory or on the disk; "auto" takes the memory if it fits.
-        wire: let a Mac not swap out what is planned for.
-        slice: of Gemma 3n E4B, the part of it to load: a published name such as "e2b", or widths and layers.
-        progress: told of downloads, conversion and loading. None shows a bar on a terminal and else nothing.
+        name_or_path: catalog name, repository, folder or GGUF file.
+        bits: weight bits, or "original" for weights as published; None takes the largest of 8 and 4
+            that fits.
+        dtype: dtype to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end.
+        memory: memory budget beside models loaded before, in bytes or as "16GB"; None takes the
+            available memory. Experts and per-layer embeddings that exceed it are read from the SSD;
+            a model that cannot fit is refused before it is downloaded.
+        context: context length in tokens; KV caches of that size are allocated at once. None lets
+            them grow, up to the limits of the model and the memory.
+        kv_bits: bits of keys and values in the KV cache, 8 or 4; None keeps them in the compute
+            dtype.
+        ple: place of per-layer embeddings, "memory" or "ssd"; "auto" keeps them in memory if they
+            fit.
+        wire: keep the planned memory from being swapped out, on a Mac.
+        slice: MatFormer slice of Gemma 3n E4B to load: a published name such as "e2b", or widths
+            and layers.
+        progress: callback for downloads, conversion and loading; None shows a bar on a terminal and
+            nothing elsewhere.
 
     Raises:
-        ModelNotFound, OfflineError, DownloadError, GatedModel: it cannot be obtained.
-        CheckpointError, ConfigError, TokenizerError: its files are not sound.
-        MemoryBudgetError: it does not fit; the message holds the arithmetic.
+        ModelNotFound, OfflineError, DownloadError, GatedModel: the model cannot be obtained.
+        CheckpointError, ConfigError, TokenizerError: a file of the model is not sound.
+        MemoryBudgetError: the model does not fit; the message shows the arithmetic.
         InvalidInput: an argument is out of range.
     """
     allowed = parse_size(memory) if isinstance(memory, str) else memory
     request = Request(memory=allowed, context=context, kv_bits=kv_bits, ple=ple)
-    with on_terminal(progress) as report:
-        path = store.obtain(name_or_path, bits=bits, progress=report, request=request)
-        plan = plan_for(path, request, dtype=dtype, slice=slice).require()
-        tokenizer = Tokenizer.from_folder(path)  # before the weights: what is wrong with it shows at once
-        with set_limits(plan, wire=wire) as claim:
-            model, config = load_model(path, dtype=dtype, slice=slice, progress=report, execution=plan.execution)
-        claim.belongs_to(model)
-    loaded = LanguageModel(path, model, config, tokenizer, context, plan.execution.kv)
-    loaded.context_length, loaded.plan = plan.context, plan
+    with terminal_progress(progress) as report:
+        path = obtain(name_or_path, bits=bits, progress=report, request=request)
+        return load_folder(path, request, dtype=dtype, wire=wire, slice=slice, progress=report)
+
+
+def load_folder(
+    path: Path,
+    request: Request,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    wire: bool = False,
+    slice: str | Slice | None = None,
+    progress: Progress | None = None,
+) -> "LanguageModel":
+    """Load a model from its folder; arguments and errors as for ``load``.
+
+    The checkpoint is opened and its network built once, for the plan and for the weights.
+    """
+    with terminal_progress(progress) as report, open_resolved(path, slice) as checkpoint:
+        plan = plan_checkpoint(path, checkpoint, request, dtype).require()
+        tokenizer = Tokenizer.from_folder(path)  # before the weights: its errors show at once
+        with set_limits(plan, wire=wire) as reservation:
+            execution = plan.execution
+            model = load_weights(checkpoint, dtype=dtype, progress=report, execution=execution)
+        reservation.release_with(model)
+        config = checkpoint.source.config
+    loaded = LanguageModel(path, model, config, tokenizer, request.context, plan.execution.kv)
+    loaded.context_length = plan.context
+    loaded.plan = plan
     return loaded
 
 
 class LanguageModel:
-    """A loaded model.
+    """Loaded model with its tokenizer.
 
-    Any thread may generate, whichever loaded the model; a session, and an iterator of ``stream``, may pass from one
-    thread to another between two pieces. MLX's unevaluated arrays belong to the thread that made them, so nothing is
-    left unevaluated there. Two threads must not use one session at the same time.
+    Any thread may generate, whichever loaded the model. A session, or an iterator of ``stream``,
+    may pass from one
+    thread to another between two pieces: no array of MLX is left unevaluated then, since
+        unevaluated arrays belong to
+    the thread that made them. Two threads must not use one session at the same time.
 
     Attributes:
-        path: of the folder that it was loaded from.
-        model: callable: token ids (B, L), optional caches -> logits (B, L, V).
-        config: config.json.
-        tokenizer: encode, decode, apply_chat_template.
-        context_length: tokens of prompt and answer together.
-        kv: how keys and values are packed; None keeps them in the type that is computed in.
-        plan: what it takes; None where nobody planned.
+        path: folder of the model.
+        model: the network, a callable: token ids (B, L) and optional caches -> logits (B, L, V).
+        config: contents of config.json.
+        tokenizer: tokenizer with ``encode``, ``decode`` and ``apply_chat_template``.
+        context_length: maximum number of tokens of prompt and answer together.
+        kv: quantization of the KV cache; None keeps keys and values in the compute dtype.
+        plan: memory plan; None for a model that was loaded without one.
     """
 
     def __init__(
@@ -147,67 +149,101 @@ class LanguageModel:
         context: int | None = None,
         kv: Quantization | None = None,
     ) -> None:
-        self.path, self.model, self.config, self.tokenizer, self.kv = path, model, config, tokenizer, kv
+        self.path = path
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.kv = kv
         self.plan: Plan | None = None
         longest = model.context_length
         if context is not None and (type(context) is not int or not 1 <= context <= longest):
-            raise InvalidInput(f"context must lie in 1 … {longest}, what {path.name} was made for; found {context!r}")
-        self.context_length, self._capacity = context or longest, context
+            raise InvalidInput(
+                f"context must lie in 1 … {longest}, what {path.name} was made for; found {context!r}"
+            )
+        self.context_length = context or longest
+        self._capacity = context
 
     def make_caches(self) -> list[Cache | None]:
-        """Empty caches, one for each layer."""
+        """Empty KV caches, one for each layer."""
         return self.model.make_caches(self._capacity, kv=self.kv)
 
     def session(self) -> Session:
-        """A conversation to be: pass it to every turn, and a turn computes only what differs from the last."""
-        return Session(self.make_caches(), renew=self.make_caches)
+        """New session: passed to every turn of a conversation, it lets a turn prefill only what differs."""
+        return self._session()
+
+    def _session(self, **options: Any) -> Session:
+        chunk = self.plan.execution.chunk if self.plan else None
+        return Session(self.make_caches(), renew=self.make_caches, prefill_chunk=chunk, **options)
 
     @property
-    def streaming(self) -> Streaming | None:
-        """The experts that are read from the disk as tokens need them, with ``stats``; None where there are none."""
-        return self.model.streaming
+    def streaming(self) -> ExpertStreaming | None:
+        """Experts that are read from the SSD when needed, with ``stats``; None if all are in memory."""
+        return streaming_of(self.model)
 
     @property
     def streamed_rows(self) -> RowCache | None:
-        """The per-layer embeddings that are read from the disk, with ``stats``; None where all are in memory."""
+        """Per-layer embeddings that are read from the SSD, with ``stats``; None if all are in memory."""
         return cache_of(self.model)
 
     @property
     def recommended_sampling(self) -> Sampling:
-        """What the model's makers advise, by generation_config.json or else the catalog; greedy without advice."""
+        """Sampling that the model's makers recommend in generation_config.json or, failing that, the catalog.
+
+        Greedy if they recommend nothing.
+
+        Raises:
+            ConfigError: generation_config.json holds a value out of range.
+        """
         path = self.path / "generation_config.json"
         try:
             advice = read_json(path) if path.is_file() else {}
             names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
             known = {name: advice[name] for name in names if advice.get(name) is not None}
-            if not known and advice.get("do_sample") is None and (entry := entry_of(self.path)):
-                return Sampling(**entry.sampling)  # some makers write theirs into the model card alone
-            return Sampling(**{"temperature": 1.0, **known}) if advice.get("do_sample") else Sampling()
+            if (
+                not known
+                and advice.get("do_sample") is None
+                and (entry := find_catalog_entry(self.path))
+            ):
+                return Sampling(
+                    **entry.sampling
+                )  # some makers write theirs into the model card alone
+            return (
+                Sampling(**{"temperature": 1.0, **known}) if advice.get("do_sample") else Sampling()
+            )
         except InvalidInput as error:
             raise ConfigError(f"{path}: {error}; correct the file or remove it") from None
 
     def tokens_of(self, prompt: Prompt, template: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of a text (as it stands), of messages (through the chat template) or of ids (checked).
+        """Convert a prompt to token ids.
 
-        ``template`` holds variables for the chat template, such as ``enable_thinking`` or ``tools``.
+        Args:
+            prompt: text, tokenized as it is; messages, rendered by the chat template; or token ids,
+                which are checked.
+            template: variables for the chat template, such as ``enable_thinking`` or ``tools``.
 
         Raises:
             InvalidInput: an id outside of the vocabulary, or no tokens at all.
             TokenizerError: the text cannot be tokenized, or there is no chat template.
         """
         if template is not None and not isinstance(template, Mapping):
-            raise InvalidInput(f"template holds variables by name, such as enable_thinking; found {template!r}")
+            raise InvalidInput(
+                f"template holds variables by name, such as enable_thinking; found {template!r}"
+            )
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         elif isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
             raise InvalidInput(f"{_PROMPT}; found {type(prompt).__name__}")
         elif prompt and isinstance(prompt[0], Mapping):
-            rendered = self.tokenizer.apply_chat_template(cast(Sequence[Mapping[str, Any]], prompt), **(template or {}))
+            rendered = self.tokenizer.apply_chat_template(
+                cast(Sequence[Mapping[str, Any]], prompt), **(template or {})
+            )
             if isinstance(rendered, str):
                 raise TokenizerError("the chat template was rendered, not tokenized")
             tokens = rendered
         else:
-            tokens = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
+            tokens = [
+                token for token in prompt if isinstance(token, int) and not isinstance(token, bool)
+            ]
             if len(tokens) < len(prompt):
                 raise InvalidInput(f"{_PROMPT}; found a {type(prompt).__name__} of other things")
         check_tokens(tokens, self.model.vocab_size)
@@ -225,47 +261,59 @@ class LanguageModel:
         overflow: Overflow = "refuse",
         **settings: Any,
     ) -> Iterator[Piece]:
-        """Generate, piece by piece. Closing the iterator stops it.
+        """Generate an answer piece by piece. Closing the iterator stops the generation.
 
         Args:
             prompt: a text to continue, messages to answer, or token ids.
-            max_tokens: at most; None goes on until an end token or the end of the context.
-            stop: strings that end the answer, and are no part of it.
-            sampling: how tokens are chosen; greedy unless given.
-            session: of the conversation; only what differs from what it holds is computed.
+            max_tokens: maximum number of tokens; None continues to an end token or the end of the
+                context.
+            stop: strings that end the answer; they are not part of it.
+            sampling: sampling parameters; None samples greedily.
+            session: session of the conversation; only tokens that it does not hold are computed.
             template: variables for the chat template, such as ``{"enable_thinking": False}``.
-            overflow: where the context is too short, "refuse", or "keep-ends" and leave out the middle: what stands
-                behind the instructions, as much as must be. ``max_tokens`` is then one context by default.
-            **settings: fields of Sampling, which replace those of ``sampling``.
+            overflow: policy for a context that is too short: "refuse", or "keep-ends", which drops
+                as many tokens as needed behind the instructions. ``max_tokens`` is then one context
+                by default.
+            **settings: fields of ``Sampling``, which replace those of ``sampling``.
 
         Raises:
             ContextLengthError: prompt and ``max_tokens`` do not fit into the context.
             InvalidInput: an argument is out of range.
-            NonFiniteLogits: the model broke down.
+            NonFiniteLogits: the model computed NaN or infinity.
         """
         if session is not None and not isinstance(session, Session):
             raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
-        chosen, tokens = _sampling(sampling, settings), self.tokens_of(prompt, template)
-        reader = _Reader(self.tokenizer, tokens, stop)
-        session = session or Session(self.make_caches(), renew=self.make_caches, rewind=0)  # for this answer alone
+        chosen = _sampling(sampling, settings)
+        tokens = self.tokens_of(prompt, template)
+        reader = AnswerReader(self.tokenizer, tokens, stop)
+        session = session or self._session(rewind=0)  # for this answer alone
         check_overflow(overflow)
         limit = self._limit(tokens, max_tokens, overflow)
         if overflow == "refuse":
             return self._pieces(decode(self.model, session, tokens, chosen, limit), limit, reader)
-        first = opening(prompt, tokens, lambda messages: self.tokens_of(messages, template))
-        steps = decode_ends(self.model, session, tokens, chosen, limit, self.context_length, first)
+        protected = protected_tokens(
+            prompt, tokens, lambda messages: self.tokens_of(messages, template)
+        )
+        steps = decode_with_shift(
+            self.model, session, tokens, chosen, limit, self.context_length, protected
+        )
         return self._pieces(steps, limit, reader)
 
-    def _limit(self, tokens: Sequence[int], max_tokens: int | None, overflow: Overflow = "refuse") -> int:
+    def _limit(
+        self, tokens: Sequence[int], max_tokens: int | None, overflow: Overflow = "refuse"
+    ) -> int:
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise InvalidInput(f"max_tokens must be a whole number from 1 on, found {max_tokens!r}")
         if overflow == "keep-ends":
             return max_tokens or self.context_length
-        return room(len(tokens), max_tokens, self.context_length)
+        return remaining_tokens(len(tokens), max_tokens, self.context_length)
 
-    def _pieces(self, steps: Iterator[tuple[int, Timings]], limit: int, reader: "_Reader") -> Iterator[Piece]:
+    def _pieces(
+        self, steps: Iterator[tuple[int, Timings]], limit: int, reader: "AnswerReader"
+    ) -> Iterator[Piece]:
         for count, (token, timings) in enumerate(steps, 1):
-            segments, reason = reader.add(token), None
+            segments = reader.add(token)
+            reason = None
             if reader.ended or count == limit:
                 segments += reader.finish()
                 reason = "stop" if reader.ended else "length"
@@ -277,12 +325,16 @@ class LanguageModel:
                 return
 
     def generate(self, prompt: Prompt, **arguments: Any) -> Result:
-        """Generate a whole answer. The arguments are those of ``stream``."""
-        texts, tokens, last = {False: "", True: ""}, [], None
+        """Generate a complete answer; arguments as for ``stream``."""
+        texts = {False: "", True: ""}  # by whether it is thinking
+        tokens: list[int] = []
+        last: Piece | None = None
         for last in self.stream(prompt, **arguments):
             texts[last.thinking] += last.text
             tokens += [] if last.token is None else [last.token]
-        assert last is not None and last.finish_reason is not None  # stream() yields at least its last piece
+        assert (
+            last is not None and last.finish_reason is not None
+        )  # stream() yields at least its last piece
         return Result(texts[False], tokens, last.finish_reason, last.timings, texts[True])
 
     def generate_batch(
@@ -296,17 +348,26 @@ class LanguageModel:
         batch_size: int = 32,
         **settings: Any,
     ) -> list[Result]:
-        """Generate for several prompts at once: one result each, in their order.
+        """Generate answers to several prompts in batches.
 
-        The weights are read once for a token of every prompt, so a batch costs little more than its longest member.
-        ``batch_size`` prompts run together, which bounds the memory of their caches. The other arguments and errors
-        are those of ``stream``, the errors naming the prompt by its index; timings are those of the prompt's batch.
+        Each weight is read once for a token of every prompt, so a batch costs little more than its
+        longest member.
+
+        Args:
+            batch_size: prompts that run together, which bounds the memory of their caches.
+
+        The other arguments and the errors are those of ``stream``; an error names the prompt by its
+        index.
+
+        Returns:
+            One result for each prompt, in their order, with the timings of its batch.
         """
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise InvalidInput(f"prompts must be a list of prompts, found {type(prompts).__name__}")
         if type(batch_size) is not int or batch_size < 1:
             raise InvalidInput(f"batch_size must be a whole number from 1 on, found {batch_size!r}")
-        chosen, ids = _sampling(sampling, settings), []
+        chosen = _sampling(sampling, settings)
+        ids: list[list[int]] = []
         for index, prompt in enumerate(prompts):
             try:
                 ids.append(self.tokens_of(prompt, template))
@@ -321,70 +382,23 @@ class LanguageModel:
         ]
 
     def _batch(
-        self, ids: list[list[int]], max_tokens: int | None, stop: str | Sequence[str], sampling: Sampling
+        self,
+        ids: list[list[int]],
+        max_tokens: int | None,
+        stop: str | Sequence[str],
+        sampling: Sampling,
     ) -> list[Result]:
-        rows, timings = [_Row(_Reader(self.tokenizer, prompt, stop)) for prompt in ids], Timings(sum(map(len, ids)))
+        rows = [BatchRow(AnswerReader(self.tokenizer, prompt, stop)) for prompt in ids]
+        timings = Timings(sum(map(len, ids)))
         limit = min(self._limit(tokens, max_tokens) for tokens in ids)
-        for step in decode_batch(self.model, ids, sampling, limit, timings, self.kv):
+        chunk = self.plan.execution.chunk if self.plan else None
+        steps = decode_batch(self.model, ids, sampling, limit, timings, self.kv, chunk)
+        for step in steps:
             for row, token in zip(rows, step, strict=True):
                 row.add(token)
             if all(row.reader.ended for row in rows):
                 break
         return [row.result(timings) for row in rows]
-
-
-class _Reader:
-    """Tokens of an answer to its texts: thinking apart, up to an end token or a stop string of the answer proper."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: str | Sequence[str]) -> None:
-        self._ends, self._stops, self._splitter = tokenizer.eos_ids, StopStrings(stop), splitter(tokenizer, prompt)
-        self.ended = False
-
-    @property
-    def thinking(self) -> bool:
-        return self._splitter.thinking
-
-    def add(self, token: int) -> list[Segment]:
-        if token in self._ends:
-            self.ended = True
-            return []
-        return self._before_stop(self._splitter.add(token))
-
-    def finish(self) -> list[Segment]:
-        segments = [] if self._stops.found else self._before_stop(self._splitter.finish())
-        held = self._stops.flush()
-        return [*segments, (held, False)] if held else segments
-
-    def _before_stop(self, segments: list[Segment]) -> list[Segment]:
-        out = []
-        for text, thinking in segments:
-            passed = text if thinking else self._stops.feed(text)
-            out += [(passed, thinking)] if passed else []
-            if self._stops.found:
-                self.ended = True
-                break
-        return out
-
-
-class _Row:
-    """One answer of a batch, while it grows."""
-
-    def __init__(self, reader: _Reader) -> None:
-        self.reader, self.tokens, self.texts = reader, [], {False: "", True: ""}
-
-    def add(self, token: int) -> None:
-        if not self.reader.ended:
-            self.tokens.append(token)
-            self._take(self.reader.add(token))
-
-    def result(self, timings: Timings) -> Result:
-        self._take(self.reader.finish())
-        reason = "stop" if self.reader.ended else "length"
-        return Result(self.texts[False], self.tokens, reason, timings, self.texts[True])
-
-    def _take(self, segments: list[Segment]) -> None:
-        for text, thinking in segments:
-            self.texts[thinking] += text
 
 
 def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:

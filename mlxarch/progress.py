@@ -1,4 +1,4 @@
-"""How long work reports how far it is."""
+"""Progress reports of long operations: downloads, conversions and loading."""
 
 import sys
 from collections.abc import Iterator
@@ -7,40 +7,51 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called often and cheaply while something is downloaded, converted or loaded."""
+    """A callback for progress, called often: it must be cheap."""
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        """``label`` names the step; ``done`` and ``total`` are bytes. ``done == total`` ends the step."""
+        """Report a step, named by ``label``; it ends when ``done == total``, both in bytes."""
 
 
 def silent(label: str, done: int, total: int) -> None:
-    """Report to nobody."""
+    """Ignore the report."""
 
 
-def gigabytes(count: int) -> str:
-    """Bytes for a person: 4.6 GB, 127.3 MB."""
+def format_size(count: int) -> str:
+    """Format a number of bytes with one decimal: 4.6 GB, 127.3 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 
 @contextmanager
-def on_terminal(progress: Progress | None) -> Iterator[Progress]:
-    """The given progress; without one, bars on standard error while it is a terminal, and else silence.
+def terminal_progress(progress: Progress | None) -> Iterator[Progress]:
+    """Provide the given callback or, without one, progress bars if standard error is a terminal.
 
-    A bar shows the step's bytes, their rate and the time left, and disappears with the block.
+    A bar shows bytes, rate and time left of a step. All bars disappear at the end of the block.
     """
     if progress is not None or not sys.stderr.isatty():
         yield progress or silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     tasks = {}
 
     def report(label: str, done: int, total: int) -> None:
-        bars.start()  # at the first report only: until then, a person may be asked something
+        bars.start()  # not before the first report: the user may be asked something until then
         if label not in tasks:
             tasks[label] = bars.add_task(label, total=total)
         bars.update(tasks[label], completed=done, total=total)

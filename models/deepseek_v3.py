@@ -4,9 +4,10 @@
        │                            │  │        └─ shared expert ──────────────┘   │
        └────────────────────────────┘  └───────────────────────────────────────────┘
 
-Stands out: multi-head latent attention, whose cache holds 576 numbers a token for all of 128 heads; many small experts
-beside one that sees every token, chosen within 4 of 8 groups by sigmoid scores, with a bias that balances their load;
-the first 3 layers are dense. Published in float8, and with a layer more, which predicts a second token.
+Stands out: multi-head latent attention, which caches 576 numbers per token for all of 128 heads;
+many small experts beside a shared one, chosen within 4 of 8 groups by sigmoid scores, with a bias
+that balances their load; the first 3 layers are dense. Published in float8, with an extra layer
+that predicts a second token (MTP).
 Source: arXiv:2412.19437; deepseek-ai/DeepSeek-V3/config.json and inference/model.py.
 """
 
@@ -17,16 +18,16 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Cache, GatedMLP, RMSNorm, RoPE, Step, causal_lm, swiglu
-from mlxarch.blocks.grouped_experts import GroupedExpertsConfig, grouped_experts
-from mlxarch.blocks.latent_attention import LatentAttention
-from mlxarch.blocks.latent_config import LatentConfig
-from mlxarch.blocks.renames import IgnoreExtraLayers, SplitHeads, Stack
+from mlxarch.blocks import Cache, ForwardContext, GatedMLP, RMSNorm, RoPE, causal_lm, swiglu
+from mlxarch.blocks.attention.latent_attention import LatentAttention
+from mlxarch.blocks.attention.latent_config import LatentConfig
+from mlxarch.blocks.moe.shared_experts import GroupedExpertsConfig, make_grouped_moe
+from mlxarch.blocks.weight_mapping import IgnoreExtraLayers, SplitHeads, Stack
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(GroupedExpertsConfig, LatentConfig):
-    """Published files name the way experts are chosen, transformers' DeepseekV3Config implies it."""
+    """Config; transformers' DeepseekV3Config lacks the keys for how experts are chosen."""
 
     hidden_act: Literal["silu"] = "silu"
     scoring_func: Literal["sigmoid"] = "sigmoid"
@@ -36,18 +37,21 @@ class Config(GroupedExpertsConfig, LatentConfig):
 
 
 class DecoderLayer(nn.Module):
-    """Norm before attention and before the experts."""
+    """Decoder layer with norms before attention and before the experts."""
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        self.self_attn = LatentAttention(c, RoPE(c.qk_rope_head_dim, c.rotation, interleaved=True))
+        self.self_attn = LatentAttention(c, RoPE(c.qk_rope_head_dim, c.rope, interleaved=True))
         dense = index < c.first_k_dense_replace
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu) if dense else grouped_experts(c)
-        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.mlp = (
+            GatedMLP(c.hidden_size, c.intermediate_size, swiglu) if dense else make_grouped_moe(c)
+        )
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -57,5 +61,9 @@ build = causal_lm(DecoderLayer)
 WEIGHTS = (
     IgnoreExtraLayers(),
     Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."),
-    SplitHeads(r"\.kv_b_proj\.weight$", (".embed_q.weight", ".unembed_out.weight"), ("qk_nope_head_dim", "v_head_dim")),
+    SplitHeads(
+        r"\.kv_b_proj\.weight$",
+        (".embed_q.weight", ".unembed_out.weight"),
+        ("qk_nope_head_dim", "v_head_dim"),
+    ),
 )

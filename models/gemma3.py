@@ -1,11 +1,13 @@
-"""Gemma 3 (Google, 2025), text part.
+"""Gemma 3 (Google, 2025), text decoder.
 
     x ─┬─ norm ─ attention ─ norm ─ + ─┬─ norm ─ GeGLU ─ norm ─ + ─
        └─────────────────────────────┘  └───────────────────────┘
 
-Stands out: norms on both sides of attention and feed-forward, their weights around zero; five sliding layers to one
-full layer, each kind with its own RoPE base; QK-norm on every head; embeddings times sqrt(hidden_size).
-Source: arXiv:2503.19786; config.json of google/gemma-3-1b-it and google/gemma-3-27b-it; transformers' Gemma3TextConfig.
+Stands out: norms before and after attention and feed-forward, with weights centred at zero; five
+sliding layers for each full one, both with their own RoPE base; QK-norm on every head; embeddings
+times sqrt(hidden_size).
+Source: arXiv:2503.19786; config.json of google/gemma-3-1b-it and google/gemma-3-27b-it;
+transformers' Gemma3TextConfig.
 """
 
 from dataclasses import dataclass
@@ -16,24 +18,28 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxarch.blocks import (
+    POST_NORM,
     Attention,
     Cache,
     CausalLM,
+    ForwardContext,
     GatedMLP,
     Layers,
+    LocalRoPEConfig,
     Positive,
     RoPE,
     Size,
-    Step,
-    TwoBasesConfig,
     ZeroCenteredRMSNorm,
     geglu,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TwoBasesConfig):
-    """The published files of 4B to 27B name only what differs from the defaults of transformers' Gemma3TextConfig."""
+class Config(LocalRoPEConfig):
+    """Config with the defaults of transformers' Gemma3TextConfig.
+
+    The published files of 4B to 27B contain only the keys that differ from them.
+    """
 
     vocab_size: Size = 262_208
     hidden_size: Size = 2304
@@ -54,28 +60,38 @@ class Config(TwoBasesConfig):
 
 
 class DecoderLayer(nn.Module):
-    """Norms before and after attention, before and after the feed-forward."""
+    """Decoder layer with norms before and after attention and feed-forward."""
+
+    residual_outputs = POST_NORM
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(ZeroCenteredRMSNorm, eps=c.rms_norm_eps)
         self.self_attn = Attention(
             c,
-            rope=RoPE(c.head_size, c.rotation_of(c.kind(index))),
+            rope=RoPE(c.head_size, c.rope_for(c.layer_type(index))),
             span=c.span(index),
             scale=c.query_pre_attn_scalar**-0.5,
             norm=norm,
         )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, geglu)
-        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
-        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
+        self.pre_feedforward_layernorm = norm(c.hidden_size)
+        self.post_feedforward_layernorm = norm(c.hidden_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), step, cache))
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        attention = self.self_attn(self.input_layernorm(x), context, cache)
+        x = x + self.post_attention_layernorm(attention)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
+    """Build the model without loaded weights."""
     layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-    return CausalLM(c, layers, ZeroCenteredRMSNorm(c.hidden_size, c.rms_norm_eps), embed_scale=c.hidden_size**0.5)
+    return CausalLM(
+        c,
+        layers,
+        ZeroCenteredRMSNorm(c.hidden_size, c.rms_norm_eps),
+        embed_scale=c.hidden_size**0.5,
+    )

@@ -3,8 +3,9 @@
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ GELU ─ + ─
        └──────────────────────┘  └──────────────┘
 
-Stands out: a learned vector for every position, so that the context ends where their table does; LayerNorm; biases
-everywhere; one matrix for queries, keys and values; a feed-forward without a gate; tied embeddings.
+Stands out: learned position embeddings, so that the context ends where their table does; LayerNorm;
+biases everywhere; one matrix for queries, keys and values; a feed-forward without a gate; tied
+embeddings.
 Source: openai-community/gpt2/config.json and transformers' GPT2Config; Radford et al. 2019.
 """
 
@@ -15,9 +16,21 @@ from typing import Any, Literal, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Cache, CausalLM, DecoderConfig, Embedding, Full, LayerNorm, Linear, Positive, Step, gelu
-from mlxarch.blocks.attention import attend
-from mlxarch.blocks.renames import Ignore, Rename, Transpose
+from mlxarch.blocks import (
+    Cache,
+    CausalLM,
+    DecoderConfig,
+    Embedding,
+    ForwardContext,
+    Full,
+    LayerNorm,
+    Linear,
+    Positive,
+    ResidualOutput,
+    gelu,
+)
+from mlxarch.blocks.attention.attention import attend
+from mlxarch.blocks.weight_mapping import Ignore, Rename, Transpose
 from mlxarch.errors import ConfigError, ContextLengthError
 
 NAMES = {
@@ -32,7 +45,10 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
-    """GPT-2 has names of its own for what every decoder has: ``NAMES``. A null ``n_inner`` is 4 times ``n_embd``."""
+    """Config with GPT-2's own names of common keys (``NAMES``).
+
+    A null ``n_inner`` means 4 times ``n_embd``.
+    """
 
     activation_function: Literal["gelu_new"] = "gelu_new"
     add_cross_attention: Literal[False] = False
@@ -55,19 +71,21 @@ class Config(DecoderConfig):
 
 
 class Attention(nn.Module):
-    """Every head has its own keys and values; the positions are in the input already."""
+    """Multi-head attention without position embedding: the positions are in its input."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c_attn = Linear(c.hidden_size, 3 * c.hidden_size, True)
         self.c_proj = Linear(c.hidden_size, c.hidden_size, True)
-        self.head_size, self.span, self.rope = c.head_size, Full(), None
+        self.head_size = c.head_size
+        self.span = Full()
+        self.rope = None
         self.make_cache = self.span.make_cache
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
         qkv = mx.unflatten(self.c_attn(x), -1, (3, -1, self.head_size))  # (B, L, 3, H, D)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, H, L, D)
-        mask = step.mask(self.span, cache)
+        mask = context.mask(self.span, cache)
         if cache is not None:
             k, v = cache.append(k, v)
         out = attend(q, k, v, mask, scale=self.head_size**-0.5)
@@ -75,37 +93,43 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, GELU, down."""
+    """Feed-forward without a gate: up projection, GELU, down projection."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.c_fc, self.c_proj = Linear(dim, hidden, True), Linear(hidden, dim, True)
+        self.c_fc = Linear(dim, hidden, True)
+        self.c_proj = Linear(hidden, dim, True)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.c_proj(gelu(self.c_fc(x)))
 
 
 class DecoderLayer(nn.Module):
-    """Norm before attention and before the feed-forward."""
+    """Decoder layer with norms before attention and before the feed-forward."""
+
+    residual_outputs = (ResidualOutput("attn"), ResidualOutput("mlp"))
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.ln_1, self.ln_2 = (LayerNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
-        self.attn, self.mlp = Attention(c), MLP(c.hidden_size, c.intermediate_size)
+        self.ln_1 = LayerNorm(c.hidden_size, c.rms_norm_eps)
+        self.ln_2 = LayerNorm(c.hidden_size, c.rms_norm_eps)
+        self.attn = Attention(c)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.attn(self.ln_1(x), step, cache)
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        x = x + self.attn(self.ln_1(x), context, cache)
         return x + self.mlp(self.ln_2(x))
 
-    self_attn = property(lambda self: self.attn)  # as all others call it
+    self_attn = property(lambda self: self.attn)  # its name in other architectures
 
 
 class Transformer(nn.Module):
-    """Decoder under the names of the checkpoint."""
+    """Decoder with the parameter names of the checkpoint."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.wte, self.wpe = Embedding(c.vocab_size, c.hidden_size), Embedding(c.max_position_embeddings, c.hidden_size)
+        self.wte = Embedding(c.vocab_size, c.hidden_size)
+        self.wpe = Embedding(c.max_position_embeddings, c.hidden_size)
         self.h = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
         self.ln_f = LayerNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -115,29 +139,36 @@ class Transformer(nn.Module):
 
 
 class GPT2(CausalLM):
-    """Adds the vector of its position to each token."""
+    """Model that adds a learned position embedding to each token."""
 
     def __init__(self, c: Config) -> None:
         decoder = Transformer(c)
         super().__init__(c, decoder.layers, decoder.norm)
         self.model = decoder
 
-    def embed(self, tokens: mx.array, step: Step) -> mx.array:
-        furthest = step.offset if isinstance(step.offset, int) else int(step.offset.max())
-        if furthest + step.length > self.context_length:
+    def embed(self, tokens: mx.array, context: ForwardContext) -> mx.array:
+        """Compute the first hidden state: token ids (B, L) -> (B, L, hidden_size).
+
+        Raises:
+            ContextLengthError: there are more tokens than positions.
+        """
+        offset = context.offset
+        end = context.length + (offset if isinstance(offset, int) else int(offset.max()))
+        if end > self.context_length:
             raise ContextLengthError(
-                f"{furthest + step.length} tokens, and the model knows {self.context_length} positions; shorten the "
+                f"{end} tokens, and the model knows {self.context_length} positions; shorten the "
                 "prompt, or ask for fewer tokens"
             )
-        return super().embed(tokens, step) + self.model.wpe(mx.maximum(step.positions, 0))  # padding is below 0
+        positions = mx.maximum(context.positions, 0)  # those of padding are negative
+        return super().embed(tokens, context) + self.model.wpe(positions)
 
 
 def build(c: Config) -> CausalLM:
-    """A model with the right shapes and no weights."""
+    """Build the model without loaded weights."""
     return GPT2(c)
 
 
-# A name under ``model.`` is one that MLX's own tools wrote: its matrices are (out, in) already
+# Names under ``model.`` were written by MLX's own tools, with matrices (out, in) already
 WEIGHTS = (
     Ignore(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$", "causal mask"),
     Rename(r"^transformer\.", ""),

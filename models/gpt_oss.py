@@ -3,10 +3,11 @@
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ router ─ 4 of 32 experts ─ + ─
        └──────────────────────┘  └──────────────────────────────────┘
 
-Stands out: attention sinks; a window of 128 tokens on every other layer; biases everywhere, in router and experts too;
-a clamped SwiGLU whose up side is shifted by one; experts published in four bits (MXFP4).
+Stands out: attention sinks; a window of 128 tokens in every other layer; biases everywhere, in
+router and experts too; a clamped SwiGLU whose up projection is shifted by one; experts published in
+four bits (MXFP4).
 Source: arXiv:2508.10925; openai/gpt-oss-20b/config.json; openai/gpt-oss's gpt_oss/torch/model.py;
-transformers' GptOssConfig for what its first files do not name.
+transformers' GptOssConfig for keys that the first files lack.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,25 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import AlternatingConfig, Attention, Cache, Positive, RMSNorm, RoPE, Size, Step, causal_lm
-from mlxarch.blocks.feedforward import Gate, one_kernel
-from mlxarch.blocks.moe import Experts, TopK
-from mlxarch.blocks.renames import stacked_experts
+from mlxarch.blocks import (
+    Attention,
+    Cache,
+    ForwardContext,
+    Positive,
+    RMSNorm,
+    RoPE,
+    Size,
+    SlidingPatternConfig,
+    causal_lm,
+)
+from mlxarch.blocks.feed_forward import GatedActivation, compile_elementwise
+from mlxarch.blocks.moe.moe import Experts, TopK
+from mlxarch.blocks.weight_mapping import stacked_experts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AlternatingConfig):
-    """YaRN's ramp is not rounded here: ``truncate`` is false in the published rope_scaling."""
+class Config(SlidingPatternConfig):
+    """Config; YaRN's ramp is not rounded: ``truncate`` is false in the published rope_scaling."""
 
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = True
@@ -36,10 +47,10 @@ class Config(AlternatingConfig):
 
 
 @cache
-def clamped_swiglu(alpha: float, limit: float) -> Gate:
-    """gate * sigmoid(alpha * gate) * (up + 1), of a gate held below the limit and an up side within it."""
+def clamped_swiglu(alpha: float, limit: float) -> GatedActivation:
+    """gate * sigmoid(alpha * gate) * (up + 1), with gate <= limit and -limit <= up <= limit."""
 
-    @one_kernel
+    @compile_elementwise
     def clamped(gate: mx.array, up: mx.array) -> mx.array:
         gate, up = mx.minimum(gate, limit), mx.clip(up, -limit, limit)
         return gate * mx.sigmoid(alpha * gate) * (up + 1)
@@ -48,14 +59,20 @@ def clamped_swiglu(alpha: float, limit: float) -> Gate:
 
 
 class MoE(nn.Module):
-    """Sum of the chosen experts' outputs, each times its weight."""
+    """Weighted sum of the chosen experts' outputs."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        gate = clamped_swiglu(c.swiglu_alpha, c.swiglu_limit)
-        softmax = partial(mx.softmax, axis=-1)
-        self.router = TopK(c.hidden_size, c.num_local_experts, c.num_experts_per_tok, weigh=softmax, bias=True)
-        self.experts = Experts(c.hidden_size, c.intermediate_size, c.num_local_experts, gate, bias=True)
+        activation = clamped_swiglu(c.swiglu_alpha, c.swiglu_limit)
+        experts = c.num_local_experts
+        self.router = TopK(
+            c.hidden_size,
+            experts,
+            c.num_experts_per_tok,
+            weight_function=partial(mx.softmax, axis=-1),
+            bias=True,
+        )
+        self.experts = Experts(c.hidden_size, c.intermediate_size, experts, activation, bias=True)
 
     def __call__(self, x: mx.array) -> mx.array:
         chosen, weights = self.router(x)
@@ -63,18 +80,22 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Norm before attention and before the experts."""
+    """Decoder layer with norms before attention and before the experts."""
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
-        norm, bias = partial(RMSNorm, eps=c.rms_norm_eps), c.attention_bias
-        rope = RoPE(c.head_size, c.rotation)
-        self.self_attn = Attention(c, rope=rope, span=c.span(index), bias=bias, output_bias=bias, sinks=True)
+        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        bias = c.attention_bias
+        rope = RoPE(c.head_size, c.rope)
+        self.self_attn = Attention(
+            c, rope=rope, span=c.span(index), bias=bias, output_bias=bias, sinks=True
+        )
         self.mlp = MoE(c)
-        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

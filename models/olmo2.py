@@ -3,9 +3,10 @@
     x ─┬─ attention ─ norm ─ + ─┬─ SwiGLU ─ norm ─ + ─
        └──────────────────────┘  └─────────────────┘
 
-Stands out: the norms come after attention and feed-forward, inside the residual; QK-norm over the whole projection.
-OLMo 3 has a window on three of four layers, and YaRN on the others only.
-Source: arXiv:2501.00656; config.json of allenai/OLMo-2-1124-7B and allenai/Olmo-3-1025-7B; transformers' Olmo3Config.
+Stands out: norms after attention and feed-forward, before the residual addition; QK-norm over the
+whole projection. OLMo 3 has a sliding window in three of four layers, and YaRN in the others only.
+Source: arXiv:2501.00656; config.json of allenai/OLMo-2-1124-7B and allenai/Olmo-3-1025-7B;
+transformers' Olmo3Config.
 """
 
 from dataclasses import dataclass
@@ -15,43 +16,62 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, GatedMLP, LayerTypesConfig, RMSNorm, Step, causal_lm, swiglu
-from mlxarch.blocks.rope import RoPE, Rotation
+from mlxarch.blocks import (
+    POST_NORM,
+    Attention,
+    Cache,
+    ForwardContext,
+    GatedMLP,
+    LayerTypesConfig,
+    RMSNorm,
+    causal_lm,
+    swiglu,
+)
+from mlxarch.blocks.rope import RoPE, RoPEConfig
 from mlxarch.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LayerTypesConfig):
-    """No biases anywhere. The window and the kinds of layers are OLMo 3's."""
+    """Config without biases; sliding window and layer types are OLMo 3's."""
 
     hidden_act: Literal["silu"] = "silu"
 
-    def usual_kind(self, index: int) -> Literal["sliding_attention", "full_attention"]:
-        return "sliding_attention" if self.model_type == "olmo3" and (index + 1) % 4 else "full_attention"
+    def default_layer_type(self, index: int) -> Literal["sliding_attention", "full_attention"]:
+        sliding = self.model_type == "olmo3" and (index + 1) % 4
+        return "sliding_attention" if sliding else "full_attention"
 
-    def rotation_of(self, kind: str) -> Rotation:
-        found, own = super().rotation_of(kind), (self.rope_parameters or {}).get(kind)
-        return found if own or kind == "full_attention" else Rotation(found.theta)
+    def rope_for(self, layer_type: str) -> RoPEConfig:
+        found = super().rope_for(layer_type)
+        own = (self.rope_parameters or {}).get(layer_type)
+        return found if own or layer_type == "full_attention" else RoPEConfig(found.theta)
 
     def check(self) -> None:
         super().check()
         if self.model_type == "olmo2" and self.sliding_window:
-            raise ConfigError(f"config.json: OLMo 2 has no window, found sliding_window = {self.sliding_window}")
+            raise ConfigError(
+                f"config.json: OLMo 2 has no window, found sliding_window = {self.sliding_window}"
+            )
 
 
 class DecoderLayer(nn.Module):
-    """Norm after attention and after the feed-forward."""
+    """Decoder layer with norms after attention and after the feed-forward."""
+
+    residual_outputs = POST_NORM
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        rope = RoPE(c.head_size, c.rotation_of(c.kind(index)))
-        self.self_attn = Attention(c, rope=rope, span=c.span(index), norm=norm, qk_norm="projection")
+        rope = RoPE(c.head_size, c.rope_for(c.layer_type(index)))
+        self.self_attn = Attention(
+            c, rope=rope, span=c.span(index), norm=norm, qk_norm="projection"
+        )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
-        self.post_attention_layernorm, self.post_feedforward_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
+        self.post_feedforward_layernorm = norm(c.hidden_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.post_attention_layernorm(self.self_attn(x, step, cache))
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        x = x + self.post_attention_layernorm(self.self_attn(x, context, cache))
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 

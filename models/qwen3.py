@@ -3,9 +3,10 @@
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ SwiGLU ─ + ─
        └──────────────────────┘  └────────────────┘
 
-Stands out: QK-norm on every head before RoPE; heads wider than hidden_size / heads; no biases. Qwen2 has biases on
-queries, keys and values instead of the QK-norm.
-Source: arXiv:2505.09388; arXiv:2407.10671; config.json of Qwen/Qwen3-0.6B and Qwen/Qwen2.5-7B-Instruct.
+Stands out: QK-norm on every head before RoPE; heads wider than hidden_size / heads; no biases.
+Qwen2 has biases on queries, keys and values instead of the QK-norm.
+Source: arXiv:2505.09388; arXiv:2407.10671; config.json of Qwen/Qwen3-0.6B and
+Qwen/Qwen2.5-7B-Instruct.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,26 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, GatedMLP, LayerTypesConfig, RMSNorm, RoPE, Step, causal_lm, swiglu
+from mlxarch.blocks import (
+    Attention,
+    Cache,
+    ForwardContext,
+    GatedMLP,
+    LayerTypesConfig,
+    RMSNorm,
+    RoPE,
+    causal_lm,
+    swiglu,
+)
 from mlxarch.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LayerTypesConfig):
-    """Layers from ``max_window_layers`` on have the window. Published files name one, and most switch it off."""
+    """Config; layers from ``max_window_layers`` on have the sliding window.
+
+    Published files give a window, and most of them switch it off.
+    """
 
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
@@ -32,31 +46,41 @@ class Config(LayerTypesConfig):
     def window(self) -> int | None:
         return self.sliding_window if self.use_sliding_window else None
 
-    def usual_kind(self, index: int) -> Literal["sliding_attention", "full_attention"]:
-        return "sliding_attention" if self.window and index >= self.max_window_layers else "full_attention"
+    def default_layer_type(self, index: int) -> Literal["sliding_attention", "full_attention"]:
+        return (
+            "sliding_attention"
+            if self.window and index >= self.max_window_layers
+            else "full_attention"
+        )
 
     def check(self) -> None:
         super().check()
         if self.model_type == "qwen2" and self.attention_bias:
-            raise ConfigError("config.json: attention_bias = true is not Qwen2's, which has biases on q, k and v only")
+            raise ConfigError(
+                "config.json: attention_bias = true is not Qwen2's, which has biases on q, k and v "
+                "only"
+            )
 
 
 class DecoderLayer(nn.Module):
-    """Norm before attention and before the feed-forward."""
+    """Decoder layer with norms before attention and before the feed-forward."""
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        attention = partial(Attention, c, rope=RoPE(c.head_size, c.rotation), span=c.span(index))
+        attention = partial(Attention, c, rope=RoPE(c.head_size, c.rope), span=c.span(index))
         if c.model_type == "qwen2":
             self.self_attn = attention(bias=True)
         else:
-            self.self_attn = attention(norm=norm, bias=c.attention_bias, output_bias=c.attention_bias)
+            self.self_attn = attention(
+                norm=norm, bias=c.attention_bias, output_bias=c.attention_bias
+            )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
-        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

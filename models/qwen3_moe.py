@@ -3,8 +3,8 @@
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ router ─ 8 of 128 experts ─ + ─
        └──────────────────────┘  └───────────────────────────────────┘
 
-Stands out: many small experts, none of them shared; QK-norm on every head. Qwen2 MoE has biases on queries, keys and
-values instead, and a shared expert behind a gate.
+Stands out: many small experts, none of them shared; QK-norm on every head. Qwen2 MoE has biases on
+queries, keys and values instead, and a shared expert behind a gate.
 Source: arXiv:2505.09388; config.json of Qwen/Qwen3-30B-A3B and Qwen/Qwen1.5-MoE-A2.7B.
 """
 
@@ -21,6 +21,7 @@ from mlxarch.blocks import (
     Count,
     DecoderConfig,
     Experts,
+    ForwardContext,
     GatedMLP,
     Linear,
     MoE,
@@ -28,16 +29,18 @@ from mlxarch.blocks import (
     RoPE,
     Size,
     SoftmaxTopK,
-    Step,
     causal_lm,
     swiglu,
 )
-from mlxarch.blocks.renames import Stack
+from mlxarch.blocks.weight_mapping import Stack
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
-    """transformers 5 writes ``num_local_experts`` for ``num_experts``. The sliding window is off in published files."""
+    """Config; transformers 5 writes ``num_local_experts`` for ``num_experts``.
+
+    Published files switch the sliding window off.
+    """
 
     hidden_act: Literal["silu"] = "silu"
     moe_intermediate_size: Size
@@ -55,7 +58,9 @@ class Config(DecoderConfig):
 
 
 class GatedSharedMoE(MoE):
-    """Qwen2 MoE: what the shared expert adds is scaled by a sigmoid of the token."""
+    """Qwen2 MoE: the output of the shared expert is scaled by a sigmoid gate per token."""
+
+    weighted_shared_expert = True
 
     def __init__(self, c: Config, gate: SoftmaxTopK, switch_mlp: Experts) -> None:
         super().__init__(gate, switch_mlp)
@@ -67,31 +72,36 @@ class GatedSharedMoE(MoE):
 
 
 class DecoderLayer(nn.Module):
-    """Norm before attention and before the experts."""
+    """Decoder layer with norms before attention and before the experts."""
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        attention = partial(Attention, c, rope=RoPE(c.head_size, c.rotation))
+        attention = partial(Attention, c, rope=RoPE(c.head_size, c.rope))
         if c.model_type == "qwen2_moe":
             self.self_attn = attention(bias=c.qkv_bias)
         else:
-            self.self_attn = attention(norm=norm, bias=c.attention_bias, output_bias=c.attention_bias)
+            self.self_attn = attention(
+                norm=norm, bias=c.attention_bias, output_bias=c.attention_bias
+            )
         sparse = index not in c.mlp_only_layers and (index + 1) % c.decoder_sparse_step == 0
         self.mlp = moe(c) if sparse else GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
-        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def moe(c: Config) -> MoE:
-    """The experts of one layer and their router."""
+    """Create the experts of one layer and their router."""
     experts = c.num_experts or c.num_local_experts
     gate = SoftmaxTopK(c.hidden_size, experts, c.num_experts_per_tok, renormalise=c.norm_topk_prob)
-    kind = partial(GatedSharedMoE, c) if c.shared_expert_intermediate_size else MoE
-    return kind(gate, Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu))
+    switch_mlp = Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu)
+    if c.shared_expert_intermediate_size:
+        return GatedSharedMoE(c, gate, switch_mlp)
+    return MoE(gate, switch_mlp)
 
 
 build = causal_lm(DecoderLayer)

@@ -3,8 +3,10 @@
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ SwiGLU ─ + ─
        └──────────────────────┘  └────────────────┘
 
-Stands out: every fourth layer sees no positions (NoPE), and attends to everything like the others; tied embeddings.
-Source: HuggingFaceTB/SmolLM3-3B/config.json; transformers' SmolLM3Config; arXiv:2501.18795 (NoPE among RoPE layers).
+Stands out: no positions in every fourth layer (NoPE), full attention in all of them; tied
+embeddings.
+Source: HuggingFaceTB/SmolLM3-3B/config.json; transformers' SmolLM3Config; arXiv:2501.18795 (NoPE
+among RoPE layers).
 """
 
 from dataclasses import dataclass
@@ -14,13 +16,28 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Attention, Cache, GatedMLP, NoRoPE, Positive, RMSNorm, RoPE, Size, Step, causal_lm, swiglu
-from mlxarch.blocks.layer_types import LayerTypesConfig
+from mlxarch.blocks import (
+    Attention,
+    Cache,
+    ForwardContext,
+    GatedMLP,
+    NoRoPE,
+    Positive,
+    RMSNorm,
+    RoPE,
+    Size,
+    causal_lm,
+    swiglu,
+)
+from mlxarch.blocks.attention.layer_types import LayerTypesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LayerTypesConfig):
-    """A 1 in ``no_rope_layers`` means that the layer has RoPE. The window is off in the published file."""
+    """Config; a 1 in ``no_rope_layers`` means that the layer has RoPE.
+
+    The published file switches the sliding window off.
+    """
 
     hidden_act: Literal["silu"] = "silu"
     rope_theta: Positive | None = 2_000_000.0
@@ -36,11 +53,11 @@ class Config(LayerTypesConfig):
         return self.sliding_window if self.use_sliding_window else None
 
     def has_rope(self, index: int) -> bool:
-        """Whether the layer with this index, counted from 0, sees positions."""
+        """Whether the layer at ``index``, counted from 0, has RoPE."""
         listed = self.no_rope_layers
         return bool((index + 1) % self.no_rope_layer_interval if listed is None else listed[index])
 
-    def usual_kind(self, index: int) -> Literal["sliding_attention", "full_attention"]:
+    def default_layer_type(self, index: int) -> Literal["sliding_attention", "full_attention"]:
         return "sliding_attention" if self.window and not self.has_rope(index) else "full_attention"
 
     def check(self) -> None:
@@ -49,18 +66,20 @@ class Config(LayerTypesConfig):
 
 
 class DecoderLayer(nn.Module):
-    """Norm before attention and before the feed-forward."""
+    """Decoder layer with norms before attention and before the feed-forward."""
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
-        norm, bias = partial(RMSNorm, eps=c.rms_norm_eps), c.attention_bias
-        rope = RoPE(c.head_size, c.rotation) if c.has_rope(index) else NoRoPE()
+        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        bias = c.attention_bias
+        rope = RoPE(c.head_size, c.rope) if c.has_rope(index) else NoRoPE()
         self.self_attn = Attention(c, rope=rope, span=c.span(index), bias=bias, output_bias=bias)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu, c.mlp_bias)
-        self.input_layernorm, self.post_attention_layernorm = norm(c.hidden_size), norm(c.hidden_size)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
 
-    def __call__(self, x: mx.array, step: Step, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

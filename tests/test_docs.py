@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import mlx.core as mx
@@ -12,21 +13,31 @@ import numpy as np
 import pytest
 from house import MODEL_DOCSTRING, ROOT
 
-from mlxarch.registry import MODELS, architecture
+from mlxarch.loading.model_types import MODELS
+from mlxarch.loading.registry import architecture
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 
 
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a page in one language."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    fenced = re.findall(
+        r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+    )
     return [text for found, text in fenced if found == language]
 
 
 def mlxarch_says(*arguments: str) -> str:
     code = f"import sys; from mlxarch.cli.main import main; sys.argv = {['mlxarch', *arguments]!r}; main()"
-    environment = {"COLUMNS": "100", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    environment = {
+        "COLUMNS": "100",
+        "NO_COLOR": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "LC_ALL": "C.UTF-8",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,11 +60,13 @@ def test_a_command_of_the_readme_has_the_options_it_is_shown_with(arguments):
     command, *rest = arguments
     text = mlxarch_says(command, "--help")
     options = [word for word in rest if re.fullmatch(r"--?[a-z][a-z-]*", word)]
-    assert not [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", text)]
+    assert not [
+        option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", text)
+    ]
 
 
 def test_the_python_of_the_readme_runs(smollm2, monkeypatch, capsys):
-    from mlxarch import store
+    from mlxarch.store import obtain as store
 
     monkeypatch.setattr(store, "obtain", lambda *arguments, **options: smollm2)
     scope: dict = {}
@@ -69,6 +82,29 @@ def test_the_python_of_the_readme_runs(smollm2, monkeypatch, capsys):
 def test_every_link_within_the_repository_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)", page.read_text())
     assert not [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_heading_finds_it(page):
+    links = re.findall(r"\]\(([^):]*)#([^)]+)\)", page.read_text())
+    assert not [
+        f"{target}#{anchor}"
+        for target, anchor in links
+        if anchor not in anchors(page.parent / target if target else page)
+    ]
+
+
+def test_the_glossary_is_in_alphabetical_order():
+    terms = re.findall(r"^### (.*)$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    keys = [re.sub(r"[^a-z0-9]", "", term.lower()) for term in terms]
+    assert len(keys) >= 40
+    assert keys == sorted(set(keys))
 
 
 def test_every_benchmark_is_listed_with_the_claim_it_measures():

@@ -13,14 +13,15 @@ from house import THOROUGH
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from mlxarch import catalog
 from mlxarch.blocks import CausalLM
 from mlxarch.blocks.linear import Matrix
-from mlxarch.generation import Session, decode
-from mlxarch.loading import load_model
+from mlxarch.generation.decode import decode
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.hub import catalog
+from mlxarch.loading.load import load_model
 from mlxarch.quantize import convert
-from mlxarch.sampling import Sampling
-from mlxarch.tokenizer import Tokenizer
+from mlxarch.tokenizer.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "fixtures" / "smollm2"
 STORED = json.loads((FOLDER / "texts.json").read_text())
@@ -44,13 +45,13 @@ def quick(smollm2: Path) -> CausalLM:
     if mx.default_device() == mx.cpu and not THOROUGH:
         for module in model.modules():
             if isinstance(module, Matrix):
-                module.product = by_numpy(module)
+                module.matmul = by_numpy(module)
     return model
 
 
 def by_numpy(matrix: Matrix) -> Callable[..., mx.array]:
-    """``Matrix.product`` of what the packed weights stand for."""
-    usual, form, wide = matrix.product, matrix.quantization, dict[int, tuple[Any, np.ndarray]]()
+    """``Matrix.matmul`` of what the packed weights stand for."""
+    usual, form, wide = matrix.matmul, matrix.quantization, dict[int, tuple[Any, np.ndarray]]()
     assert form is not None, "SmolLM2 is packed"
 
     def product(x: mx.array, arrays: Any = None, transpose: bool = True) -> mx.array:
@@ -71,21 +72,30 @@ def logits(model: CausalLM, quick: CausalLM) -> dict[str, np.ndarray]:
     """Logits (L, V) of every text, of the first by MLX's products alone."""
     first, *others = STORED["texts"]
     models = {first: model} | dict.fromkeys(others, quick)
-    return {name: np.array(models[name](mx.array(GOLDEN[f"{name}.ids"])[None])[0]) for name in STORED["texts"]}
+    return {
+        name: np.array(models[name](mx.array(GOLDEN[f"{name}.ids"])[None])[0])
+        for name in STORED["texts"]
+    }
 
 
 def distance(found: np.ndarray, name: str) -> float:
     """Largest difference from the stored logits, as far as the text was run."""
     length = len(GOLDEN[f"{name}.ids"])
     rows = [i for i in sorted({*range(0, length, EVERY), length - 1}) if i < len(found)]
-    return float(np.abs(found[rows][:, GOLDEN["columns"]] - GOLDEN[f"{name}.logits"][: len(rows)]).max())
+    return float(
+        np.abs(found[rows][:, GOLDEN["columns"]] - GOLDEN[f"{name}.logits"][: len(rows)]).max()
+    )
 
 
 def test_the_golden_numbers_are_those_of_the_weights_and_texts_at_hand() -> None:
     with safe_open(FOLDER / "golden.safetensors", "np") as file:
         metadata = file.metadata()
-    assert metadata["texts_sha256"] == hashlib.sha256((FOLDER / "texts.json").read_bytes()).hexdigest()
-    assert metadata["gguf_sha256"] in {getattr(source, "member_sha256", None) for source in sources()}
+    assert (
+        metadata["texts_sha256"] == hashlib.sha256((FOLDER / "texts.json").read_bytes()).hexdigest()
+    )
+    assert metadata["gguf_sha256"] in {
+        getattr(source, "member_sha256", None) for source in sources()
+    }
     assert len(STORED["texts"]) == len(STORED["conversations"]) == 5
     assert all(len(GOLDEN[f"{name}.ids"]) >= 200 for name in STORED["texts"])
 
@@ -97,7 +107,9 @@ def sources() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", STORED["texts"])
-def test_every_logit_of_a_text_is_that_of_transformers(name: str, logits: dict[str, np.ndarray]) -> None:
+def test_every_logit_of_a_text_is_that_of_transformers(
+    name: str, logits: dict[str, np.ndarray]
+) -> None:
     found = logits[name]
     assert distance(found, name) <= TOLERANCE
     # over the whole vocabulary and every position: the best token, and the sum of exponentials
@@ -109,7 +121,9 @@ def test_every_logit_of_a_text_is_that_of_transformers(name: str, logits: dict[s
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_64_greedy_tokens_are_those_of_transformers(number: int, model: CausalLM, quick: CausalLM) -> None:
+def test_64_greedy_tokens_are_those_of_transformers(
+    number: int, model: CausalLM, quick: CausalLM
+) -> None:
     model = quick if number else model
     wanted = GOLDEN[f"chat.{number}.generated"].tolist()
     prompt = GOLDEN[f"chat.{number}.ids"].tolist()
@@ -126,7 +140,9 @@ def test_a_text_becomes_the_tokens_of_the_published_tokenizer(name: str, smollm2
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_a_conversation_becomes_the_tokens_of_the_published_template(number: int, smollm2: Path) -> None:
+def test_a_conversation_becomes_the_tokens_of_the_published_template(
+    number: int, smollm2: Path
+) -> None:
     found = Tokenizer.from_folder(smollm2).apply_chat_template(STORED["conversations"][number])
     assert found == GOLDEN[f"chat.{number}.ids"].tolist()
 
@@ -150,7 +166,9 @@ def as_llama_cpp_orders_them(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [other_base, as_llama_cpp_orders_them])
-def test_a_mistake_in_rope_moves_the_logits(change: Callable[[Path], None], smollm2: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_rope_moves_the_logits(
+    change: Callable[[Path], None], smollm2: Path, tmp_path: Path
+) -> None:
     convert(smollm2, tmp_path / "changed", bits=None)
     assert distance(probe(tmp_path / "changed"), "prose") <= TOLERANCE
     change(tmp_path / "changed")

@@ -1,37 +1,35 @@
-"""The parts that decoders are made of; no architecture is known here by name.
+"""Building blocks of decoders: attention, experts, norms, linear layers; no architecture by name.
 
-Shapes are written with these letters throughout:
+Letters in shapes:
 
-    B batch · L length of this pass · S keys held, this pass included · V vocabulary
+    B batch · L length of this pass · S keys, cached and new · V vocabulary
     H query heads · K key/value heads · D size of one head · E experts
 """
 
-from mlxarch.blocks.attention import Attention
+from mlxarch.blocks.attention.attention import Attention
+from mlxarch.blocks.attention.blockwise import Mask
+from mlxarch.blocks.attention.forward_context import ForwardContext
+from mlxarch.blocks.attention.latent_attention import LatentAttention
+from mlxarch.blocks.attention.latent_config import LatentConfig
+from mlxarch.blocks.attention.layer_types import (
+    LayerTypesConfig,
+    LocalRoPEConfig,
+    SlidingPatternConfig,
+)
+from mlxarch.blocks.attention.span import Chunked, Full, Sliding, Span
 from mlxarch.blocks.config import Count, DecoderConfig, Layers, Positive, Size
 from mlxarch.blocks.decoder import CausalLM, causal_lm
-from mlxarch.blocks.feedforward import GatedMLP, geglu, gelu, swiglu
-from mlxarch.blocks.latent_attention import LatentAttention
-from mlxarch.blocks.latent_config import LatentConfig
-from mlxarch.blocks.layer import Layer
-from mlxarch.blocks.layer_types import AlternatingConfig, LayerTypesConfig, TwoBasesConfig
+from mlxarch.blocks.feed_forward import GatedMLP, geglu, gelu, swiglu
+from mlxarch.blocks.layer import POST_NORM, Layer, ResidualOutput
 from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, fuse
-from mlxarch.blocks.moe import Experts, MoE
+from mlxarch.blocks.moe.moe import Experts, MoE
+from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
-from mlxarch.blocks.rope import NoRoPE, RoPE, Rotation
-from mlxarch.blocks.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
-from mlxarch.blocks.scores import Mask
-from mlxarch.blocks.span import Chunked, Full, Sliding, Span
-from mlxarch.blocks.step import Step
-from mlxarch.cache import Cache, Held
-from mlxarch.packing import Quantization
+from mlxarch.blocks.rope import NoRoPE, RoPE, RoPEConfig
+from mlxarch.kv_cache import Cache, KVArray
+from mlxarch.quantization.scheme import Quantization
 
 __all__ = [
-    "causal_lm",
-    "SoftmaxTopK",
-    "Router",
-    "MoE",
-    "Experts",
-    "ExpertLinear",
     "Attention",
     "Cache",
     "CausalLM",
@@ -39,11 +37,14 @@ __all__ = [
     "Count",
     "DecoderConfig",
     "Embedding",
+    "ExpertLinear",
+    "Experts",
+    "ForwardContext",
     "Full",
-    "Held",
     "GatedMLP",
     "GroupLimitedSigmoid",
     "GroupLimitedSoftmax",
+    "KVArray",
     "LatentAttention",
     "LatentConfig",
     "Layer",
@@ -51,20 +52,25 @@ __all__ = [
     "LayerTypesConfig",
     "Layers",
     "Linear",
+    "LocalRoPEConfig",
     "Mask",
+    "MoE",
     "NoRoPE",
+    "POST_NORM",
     "Positive",
     "Quantization",
     "RMSNorm",
+    "ResidualOutput",
     "RoPE",
-    "Rotation",
+    "RoPEConfig",
+    "Router",
     "Size",
     "Sliding",
+    "SlidingPatternConfig",
+    "SoftmaxTopK",
     "Span",
-    "Step",
-    "AlternatingConfig",
-    "TwoBasesConfig",
     "ZeroCenteredRMSNorm",
+    "causal_lm",
     "fuse",
     "geglu",
     "gelu",

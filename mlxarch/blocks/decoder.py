@@ -1,38 +1,40 @@
-"""The frame that nearly every architecture shares: embed, run the layers, normalise, unembed."""
+"""Causal language model: embeddings, decoder layers, final norm and output head."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxarch.blocks.attention.forward_context import ForwardContext
 from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.layer import Layer
 from mlxarch.blocks.linear import Embedding, Linear
 from mlxarch.blocks.norms import RMSNorm
-from mlxarch.blocks.step import Step
-from mlxarch.cache import Cache
 from mlxarch.errors import InvalidInput
-from mlxarch.packing import Quantization
+from mlxarch.kv_cache import Cache
+from mlxarch.quantization.scheme import Quantization
 
 
 class Decoder(nn.Module):
-    """The part of a checkpoint under ``model.``: embeddings, layers and the last norm."""
+    """Embeddings, layers and final norm: the parameters under ``model.`` in a checkpoint."""
 
     def __init__(self, embed_tokens: Embedding, layers: Sequence[Layer], norm: nn.Module) -> None:
         super().__init__()
-        self.embed_tokens, self.layers, self.norm = embed_tokens, list(layers), norm
+        self.embed_tokens = embed_tokens
+        self.layers = list(layers)
+        self.norm = norm
 
 
 class CausalLM(nn.Module):
-    """Decoder with a head on top.
+    """Decoder with an output head.
 
-    Whoever walks a model (generation, streaming, a quantizer) uses three steps: ``embed`` makes the state, each of
-    ``layers`` takes and returns it, ``head`` makes logits of it.
+    Generation, SSD streaming and the quantizer run a model in three steps: ``embed`` computes the
+    hidden state, each of ``layers`` updates it, ``head`` computes logits from it.
 
     Args:
-        embed_scale: multiplies the embeddings, rounded to their type as in the training.
+        embed_scale: factor of the embeddings, rounded to their type as in training.
         softcap: logits become softcap * tanh(logits / softcap) (arXiv:2408.00118).
     """
 
@@ -46,61 +48,76 @@ class CausalLM(nn.Module):
         softcap: float | None = None,
     ) -> None:
         super().__init__()
-        self.embed_scale, self.softcap = embed_scale, softcap
-        self.vocab_size, self.context_length = c.vocab_size, c.max_position_embeddings
-        self.chunk, self.streaming = cast(int | None, None), cast(Any, None)  # see Execution: the loader sets them
+        self.embed_scale = embed_scale
+        self.softcap = softcap
+        self.vocab_size = c.vocab_size
+        self.context_length = c.max_position_embeddings
         self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size)
 
     @property
     def layers(self) -> list[Layer]:
-        """In the order in which they run."""
+        """Layers in the order in which they run."""
         return self.model.layers
 
-    def embed(self, tokens: mx.array, step: Step) -> mx.array:
-        """Token ids (B, L) -> state (B, L, hidden_size)."""
+    def embed(self, tokens: mx.array, context: ForwardContext) -> mx.array:
+        """Compute the first hidden state: token ids (B, L) -> (B, L, hidden_size)."""
         x = self.model.embed_tokens(tokens)
         return x if self.embed_scale is None else x * mx.array(self.embed_scale, x.dtype)
 
     def head(self, state: mx.array) -> mx.array:
-        """State (B, L, hidden_size) -> logits (B, L, V)."""
+        """Compute logits: last hidden state (B, L, hidden_size) -> (B, L, V)."""
         x = self.model.norm(state)
         logits = self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
         return logits if self.softcap is None else self.softcap * mx.tanh(logits / self.softcap)
 
-    def states(self, tokens: mx.array, caches: Sequence[Cache | None] | None = None) -> mx.array:
-        """Token ids (B, L) -> the state behind the last layer. The ids must be in range: nothing checks them here."""
-        step = Step(tokens.shape[1], caches)
-        state = self.embed(tokens, step)
+    def hidden_state(
+        self, tokens: mx.array, caches: Sequence[Cache | None] | None = None
+    ) -> mx.array:
+        """Compute the hidden state after the last layer: token ids (B, L) -> (B, L, hidden_size).
+
+        The ids must be in range; they are not checked here.
+        """
+        context = ForwardContext(tokens.shape[1], caches)
+        state = self.embed(tokens, context)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            state = layer(state, step, cache)
+            state = layer(state, context, cache)
         return state
 
     def __call__(self, tokens: mx.array, caches: Sequence[Cache | None] | None = None) -> mx.array:
-        """Token ids (B, L) -> logits (B, L, V). With caches, the tokens follow those that the caches hold.
+        """Compute logits: token ids (B, L) -> (B, L, V).
+
+        With caches, the tokens follow those that are cached.
 
         Raises:
-            InvalidInput: not a (B, L) array of integers, or an id outside of the vocabulary. MLX itself does not
-                check an index, it would read whatever lies there.
+            InvalidInput: not a (B, L) array of integers, or an id outside of the vocabulary. MLX
+                does not check indices and would read arbitrary memory.
         """
         if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
-            raise InvalidInput(f"tokens must be integers (B, L), not empty; found {tokens.dtype} {tokens.shape}")
+            raise InvalidInput(
+                f"tokens must be integers (B, L), not empty; found {tokens.dtype} {tokens.shape}"
+            )
         ids = np.asarray(tokens)
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
-            raise InvalidInput(f"token ids must lie in 0 … {self.vocab_size - 1}; found {outside[0]}")
-        return self.head(self.states(tokens, caches))
+            raise InvalidInput(
+                f"token ids must lie in 0 … {self.vocab_size - 1}; found {outside[0]}"
+            )
+        return self.head(self.hidden_state(tokens, caches))
 
     def make_caches(
-        self, capacity: int | None = None, padding: Sequence[int] | None = None, kv: Quantization | None = None
+        self,
+        capacity: int | None = None,
+        padding: Sequence[int] | None = None,
+        kv: Quantization | None = None,
     ) -> list[Cache | None]:
-        """One empty cache for each layer; None for a layer that takes its keys and values from another.
+        """Create an empty KV cache per layer; None for a layer that reads another layer's.
 
         Args:
-            capacity: tokens to allocate for at once; None grows by need.
-            padding: of a batch, how many tokens of padding stand on the left of each row.
-            kv: how keys and values are packed; None keeps them as they come.
+            capacity: tokens to allocate for at once; None grows as needed.
+            padding: tokens of padding on the left of each row of a batch.
+            kv: quantization of keys and values; None stores them as they are.
         """
         caches = [layer.self_attn.make_cache(capacity, kv) for layer in self.layers]
         if padding is not None and any(padding):
@@ -111,7 +128,11 @@ class CausalLM(nn.Module):
 
 
 def causal_lm(layer: Callable[[Any, int], Layer]) -> Callable[[Any], CausalLM]:
-    """The ``build`` of an architecture without a frame of its own: ``layer(c, index)`` makes each of its layers."""
+    """Make the ``build`` function of an architecture that has nothing special outside its layers.
+
+    Args:
+        layer: constructor of a layer from the config and the layer's index.
+    """
 
     def build(c: DecoderConfig) -> CausalLM:
         layers = [layer(c, index) for index in range(c.num_hidden_layers)]

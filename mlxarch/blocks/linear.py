@@ -1,26 +1,39 @@
-"""Matrices: full precision or quantized, alone or several that share an input run as one product."""
+"""Linear layers and embeddings, quantized or not; projections fused into one matmul."""
 
+from itertools import accumulate
 from operator import is_
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.packing import Quantization
+from mlxarch.quantization.scheme import Quantization
 
 
 class Matrix(nn.Module):
-    """A weight (…, out, in), packed where ``quantization`` is set; then ``scales`` and ``biases`` stand beside it."""
+    """A weight (…, out, in); packed, with ``scales`` and ``biases``, if ``quantization`` is set.
 
-    quantizable = True  # whether a quantizer may pack it; a router may come packed and is never packed here
+    Attributes:
+        quantizable: whether the quantizer may quantize it. A router is not quantized here, but it
+            may be in a published checkpoint.
+        quantization: None for a floating-point weight.
+    """
+
+    quantizable = True
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = mx.zeros(shape)
         self.quantization: Quantization | None = None
 
-    def product(self, x: mx.array, arrays: dict[str, Any] | None = None, transpose: bool = True) -> mx.array:
-        """x @ weight.T without any bias, or x @ weight; ``arrays`` stands in for the matrix's own."""
+    def matmul(
+        self, x: mx.array, arrays: dict[str, Any] | None = None, transpose: bool = True
+    ) -> mx.array:
+        """x @ weight.T without bias, or x @ weight without ``transpose``.
+
+        Args:
+            arrays: used in place of the matrix's own ``weight``, ``scales`` and ``biases``.
+        """
         arrays = self if arrays is None else arrays
         if self.quantization is not None:
             return self.quantization.matmul(x, arrays, transpose)
@@ -40,12 +53,16 @@ class Linear(Matrix):
             self.bias = mx.zeros((outputs,))
 
     def __call__(self, x: mx.array, arrays: dict[str, Any] | None = None) -> mx.array:
-        y, arrays = self.product(x, arrays), self if arrays is None else arrays
+        y = self.matmul(x, arrays)
+        arrays = self if arrays is None else arrays
         return y + arrays["bias"] if "bias" in arrays else y
 
 
 class Embedding(Matrix):
-    """One row per token. The ids are not checked here: see ``CausalLM.__call__``.
+    """Embedding table with one row per token. Ids are not checked here: see ``CausalLM.__call__``.
+
+    Attributes:
+        dtype: type of dequantized rows; set by the loader.
 
     Shape:
         tokens: (B, L) -> (B, L, dims); as_linear: (..., dims) -> (..., V)
@@ -53,33 +70,43 @@ class Embedding(Matrix):
 
     def __init__(self, tokens: int, dims: int) -> None:
         super().__init__(tokens, dims)
-        self.dtype = mx.float32  # what a packed table unpacks to; the loader sets it
+        self.dtype = mx.float32
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return self.lookup(tokens)
 
     def lookup(self, tokens: mx.array) -> mx.array:
-        """The rows of the tokens, unpacked."""
-        parts = {name: self[name][tokens] for name in ("weight", "scales", "biases") if name in self}
-        return unpacked_rows(parts, self.quantization, self.dtype)
+        """Dequantized rows of the tokens."""
+        names = ("weight", "scales", "biases")
+        rows = {name: self[name][tokens] for name in names if name in self}
+        return dequantize_rows(rows, self.quantization, self.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """The output head of a model whose embeddings are tied."""
-        return self.product(x)
+        """Output head of a model with tied embeddings."""
+        return self.matmul(x)
 
 
-def unpacked_rows(parts: dict[str, mx.array], packed: Quantization | None, dtype: mx.Dtype) -> mx.array:
-    """Rows of a table, in memory or read from the disk, as vectors (…, dims): the same operations either way."""
-    if packed is None:
-        return parts["weight"]
-    return packed.dequantize(parts["weight"], parts["scales"], parts.get("biases"), dtype)
+def dequantize_rows(
+    rows: dict[str, mx.array], quantization: Quantization | None, dtype: mx.Dtype
+) -> mx.array:
+    """Dequantize rows of an embedding table to vectors (…, dims).
+
+    The operations are the same for a table in memory and for rows read from the SSD.
+
+    Args:
+        rows: ``weight`` and, if quantized, ``scales`` and ``biases`` of the rows.
+    """
+    if quantization is None:
+        return rows["weight"]
+    return quantization.dequantize(rows["weight"], rows["scales"], rows.get("biases"), dtype)
 
 
 class ExpertLinear(Matrix):
-    """The matrices of all experts: each row of x is multiplied by the one that is chosen for it.
+    """Linear layers of all experts, weight (E, out, in); each row of x goes to its chosen expert.
 
     Shape:
-        x: (..., 1, in), chosen: (...) -> (..., 1, out); ``sorted``: whether the chosen experts stand in order
+        x: (..., 1, in), chosen: (...) -> (..., 1, out); ``sorted``: whether the chosen experts are
+        in ascending order
     """
 
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
@@ -88,70 +115,101 @@ class ExpertLinear(Matrix):
             self.bias = mx.zeros((experts, outputs))
 
     def __call__(
-        self, x: mx.array, chosen: mx.array, sorted: bool = False, arrays: dict[str, Any] | None = None
+        self,
+        x: mx.array,
+        chosen: mx.array,
+        sorted: bool = False,
+        arrays: dict[str, Any] | None = None,
     ) -> mx.array:
         arrays = self if arrays is None else arrays
-        y = self.products(x, chosen, sorted, arrays)
+        y = self.gather_matmul(x, chosen, sorted, arrays)
         return y + arrays["bias"][chosen][..., None, :] if "bias" in arrays else y
 
-    def products(self, x: mx.array, chosen: mx.array, sorted: bool, arrays: dict[str, Any]) -> mx.array:
-        """``product`` by the chosen matrices."""
+    def gather_matmul(
+        self, x: mx.array, chosen: mx.array, sorted: bool, arrays: dict[str, Any]
+    ) -> mx.array:
+        """``matmul`` with the chosen expert of each row."""
         if self.quantization is None:
             weight = arrays["weight"].swapaxes(-1, -2)
             return mx.gather_mm(x, weight, rhs_indices=chosen, sorted_indices=sorted)
         return self.quantization.gather_matmul(x, arrays, chosen, sorted)
 
 
-class SharedInput:
-    """Projections of one input (q/k/v, gate/up), run as one matrix product once ``fuse`` found that they can be.
+class FusableProjections:
+    """Projections of the same input (q/k/v, gate/up), run as one matmul after ``fuse``.
 
-    Every row of the product is computed from the same numbers as before, so the result is the same. After fusing,
-    the projections' own weights are views into the joined ones: nothing is held twice, and they can still be read.
-    A projection that got other arrays since runs alone again.
+    Each output row is computed from the same numbers as before, so results do not change. The
+    projections' own weights become views of the concatenated ones: nothing is stored twice, and
+    they can still be read. Projections whose weights are replaced later run separately again.
     """
 
     def __init__(self, *projections: Linear | ExpertLinear) -> None:
         self.projections = projections
-        self._joined: dict[str, mx.array] = {}
-        self._parts: list[mx.array] = []
-        self._ends: list[int] = []
+        self._fused_arrays: dict[str, mx.array] = {}
+        self._views: list[mx.array] = []  # weights of the projections when they were fused
+        self._ends: list[int] = []  # output rows where each projection ends
 
     @property
-    def fused(self) -> bool:
-        """Whether they run as one product: joined, and with the arrays that were joined."""
-        return bool(self._parts) and all(map(is_, [p["weight"] for p in self.projections], self._parts))
+    def is_fused(self) -> bool:
+        """Whether they run as one matmul: they are fused, and their weights were not replaced."""
+        return bool(self._views) and all(
+            map(is_, [projection["weight"] for projection in self.projections], self._views)
+        )
 
     def fuse(self) -> None:
-        """Join the arrays, if all projections are packed alike and all or none have a bias."""
-        first = self.projections[0]
-        names = set(first.keys())
-        alike = all(p.quantization == first.quantization and set(p.keys()) == names for p in self.projections)
-        alike = alike and all(p["weight"].ndim > 1 for p in self.projections)  # or their arrays are still to come
-        if not alike or len({p["weight"].dtype for p in self.projections}) > 1:
-            return
-        sizes = [p["weight"].shape[-2] for p in self.projections]
-        self._ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        axes = {name: -1 if name == "bias" else -2 for name in sorted(names)}
-        self._joined = {name: mx.concatenate([p[name] for p in self.projections], axes[name]) for name in axes}
-        mx.eval(self._joined)
-        for name, joined in self._joined.items():
-            for projection, part in zip(self.projections, mx.split(joined, self._ends[:-1], axes[name]), strict=True):
-                projection[name] = part
-        self._parts = [p["weight"] for p in self.projections]
+        """Concatenate the arrays if the projections allow it.
 
-    def adopt(self, joined: dict[str, mx.array], ends: list[int]) -> None:
-        """Run as one product over arrays that were made joined; the projections' own are no longer looked at."""
-        self._joined, self._ends, self._parts = joined, ends, [p["weight"] for p in self.projections]
+        They must be quantized alike, and all or none of them must have a bias.
+        """
+        if not self._can_fuse():
+            return
+        rows = [projection["weight"].shape[-2] for projection in self.projections]
+        self._ends = list(accumulate(rows))
+        names = sorted(self.projections[0].keys())
+        axes = {name: -1 if name == "bias" else -2 for name in names}
+        self._fused_arrays = {
+            name: mx.concatenate([p[name] for p in self.projections], axis)
+            for name, axis in axes.items()
+        }
+        mx.eval(self._fused_arrays)
+        for name, fused in self._fused_arrays.items():
+            views = mx.split(fused, self._ends[:-1], axes[name])
+            for projection, view in zip(self.projections, views, strict=True):
+                projection[name] = view
+        self._views = [projection["weight"] for projection in self.projections]
+
+    def _can_fuse(self) -> bool:
+        first, *others = self.projections
+        return (
+            all(other.quantization == first.quantization for other in others)
+            and all(set(other.keys()) == set(first.keys()) for other in others)
+            # a weight without a shape is still to be loaded
+            and all(projection["weight"].ndim > 1 for projection in self.projections)
+            and len({projection["weight"].dtype for projection in self.projections}) == 1
+        )
+
+    def use_fused(self, arrays: dict[str, mx.array], ends: list[int]) -> None:
+        """Run as one matmul over arrays that are concatenated already.
+
+        The projections' own arrays are not read any more.
+
+        Args:
+            ends: output rows where each projection ends.
+        """
+        self._fused_arrays = arrays
+        self._ends = ends
+        self._views = [projection["weight"] for projection in self.projections]
 
     def __call__(self, x: mx.array, *chosen: Any) -> list[mx.array]:
-        if not self.fused:
+        if not self.is_fused:
             return [projection(x, *chosen) for projection in self.projections]
-        return list(mx.split(self.projections[0](x, *chosen, arrays=self._joined), self._ends[:-1], axis=-1))
+        y = self.projections[0](x, *chosen, arrays=self._fused_arrays)
+        return list(mx.split(y, self._ends[:-1], axis=-1))
 
 
 def fuse(module: nn.Module) -> None:
-    """Join every group of projections below ``module`` that share an input. Call it once, after the weights are in."""
+    """Fuse all projections of the same input below ``module``; call once, after loading weights."""
     for child in module.modules():
         for value in vars(child).values():
-            if isinstance(value, SharedInput):
+            if isinstance(value, FusableProjections):
                 value.fuse()

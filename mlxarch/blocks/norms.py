@@ -1,4 +1,4 @@
-"""Normalisation. All act on the last axis and accumulate in float32."""
+"""Normalisation layers. All act on the last axis and accumulate in float32."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,25 +21,25 @@ class RMSNorm(nn.Module):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """x / rms(x) * (1 + weight): weight decay then pulls towards 1, and a checkpoint's weights lie around 0.
+    """x / rms(x) * (1 + weight), whose weights are centred at zero; weight decay leads them there.
 
-    The sum is kept as long as the weight is the same array, so that no token pays for it, and ``weight`` stays what
-    the checkpoint holds.
+    1 + weight is computed once per weight array, not for every token. ``weight`` stays as the
+    checkpoint stores it.
     """
 
     def __init__(self, dims: int, eps: float) -> None:
         super().__init__(dims, eps)
         self.weight = mx.zeros((dims,))
-        self._sum_of: mx.array | None = None
-        self._sum = self.weight
+        self._cached_for: mx.array | None = None
+        self._one_plus_weight = self.weight
 
     def __call__(self, x: mx.array) -> mx.array:
         weight = self["weight"]
-        if self._sum_of is not weight:
-            self._sum = 1 + weight
-            mx.eval(self._sum)  # unevaluated, it would belong to this thread
-            self._sum_of = weight
-        return mx.fast.rms_norm(x, self._sum, self.eps)
+        if self._cached_for is not weight:
+            self._one_plus_weight = 1 + weight
+            mx.eval(self._one_plus_weight)  # unevaluated, it would belong to this thread
+            self._cached_for = weight
+        return mx.fast.rms_norm(x, self._one_plus_weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -51,7 +51,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dims: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias = mx.ones((dims,)), mx.zeros((dims,))
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:

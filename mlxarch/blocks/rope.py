@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv:2104.09864): how a position turns a query or a key."""
+"""Rotary position embeddings (RoPE, arXiv:2104.09864) and their scaling to longer contexts."""
 
 import contextlib
 import math
@@ -14,139 +14,172 @@ from mlxarch.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """What config.json says of RoPE, in one form for both of its dialects.
+class RoPEConfig:
+    """RoPE parameters from either dialect of config.json.
 
     Attributes:
         theta: base of the geometric series of frequencies.
-        scaling: the keys of ``rope_scaling`` (or of ``rope_parameters``), ``rope_type`` included.
+        scaling: keys of ``rope_scaling`` (or ``rope_parameters``), including ``rope_type``.
     """
 
     theta: float
     scaling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def kind(self) -> str:
-        """``rope_type``, or the older ``type``; "default" where there is neither."""
+    def type(self) -> str:
+        """``rope_type``, or the older ``type``; "default" if there is neither."""
         return str(self.scaling.get("rope_type", self.scaling.get("type")) or "default")
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number of the scaling.
+        """Read a finite number from ``scaling``.
 
         Raises:
-            ConfigError: it is missing and has no default, or it is no finite number.
+            ConfigError: it is missing and has no default, or it is not a finite number.
         """
         value = self.scaling.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             raise ConfigError(
-                f"config.json: RoPE type {self.kind!r} needs the number {key!r}, found {value!r}; "
+                f"config.json: RoPE type {self.type!r} needs the number {key!r}, found {value!r}; "
                 "add it as the original model's config.json has it"
             )
         return float(value)
 
 
 class RoPE(nn.Module):
-    """Rotates the first ``dims`` features of every head by angles that grow with the position.
+    """Rotate the first ``dims`` features of every head by angles proportional to the position.
 
     Args:
-        dims: even; the features behind it pass unchanged.
-        rotation: base and scaling. Types: default, linear, llama3, yarn.
-        interleaved: pairs are neighbours (2i, 2i+1) instead of halves (i, i + dims/2).
+        dims: an even number; the features after it are left unchanged.
+        config: base and scaling. Types: default, linear, llama3, yarn.
+        interleaved: rotate pairs of neighbours (2i, 2i+1) instead of halves (i, i + dims/2).
 
     Shape:
-        x: (B, heads, L, D) -> the same; offset: position of the first query, an int or one for each row (B,)
+        x: (B, heads, L, D) -> the same; offset: position of the first query, an int or one per row
+        (B,)
 
     Raises:
         ConfigError: an unknown type, or a parameter that is missing or out of range.
     """
 
-    def __init__(self, dims: int, rotation: Rotation, *, interleaved: bool = False) -> None:
+    def __init__(self, dims: int, config: RoPEConfig, *, interleaved: bool = False) -> None:
         super().__init__()
         if dims < 2 or dims % 2 or dims > 2**20:
-            raise ConfigError(f"config.json: RoPE turns pairs of features, an even number up to 2^20; found {dims}")
-        if rotation.kind not in _SCALINGS:
             raise ConfigError(
-                f"config.json: rope_type {rotation.kind!r} is unknown; known: {', '.join(sorted(_SCALINGS))}. "
+                "config.json: RoPE turns pairs of features, an even number up to 2^20; found "
+                f"{dims}"
+            )
+        if config.type not in _SCALINGS:
+            raise ConfigError(
+                f"config.json: rope_type {config.type!r} is unknown; known: "
+                f"{', '.join(sorted(_SCALINGS))}. "
                 "Ignoring it would give wrong answers, so the model is not run"
             )
-        self.dims, self.interleaved, self.rotation = dims, interleaved, rotation
-        # float64 here: the frequencies of late positions are sensitive to the base's rounding
-        plain = rotation.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
-        frequencies, self.factor = np.zeros(1), 1.0
+        self.dims = dims
+        self.interleaved = interleaved
+        self.config = config
+        # in float64, as the angles of late positions are sensitive to the rounding of the base
+        unscaled = config.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+        frequencies = np.zeros(1)
+        self.factor = 1.0  # of queries and keys
         with contextlib.suppress(ArithmeticError, ValueError), np.errstate(all="ignore"):
-            frequencies, self.factor = _SCALINGS[rotation.kind](plain, rotation, dims)
+            frequencies, self.factor = _SCALINGS[config.type](unscaled, config, dims)
         if not (np.isfinite(frequencies) & (frequencies > 0)).all():
             raise ConfigError(
-                f"config.json: RoPE of type {rotation.kind!r} has no frequencies with {dict(rotation.scaling)}; "
-                "take the numbers of the original model's"
+                f"config.json: RoPE of type {config.type!r} has no frequencies with "
+                f"{dict(config.scaling)}; take the numbers of the original model's"
             )
-        # mx.fast.rope divides positions by what it calls freqs. The underscore keeps it out of the parameters
+        # mx.fast.rope calls periods freqs: it divides positions by them. The underscore keeps the
+        # array out of the parameters
         self._freqs = mx.array((1 / frequencies).astype(np.float32))
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         if self.factor != 1.0:
-            turned = x[..., : self.dims] * self.factor
-            x = turned if self.dims == x.shape[-1] else mx.concatenate([turned, x[..., self.dims :]], axis=-1)
+            scaled = x[..., : self.dims] * self.factor
+            partial = self.dims < x.shape[-1]
+            x = mx.concatenate([scaled, x[..., self.dims :]], axis=-1) if partial else scaled
         return mx.fast.rope(
-            x, self.dims, traditional=self.interleaved, base=None, scale=1.0, offset=offset, freqs=self._freqs
+            x,
+            self.dims,
+            traditional=self.interleaved,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._freqs,
         )
 
 
 class NoRoPE(nn.Module):
-    """NoPE: the layer sees no position at all (arXiv:2305.19466)."""
+    """NoPE: a layer without positions (arXiv:2305.19466)."""
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return x
 
 
-def _default(frequencies: np.ndarray, rotation: Rotation, dims: int) -> tuple[np.ndarray, float]:
+def _default(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
+    """Frequencies without scaling."""
     return frequencies, 1.0
 
 
-def _linear(frequencies: np.ndarray, rotation: Rotation, dims: int) -> tuple[np.ndarray, float]:
-    """Positions divided by the factor (arXiv:2306.15595)."""
-    return frequencies / rotation.number("factor"), 1.0
+def _linear(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
+    """Position interpolation: positions divided by a factor (arXiv:2306.15595)."""
+    return frequencies / config.number("factor"), 1.0
 
 
-def _llama3(frequencies: np.ndarray, rotation: Rotation, dims: int) -> tuple[np.ndarray, float]:
-    """Slow frequencies divided by the factor, fast ones kept, a ramp between (Llama 3.1, meta-llama/llama-models)."""
-    low, high = rotation.number("low_freq_factor"), rotation.number("high_freq_factor")
-    turns = rotation.number("original_max_position_embeddings") * frequencies / (2 * math.pi)  # within the context
-    # equal bounds (Llama 4 Scout) leave no ramp, only a step
-    kept = np.clip((turns - low) / (high - low), 0, 1) if high != low else (turns > low).astype(np.float64)
-    return frequencies * (kept + (1 - kept) / rotation.number("factor")), 1.0
+def _llama3(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
+    """Low frequencies divided by a factor, high ones kept, interpolated in between.
+
+    Source: Llama 3.1, meta-llama/llama-models.
+    """
+    low = config.number("low_freq_factor")
+    high = config.number("high_freq_factor")
+    context = config.number("original_max_position_embeddings")
+    turns = context * frequencies / (2 * math.pi)  # full rotations within the original context
+    kept = (turns > low).astype(np.float64)  # a step for equal bounds (Llama 4 Scout)
+    if high != low:
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / config.number("factor")), 1.0
 
 
-def _yarn(frequencies: np.ndarray, rotation: Rotation, dims: int) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv:2309.00071): the ramp runs over the pair's index; queries and keys grow by a factor."""
-    factor = rotation.number("factor")
-    original = rotation.number("original_max_position_embeddings")
+def _yarn(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv:2309.00071): a ramp over pair indices; queries and keys grow by a factor."""
+    factor = config.number("factor")
+    context = config.number("original_max_position_embeddings")
 
-    def pair_that_turns(times: float) -> float:
-        return dims * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rotation.theta))
+    def pair_index(rotations: float) -> float:
+        """Index, as a real number, of the pair that rotates so often within the context."""
+        ratio = math.log(context / (rotations * 2 * math.pi))
+        return dims * ratio / (2 * math.log(config.theta))
 
-    low, high = pair_that_turns(rotation.number("beta_fast", 32)), pair_that_turns(rotation.number("beta_slow", 1))
-    if rotation.scaling.get("truncate", True):
+    low = pair_index(config.number("beta_fast", 32))
+    high = pair_index(config.number("beta_slow", 1))
+    if config.scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
     if low == high:
         high += 0.001
-    scaled = np.clip((np.arange(dims // 2) - low) / (high - low), 0, 1)
-    return frequencies * (1 - scaled) + frequencies / factor * scaled, _yarn_attention_factor(rotation, factor)
+    interpolated = np.clip((np.arange(dims // 2) - low) / (high - low), 0, 1)
+    scaled = frequencies * (1 - interpolated) + frequencies / factor * interpolated
+    return scaled, _yarn_attention_factor(config, factor)
 
 
-def _yarn_attention_factor(rotation: Rotation, factor: float) -> float:
-    if rotation.scaling.get("attention_factor") is not None:
-        return rotation.number("attention_factor")
-    mscale, all_dim = rotation.number("mscale", 0), rotation.number("mscale_all_dim", 0)
+def _yarn_attention_factor(config: RoPEConfig, factor: float) -> float:
+    """Factor of queries and keys: ``attention_factor``, or computed from mscale."""
+    if config.scaling.get("attention_factor") is not None:
+        return config.number("attention_factor")
+    mscale = config.number("mscale", 0)
+    all_dim = config.number("mscale_all_dim", 0)
     if mscale and all_dim:
         return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
     return yarn_mscale(factor)
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's growth of the attention logits' square root: 0.1 mscale ln(factor) + 1, and 1 up to a factor of 1."""
+    """YaRN's factor of queries and keys: 0.1 mscale ln(factor) + 1, or 1 for factors up to 1."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 

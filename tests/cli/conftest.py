@@ -59,10 +59,17 @@ def invoke(home: Path) -> Invoke:
 def execute(home: Path) -> Execute:
     """Run the command in a process of its own."""
 
-    def run(*arguments: str, input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, input: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mlxarch", *arguments]
         return subprocess.run(
-            command, input=input, env=os.environ | environment, capture_output=True, text=True, timeout=120
+            command,
+            input=input,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     return run

@@ -26,7 +26,11 @@ def test_without_arguments_it_shows_help(invoke):
 
 
 def test_help_documents_every_exit_code(invoke):
-    kinds = [value for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "exit_code")]
+    kinds = [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and hasattr(value, "exit_code")
+    ]
     codes = {kind.exit_code for kind in kinds} | {0, module.INTERRUPTED, module.TERMINATED}
     text = invoke("--help").stdout
     listed = text[text.index("Exit codes:") : text.index("Environment:")]
@@ -47,10 +51,16 @@ def test_an_alias_is_the_command(alias):
 def test_help_of_a_command_names_its_options(invoke, name):
     result = invoke(name, "--help")
     assert result.exit_code == 0
-    assert all(option.opts[0] in result.stdout for option in command(name).params if isinstance(option, click.Option))
+    assert all(
+        option.opts[0] in result.stdout
+        for option in command(name).params
+        if isinstance(option, click.Option)
+    )
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("chta", "chat"), ("quantise", "quantize"), ("lst", "list")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("chta", "chat"), ("quantise", "quantize"), ("lst", "list")]
+)
 def test_an_unknown_command_offers_the_nearest(invoke, typed, meant):
     result = invoke(typed)
     assert result.exit_code == 2
@@ -93,7 +103,7 @@ def test_an_error_becomes_a_line_and_an_exit_code(invoke, monkeypatch, error, co
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("mlxarch.store.installed", fails)
+    monkeypatch.setattr("mlxarch.store.obtain.list_installed", fails)
     result = invoke("list")
     assert result.exit_code == code
     assert text in result.stderr
@@ -104,22 +114,26 @@ def test_an_unexpected_error_says_how_to_report_it_and_debug_shows_where(invoke,
     def fails() -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("mlxarch.store.installed", fails)
+    monkeypatch.setattr("mlxarch.store.obtain.list_installed", fails)
     assert "MLXARCH_DEBUG=1" in invoke("list").stderr
     monkeypatch.setenv("MLXARCH_DEBUG", "1")
     assert "in fails" in invoke("list").stderr
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (errors.CheckpointError("it is torn"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (errors.CheckpointError("it is torn"), 1)]
+)
 def test_what_ended_the_work_tells_what_is_left_of_it(invoke, monkeypatch, error, code):
     def fails() -> None:
         error.add_note("what is written so far is kept")
         raise error
 
-    monkeypatch.setattr("mlxarch.store.installed", fails)
+    monkeypatch.setattr("mlxarch.store.obtain.list_installed", fails)
     result = invoke("list")
     assert result.exit_code == code and "so far is kept" in result.stderr
-    assert result.stderr.endswith("mlxarch: error: it is torn\n" if code == 1 else "so far is kept\n")
+    assert result.stderr.endswith(
+        "mlxarch: error: it is torn\n" if code == 1 else "so far is kept\n"
+    )
 
 
 def test_warnings_of_the_library_reach_standard_error_once(invoke, monkeypatch):
@@ -127,11 +141,13 @@ def test_warnings_of_the_library_reach_standard_error_once(invoke, monkeypatch):
 
     def warns() -> list[object]:
         for _ in range(2):
-            logging.getLogger("mlxarch.checkpoint").warning("a stray file: %s", "x\x1b]0;title\x07")
-        logging.getLogger("mlxarch.checkpoint").info("not shown")
+            logging.getLogger("mlxarch.checkpoint.shards").warning(
+                "a stray file: %s", "x\x1b]0;title\x07"
+            )
+        logging.getLogger("mlxarch.checkpoint.shards").info("not shown")
         return []
 
-    monkeypatch.setattr("mlxarch.store.installed", warns)
+    monkeypatch.setattr("mlxarch.store.obtain.list_installed", warns)
     result = invoke("list")
     assert result.stderr == "mlxarch: warning: a stray file: x␛]0;title␇\n"
 
@@ -139,7 +155,11 @@ def test_warnings_of_the_library_reach_standard_error_once(invoke, monkeypatch):
 def test_a_reader_that_goes_away_ends_it_quietly(home, tiny):
     command = f"{sys.executable} -m mlxarch run {tiny} hello | head -c 5; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+        ["bash", "-c", command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stderr == ""
     assert done.stdout[5:].strip() == "141"
@@ -151,7 +171,9 @@ def test_output_that_is_closed_is_no_error(home):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"], ["show", "qwen3-8b"], ["paths"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list"], ["list", "--json"], ["show", "qwen3-8b"], ["paths"]]
+)
 def test_looking_around_needs_no_mlx(home, arguments):
     code = (
         "import sys\nfrom mlxarch.cli.main import cli\n"
@@ -161,4 +183,6 @@ def test_looking_around_needs_no_mlx(home, arguments):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout
     assert "'click'" in done.stderr
-    assert "'mlx'" not in done.stderr and "'numpy'" not in done.stderr and "'rich'" not in done.stderr
+    assert (
+        "'mlx'" not in done.stderr and "'numpy'" not in done.stderr and "'rich'" not in done.stderr
+    )

@@ -7,7 +7,7 @@ import pytest
 from terminal import Screen
 
 from mlxarch.cli import render
-from mlxarch.cli.output import visible
+from mlxarch.cli.output import show_control_characters
 
 DOCUMENT = """# A heading
 
@@ -56,7 +56,11 @@ class Stage:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, columns: int = 60, rows: int = 12) -> None:
         self.screen = Screen(columns, rows)
         self.written: list[str] = []
-        for name, value in {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": str(rows)}.items():
+        for name, value in {
+            "TERM": "xterm-256color",
+            "COLUMNS": str(columns),
+            "LINES": str(rows),
+        }.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("NO_COLOR", raising=False)
         monkeypatch.setattr(sys, "stdout", self)
@@ -74,10 +78,10 @@ class Stage:
     def flush(self) -> None: ...
 
     def show(self, pieces: list[str], *, every: bool = True) -> list[str]:
-        out = render.writer()
+        out = render.make_answer_writer()
         for piece in pieces:
-            if every and isinstance(out, render.Markdown):
-                out._next = 0  # no waiting between two pictures
+            if every and isinstance(out, render.MarkdownWriter):
+                out._next_draw = 0  # no waiting between two pictures
             out.add(piece)
         out.finish()
         return self.screen.text()
@@ -104,7 +108,16 @@ def test_markdown_that_grows_ends_as_if_it_had_come_at_once(monkeypatch, rows):
 def test_no_word_of_a_document_is_lost_or_shown_twice(monkeypatch):
     with monkeypatch.context() as patch:
         text = "\n".join(Stage(patch, rows=6).show(list(DOCUMENT)))
-    for part in ("A heading", "<think>", "</think>", "<b>model</b>", "(http://example.com/x)", "p.png", "日本語", "42"):
+    for part in (
+        "A heading",
+        "<think>",
+        "</think>",
+        "<b>model</b>",
+        "(http://example.com/x)",
+        "p.png",
+        "日本語",
+        "42",
+    ):
         assert text.count(part) == 1, part
     assert "**" not in text and "```" not in text and "# A" not in text
     assert "The next line stays a line." in text.splitlines()
@@ -136,11 +149,11 @@ def test_nothing_above_a_finished_block_is_written_again(monkeypatch):
 def test_marks_without_a_meaning_yet_are_held_back(monkeypatch):
     with monkeypatch.context() as patch:
         stage = Stage(patch)
-        out = render.writer()
-        assert isinstance(out, render.Markdown)
+        out = render.make_answer_writer()
+        assert isinstance(out, render.MarkdownWriter)
         out.add("A paragraph\n")
         before = stage.screen.text()
-        out._next = 0
+        out._next_draw = 0
         out.add("-")  # would make the paragraph a heading
         assert stage.screen.text() == before
         out.finish()
@@ -158,19 +171,28 @@ def test_pictures_are_not_drawn_for_every_token(monkeypatch):
 def test_a_narrower_window_loses_nothing_below_the_change(monkeypatch):
     with monkeypatch.context() as patch:
         stage = Stage(patch, columns=60, rows=30)
-        out = render.writer()
+        out = render.make_answer_writer()
         out.add("finished\n\nthe last block grows")
         stage.screen.columns = 30
         patch.setenv("COLUMNS", "30")
-        assert isinstance(out, render.Markdown)
-        out._next = 0
+        assert isinstance(out, render.MarkdownWriter)
+        out._next_draw = 0
         out.add(" on and on and on")
         out.finish()
         words = " ".join(stage.screen.text()).split()
     assert " ".join(words) == "finished the last block grows on and on and on"
 
 
-EVIL = ["\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\x90q\x9c", "\x08\x08", "\x7f", "a\rb", "&#27;[2J"]
+EVIL = [
+    "\x1b[2J",
+    "\x1b]0;title\x07",
+    "\x9b31m",
+    "\x90q\x9c",
+    "\x08\x08",
+    "\x7f",
+    "a\rb",
+    "&#27;[2J",
+]
 
 
 @pytest.mark.parametrize("evil", EVIL)
@@ -178,12 +200,16 @@ EVIL = ["\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\x90q\x9c", "\x08\x08", "\x7f
 def test_control_characters_never_reach_the_terminal(monkeypatch, evil, kind):
     with monkeypatch.context() as patch:
         stage = Stage(patch)
-        out = render.Text() if kind == "text" else render.Markdown()
+        out = render.PlainTextWriter() if kind == "text" else render.MarkdownWriter()
         for character in f"x{evil}y\n\n```\n{evil}\n```\n\n**{evil}**":
             out.add(character)
         out.finish()
         written = "".join(stage.written)
-    ours = written.replace("\x1b[K", "").replace("\x1b[J", "").replace("\r", "") if kind == "markdown" else written
+    ours = (
+        written.replace("\x1b[K", "").replace("\x1b[J", "").replace("\r", "")
+        if kind == "markdown"
+        else written
+    )
     for sequence in ("2J", "]0;", "\x07", "\x9b", "\x90", "\x08", "\x7f"):
         assert f"\x1b[{sequence}" not in ours and (sequence.isprintable() or sequence not in ours)
     assert kind == "markdown" or not {"\x1b", "\r"} & set(written)
@@ -191,13 +217,13 @@ def test_control_characters_never_reach_the_terminal(monkeypatch, evil, kind):
 
 def test_newline_and_tab_stay_and_text_of_all_scripts_too():
     text = "a\tb\nс日本🙂e\u0301 \u200d"
-    assert visible(text) == text
-    assert visible("\x1b\x00\x7f\x85\r") == "␛␀␡\ufffd"
+    assert show_control_characters(text) == text
+    assert show_control_characters("\x1b\x00\x7f\x85\r") == "␛␀␡\ufffd"
 
 
 def test_plain_text_ends_with_one_newline(capsys):
     for pieces in (["a", "b"], ["a", "b\n"]):
-        out = render.Text()
+        out = render.PlainTextWriter()
         for piece in pieces:
             out.add(piece)
         out.finish()
@@ -207,11 +233,11 @@ def test_plain_text_ends_with_one_newline(capsys):
 @pytest.mark.parametrize(
     ("terminal", "no_color", "term", "plain", "kind"),
     [
-        (True, "", "xterm", False, render.Markdown),
-        (True, "1", "xterm", False, render.Text),
-        (True, "", "dumb", False, render.Text),
-        (True, "", "xterm", True, render.Text),
-        (False, "", "xterm", False, render.Text),
+        (True, "", "xterm", False, render.MarkdownWriter),
+        (True, "1", "xterm", False, render.PlainTextWriter),
+        (True, "", "dumb", False, render.PlainTextWriter),
+        (True, "", "xterm", True, render.PlainTextWriter),
+        (False, "", "xterm", False, render.PlainTextWriter),
     ],
 )
 def test_markdown_is_for_terminals_with_colors(monkeypatch, terminal, no_color, term, plain, kind):
@@ -220,4 +246,4 @@ def test_markdown_is_for_terminals_with_colors(monkeypatch, terminal, no_color, 
         patch.setattr(stage, "isatty", lambda: terminal)
         patch.setenv("NO_COLOR", no_color)
         patch.setenv("TERM", term)
-        assert type(render.writer(plain)) is kind
+        assert type(render.make_answer_writer(plain)) is kind

@@ -9,9 +9,9 @@ import sys
 import pytest
 from tiny_chat import make_chat_model
 
-from mlxarch.blocks import Quantization
-from mlxarch.blueprints import plan_for
-from mlxarch.memory import Request
+from mlxarch.planner.plan import Request
+from mlxarch.quantization.scheme import Quantization
+from mlxarch.store.lookup import plan_folder
 from tiny_moe import make_moe
 
 MEMORY = r"peak memory \S+ .?B of \S+ .?B planned · in MLX's arrays \S+ .?B of \S+ .?B planned"
@@ -26,11 +26,20 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A mixture of experts of which most is experts, and memory in which a half of them has no place."""
     folder = tmp_path_factory.mktemp("models") / "sparse"
     chat = make_chat_model(folder.with_name("chat"))
-    make_moe(folder, packed=Quantization(4, 32), vocab_size=112, moe_intermediate_size=512, num_experts=64)
+    make_moe(
+        folder,
+        packed=Quantization(4, 32),
+        vocab_size=112,
+        moe_intermediate_size=512,
+        num_experts=64,
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(chat / name, folder / name)
-    plan = plan_for(folder, Request(context=64))
-    shorter = plan_for(folder, Request(context=64, bank=0, memory=plan.total - plan.weights["experts"] // 2))
+    plan = plan_folder(folder, Request(context=64))
+    shorter = plan_folder(
+        folder,
+        Request(context=64, expert_cache_bytes=0, memory=plan.total - plan.weights["experts"] // 2),
+    )
     assert plan.verdict == "resident" and shorter.verdict == "streamed"
     return str(folder), str(plan.total - plan.weights["experts"] // 2)
 
@@ -58,16 +67,20 @@ def test_a_chat_tells_it_when_asked(invoke, sparse, tiny):
     assert re.search(MEMORY, resident) and "from the disk" not in resident
     streamed = invoke("chat", folder, "-n", "5", "-c", "64", "--memory", memory, input=talk).stderr
     assert re.search(MEMORY, streamed) and re.search(EXPERTS, streamed)
-    assert "peak memory" not in invoke("chat", tiny, "-n", "5", "--stats", input="Hi\n").stderr, "not in each line"
+    assert "peak memory" not in invoke("chat", tiny, "-n", "5", "--stats", input="Hi\n").stderr, (
+        "not in each line"
+    )
 
 
 def test_the_peak_is_the_process_own_and_not_its_parents():
     """Linux hands the most that a parent had in memory down to whom it starts, as getrusage counts."""
     child = (
-        "import resource; from mlxarch.cli.stats import process_peak; "
-        "print(process_peak() >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+        "import resource; from mlxarch.cli.stats import process_peak_bytes; "
+        "print(process_peak_bytes() >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
     )
     parent = f"import subprocess, sys; held = b'x' * (500 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
-    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True
+    )
     own, counted = map(int, done.stdout.split())
     assert 5 < own < 250 and (counted > 500 or sys.platform != "linux")

@@ -51,10 +51,12 @@ def indices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     embed = CausalLM.embed
 
-    def watched(self: CausalLM, tokens: mx.array, step: Any) -> mx.array:
-        with contextlib.suppress(ValueError):  # the planner lists the operations of a step, and has no tokens
+    def watched(self: CausalLM, tokens: mx.array, context: Any) -> mx.array:
+        with contextlib.suppress(
+            ValueError
+        ):  # the planner lists the operations of a step, and has no tokens
             seen.append((int(np.array(tokens).min()), int(np.array(tokens).max())))
-        return embed(self, tokens, step)
+        return embed(self, tokens, context)
 
     monkeypatch.setattr(CausalLM, "embed", watched)
     return seen
@@ -66,20 +68,52 @@ def indices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_texts_messages_and_ids_are_prompts(model: LanguageModel) -> None:
     encode = model.tokenizer.encode
     assert model.tokens_of("hello") == encode("hello")
-    assert model.tokens_of(MESSAGES) == model.tokenizer.apply_chat_template(MESSAGES) != encode("hello")
+    assert (
+        model.tokens_of(MESSAGES)
+        == model.tokenizer.apply_chat_template(MESSAGES)
+        != encode("hello")
+    )
     assert model.tokens_of(tuple(MESSAGES)) == model.tokens_of(MESSAGES)
-    assert model.tokens_of([5, 6, 7]) == model.tokens_of((5, 6, 7)) == model.tokens_of(range(5, 8)) == [5, 6, 7]
-    assert model.generate("hello", max_tokens=4).tokens == model.generate(encode("hello"), max_tokens=4).tokens
+    assert (
+        model.tokens_of([5, 6, 7])
+        == model.tokens_of((5, 6, 7))
+        == model.tokens_of(range(5, 8))
+        == [5, 6, 7]
+    )
+    assert (
+        model.generate("hello", max_tokens=4).tokens
+        == model.generate(encode("hello"), max_tokens=4).tokens
+    )
 
 
 @pytest.mark.parametrize(
     "prompt",
     [
-        *(None, 5, 2.5, b"text", bytearray(b"text"), {"role": "user", "content": "x"}, {1, 2}, object()),
-        *(["a", "b"], [1.0, 2.0], [True], [1, "a"], [None], [[1, 2]], np.array([1, 2]), mx.array([1, 2])),
+        *(
+            None,
+            5,
+            2.5,
+            b"text",
+            bytearray(b"text"),
+            {"role": "user", "content": "x"},
+            {1, 2},
+            object(),
+        ),
+        *(
+            ["a", "b"],
+            [1.0, 2.0],
+            [True],
+            [1, "a"],
+            [None],
+            [[1, 2]],
+            np.array([1, 2]),
+            mx.array([1, 2]),
+        ),
         *(iter([1, 2]), [np.int64(3)], [*MESSAGES, "hello"], [{}], [{"content": "x"}]),
     ],
-    ids=lambda prompt: repr(prompt).split(" at ")[0][:30],  # an address would differ between workers
+    ids=lambda prompt: repr(prompt).split(" at ")[0][
+        :30
+    ],  # an address would differ between workers
 )
 def test_anything_else_is_no_prompt(prompt: Any, model: LanguageModel) -> None:
     for call in (model.stream, model.generate, lambda p: model.generate_batch([p])):
@@ -105,7 +139,10 @@ def test_no_id_outside_of_the_vocabulary_reaches_the_embedding(
         if draw.random() < 0.7:
             ids[int(draw.integers(4))] = wrong = wild[int(draw.integers(len(wild)))]
             refused += 1
-            for call in (model.generate, lambda p, **settings: model.generate_batch([[1], p], **settings)):
+            for call in (
+                model.generate,
+                lambda p, **settings: model.generate_batch([[1], p], **settings),
+            ):
                 with pytest.raises(InvalidInput, match=f"token {wrong} lies outside"):
                     call(ids, max_tokens=1)
         else:
@@ -119,16 +156,24 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_that_names_the_token
     talker: Path, indices: list[tuple[int, int]]
 ) -> None:
     model = mlxarch.load(talker)
-    text = next(chr(code) for code in range(0x20, 0x1000) if max(model.tokenizer.encode(chr(code))[1:]) >= 100)
+    text = next(
+        chr(code)
+        for code in range(0x20, 0x1000)
+        if max(model.tokenizer.encode(chr(code))[1:]) >= 100
+    )
     model.model.vocab_size = 100
     indices.clear()  # those by which the plan was made
     wrong = next(token for token in model.tokenizer.encode(text) if token >= 100)
-    with pytest.raises(InvalidInput, match=f"token {wrong} .* 0 … 99; tokenizer and weights belong to different"):
+    with pytest.raises(
+        InvalidInput, match=f"token {wrong} .* 0 … 99; tokenizer and weights belong to different"
+    ):
         model.generate(text, max_tokens=1)
     assert not indices
 
 
-def test_an_id_that_the_tokenizer_lacks_shows_as_nothing(model: LanguageModel, speak: Speak) -> None:
+def test_an_id_that_the_tokenizer_lacks_shows_as_nothing(
+    model: LanguageModel, speak: Speak
+) -> None:
     hello = model.tokenizer.encode("hello", add_special_tokens=False)
     speak([hello[0], TOKENS + 3, VOCABULARY - 1, *hello[1:], END])
     assert model.generate("x").text == "hello"
@@ -174,19 +219,23 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(
     assert (result.text, result.finish_reason) == (text, "stop")
     assert result.tokens == [piece.token for piece in pieces] == tokens[: len(result.tokens)]
     speak(tokens, tokens)
-    assert [(r.text, r.tokens) for r in model.generate_batch(["x", "yy"], stop=stop, max_tokens=100)] == [
-        (text, result.tokens)
-    ] * 2
+    assert [
+        (r.text, r.tokens) for r in model.generate_batch(["x", "yy"], stop=stop, max_tokens=100)
+    ] == [(text, result.tokens)] * 2
 
 
 @pytest.mark.parametrize("count", range(1, 12))
-def test_the_pieces_are_the_answer_wherever_it_is_cut(count: int, model: LanguageModel, speak: Speak) -> None:
+def test_the_pieces_are_the_answer_wherever_it_is_cut(
+    count: int, model: LanguageModel, speak: Speak
+) -> None:
     tokens = model.tokenizer.encode("h🙂wör漢", add_special_tokens=False)
     speak(tokens)
     pieces = list(model.stream("x", max_tokens=count, stop=["never", "漢字"]))
     assert [piece.token for piece in pieces] == (tokens + [tokens[-1]] * 12)[:count]
     assert pieces[-1].finish_reason == "length"
-    assert joined(pieces) == model.tokenizer.decode([piece.token for piece in pieces if piece.token is not None])
+    assert joined(pieces) == model.tokenizer.decode(
+        [piece.token for piece in pieces if piece.token is not None]
+    )
     assert pieces[-1].timings.generated_tokens == count
 
 
@@ -196,7 +245,11 @@ def test_every_end_token_ends_the_answer(model: LanguageModel, speak: Speak) -> 
     for end in model.tokenizer.eos_ids:
         speak([*hello, end, 70])
         result = model.generate("x", max_tokens=50)
-        assert (result.text, result.tokens, result.finish_reason) == ("hello", [*hello, end], "stop")
+        assert (result.text, result.tokens, result.finish_reason) == (
+            "hello",
+            [*hello, end],
+            "stop",
+        )
     speak([*hello, 462, END])  # special, and no end
     assert model.generate("x").tokens == [*hello, 462, END]
 
@@ -208,7 +261,9 @@ def test_an_end_at_the_limit_is_an_end(model: LanguageModel, speak: Speak) -> No
     assert model.generate("x", max_tokens=2).finish_reason == "length"
 
 
-def test_without_a_limit_an_answer_ends_with_the_context_and_never_beyond(model: LanguageModel, speak: Speak) -> None:
+def test_without_a_limit_an_answer_ends_with_the_context_and_never_beyond(
+    model: LanguageModel, speak: Speak
+) -> None:
     for length in (3, 100, CONTEXT - 1):
         speak([70])
         session = model.session()
@@ -225,8 +280,17 @@ def test_without_a_limit_an_answer_ends_with_the_context_and_never_beyond(model:
 def test_what_does_not_fit_into_the_context_is_refused_before_anything_runs(
     model: LanguageModel, indices: list[tuple[int, int]]
 ) -> None:
-    for length, wanted in ((CONTEXT, None), (CONTEXT + 50, None), (200, 57), (1, CONTEXT), (CONTEXT, 1)):
-        for call in (model.stream, lambda p, **settings: model.generate_batch([[1], p], **settings)):
+    for length, wanted in (
+        (CONTEXT, None),
+        (CONTEXT + 50, None),
+        (200, 57),
+        (1, CONTEXT),
+        (CONTEXT, 1),
+    ):
+        for call in (
+            model.stream,
+            lambda p, **settings: model.generate_batch([[1], p], **settings),
+        ):
             with pytest.raises(ContextLengthError) as error:
                 call([5] * length, max_tokens=wanted)
             assert str(length) in str(error.value) and str(CONTEXT) in str(error.value)
@@ -236,7 +300,11 @@ def test_what_does_not_fit_into_the_context_is_refused_before_anything_runs(
 
 @pytest.mark.parametrize("count", [0, -1, 2.5, "5", True, [3], float("inf")])
 def test_max_tokens_is_a_whole_number_from_1_on(count: Any, model: LanguageModel) -> None:
-    for call in (model.stream, model.generate, lambda p, **settings: model.generate_batch([p], **settings)):
+    for call in (
+        model.stream,
+        model.generate,
+        lambda p, **settings: model.generate_batch([p], **settings),
+    ):
         with pytest.raises(InvalidInput, match="max_tokens"):
             call("x", max_tokens=count)
 
@@ -244,7 +312,10 @@ def test_max_tokens_is_a_whole_number_from_1_on(count: Any, model: LanguageModel
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"temprature": 0.5}, "unknown argument temprature; known: max_tokens, stop, .*temperature"),
+        (
+            {"temprature": 0.5},
+            "unknown argument temprature; known: max_tokens, stop, .*temperature",
+        ),
         ({"temperature": 0.5, "n": 2}, "unknown argument n;"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -256,13 +327,21 @@ def test_max_tokens_is_a_whole_number_from_1_on(count: Any, model: LanguageModel
         ({"stop": 5}, "stop"),
     ],
 )
-def test_a_wrong_argument_is_refused_by_name(arguments: dict[str, Any], named: str, model: LanguageModel) -> None:
-    for call in (model.stream, model.generate, lambda p, **settings: model.generate_batch([p], **settings)):
+def test_a_wrong_argument_is_refused_by_name(
+    arguments: dict[str, Any], named: str, model: LanguageModel
+) -> None:
+    for call in (
+        model.stream,
+        model.generate,
+        lambda p, **settings: model.generate_batch([p], **settings),
+    ):
         with pytest.raises(InvalidInput, match=named):
             call("x", **arguments)
 
 
-def test_a_bias_outside_of_the_vocabulary_is_refused_and_hurts_no_session(model: LanguageModel) -> None:
+def test_a_bias_outside_of_the_vocabulary_is_refused_and_hurts_no_session(
+    model: LanguageModel,
+) -> None:
     session = model.session()
     first = model.generate("hello", max_tokens=3, session=session).tokens
     with pytest.raises(InvalidInput, match=f"{VOCABULARY}"):
@@ -333,17 +412,28 @@ def test_a_chat_computes_only_what_is_new(model: LanguageModel) -> None:
         assert held[: len(prompt)] != prompt
 
 
-def test_a_model_generates_in_a_thread_that_did_not_load_it(talker: Path, model: LanguageModel) -> None:
+def test_a_model_generates_in_a_thread_that_did_not_load_it(
+    talker: Path, model: LanguageModel
+) -> None:
     wanted = model.generate(MESSAGES, max_tokens=6, temperature=1.0, seed=1).tokens
     with ThreadPoolExecutor(1) as other:
-        assert other.submit(model.generate, MESSAGES, max_tokens=6, temperature=1.0, seed=1).result().tokens == wanted
+        assert (
+            other.submit(model.generate, MESSAGES, max_tokens=6, temperature=1.0, seed=1)
+            .result()
+            .tokens
+            == wanted
+        )
         loaded = other.submit(mlxarch.load, talker).result()
-        batch = other.submit(model.generate_batch, [MESSAGES, "x"], max_tokens=6, temperature=1.0, seed=1).result()
+        batch = other.submit(
+            model.generate_batch, [MESSAGES, "x"], max_tokens=6, temperature=1.0, seed=1
+        ).result()
     assert batch[0].tokens == wanted
     assert loaded.generate(MESSAGES, max_tokens=6, temperature=1.0, seed=1).tokens == wanted
 
 
-def test_two_models_do_not_disturb_each_other(talker: Path, model: LanguageModel, tmp_path: Path) -> None:
+def test_two_models_do_not_disturb_each_other(
+    talker: Path, model: LanguageModel, tmp_path: Path
+) -> None:
     alone = model.generate("hello", max_tokens=10).tokens
     other = mlxarch.load(make_talker(tmp_path / "other", seed=1, tied=True, layers=3))
     alone_other = other.generate("hello", max_tokens=10).tokens

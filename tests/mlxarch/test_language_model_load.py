@@ -16,7 +16,7 @@ import mlxarch
 import parity
 from mlxarch import LanguageModel, Sampling
 from mlxarch.errors import CheckpointError, ConfigError, InvalidInput, ModelNotFound, TokenizerError
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def test_a_path_loads_as_text_and_as_path(talker: Path, model: LanguageModel) ->
     assert again.path == model.path == talker
     assert again.config == json.loads((talker / "config.json").read_text())
     assert again.context_length == CONTEXT
-    assert again.generate("hello", max_tokens=5).tokens == model.generate("hello", max_tokens=5).tokens
+    assert (
+        again.generate("hello", max_tokens=5).tokens == model.generate("hello", max_tokens=5).tokens
+    )
     logits = model.model(mx.array([[1, 2, 3]]))
     assert logits.shape == (1, 3, VOCABULARY)
     caches = model.make_caches()
@@ -37,9 +39,14 @@ def test_a_path_loads_as_text_and_as_path(talker: Path, model: LanguageModel) ->
     assert mx.allclose(model.model(mx.array([[3]]), caches)[0, 0], logits[0, 2], atol=1e-5)
 
 
-def test_a_name_is_obtained_at_the_bits_asked_for(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_obtained_at_the_bits_asked_for(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
-    monkeypatch.setattr("mlxarch.store.obtain", lambda name, *, bits, **_: asked.append((name, bits)) or talker)
+    monkeypatch.setattr(
+        "mlxarch.store.obtain.obtain",
+        lambda name, *, bits, **_: asked.append((name, bits)) or talker,
+    )
     mlxarch.load("smollm2-135m")
     mlxarch.load("smollm2:135m", bits=4)
     assert asked == [("smollm2-135m", None), ("smollm2:135m", 4)]
@@ -93,7 +100,9 @@ def test_a_context_is_planned_within_what_the_model_allows(talker: Path) -> None
     cache = small.make_caches()[0]
     small.model(mx.array([[1]]), small_caches := small.make_caches())
     assert cache is not None and small_caches[0] is not None
-    assert small_caches[0].nbytes == 2 * 2 * 20 * 16 * 4  # keys and values, heads, tokens, features, float32
+    assert (
+        small_caches[0].nbytes == 2 * 2 * 20 * 16 * 4
+    )  # keys and values, heads, tokens, features, float32
     assert mlxarch.load(talker, context=CONTEXT).context_length == CONTEXT
     for wrong in (0, -1, CONTEXT + 1, 2.5, "20", True, float("nan")):
         with pytest.raises(InvalidInput, match=f"context must lie in 1 … {CONTEXT}"):
@@ -119,13 +128,25 @@ def test_both_dialects_of_a_config_give_the_same_model(tmp_path: Path) -> None:
         ({"do_sample": True}, Sampling(temperature=1.0)),
         ({"do_sample": True, "top_k": None, "top_p": 0.9}, Sampling(temperature=1.0, top_p=0.9)),
         (
-            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "typical_p": 1.0},
+            {
+                "do_sample": True,
+                "temperature": 0.6,
+                "top_k": 20,
+                "top_p": 0.95,
+                "min_p": 0.1,
+                "typical_p": 1.0,
+            },
             Sampling(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1),
         ),
-        ({"do_sample": True, "repetition_penalty": 1.05}, Sampling(temperature=1.0, repetition_penalty=1.05)),
+        (
+            {"do_sample": True, "repetition_penalty": 1.05},
+            Sampling(temperature=1.0, repetition_penalty=1.05),
+        ),
     ],
 )
-def test_the_makers_advice_on_sampling_is_read(advice: Any, wanted: Sampling, talker_copy: Path) -> None:
+def test_the_makers_advice_on_sampling_is_read(
+    advice: Any, wanted: Sampling, talker_copy: Path
+) -> None:
     model, path = mlxarch.load(talker_copy), talker_copy / "generation_config.json"
     path.unlink()
     if advice is not None:
@@ -149,7 +170,9 @@ def test_the_makers_advice_on_sampling_is_read(advice: Any, wanted: Sampling, ta
         "\udcff",
     ],
 )
-def test_malformed_advice_on_sampling_is_an_error_that_names_the_file(text: str, talker_copy: Path) -> None:
+def test_malformed_advice_on_sampling_is_an_error_that_names_the_file(
+    text: str, talker_copy: Path
+) -> None:
     model = mlxarch.load(talker_copy)
     (talker_copy / "generation_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
@@ -160,7 +183,9 @@ def test_a_broken_tokenizer_fails_before_the_weights_are_read(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    monkeypatch.setattr("mlxarch.language_model.load_model", lambda *a, **k: read.append(a) or load_model(*a, **k))
+    monkeypatch.setattr(
+        "mlxarch.language_model.load_model", lambda *a, **k: read.append(a) or load_model(*a, **k)
+    )
     mlxarch.load(talker)
     assert len(read) == 1
     broken = tmp_path / "broken"

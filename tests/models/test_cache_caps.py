@@ -9,8 +9,9 @@ import mlx.core as mx
 import pytest
 
 import mlxarch
-from mlxarch.blocks import Cache, CausalLM, Quantization
-from mlxarch.registry import architecture
+from mlxarch.blocks import Cache, CausalLM
+from mlxarch.loading.registry import architecture
+from mlxarch.quantization.scheme import Quantization
 
 CONTEXT, CHUNK = 32768, 2048
 # elements of a token in one layer, layers that keep the context, layers with a window, the window
@@ -22,11 +23,15 @@ SHAPES = {
     "gemma3n-e4b": (2 * 2 * 256, 4, 16, 512),  # 15 more layers borrow
     "qwen3-30b-a3b": (2 * 4 * 128, 48, 0, 0),
 }
-BYTES = {16: 2.0, 8: 1 + 4 / 64, 4: 1 / 2 + 4 / 64}  # of an element; a group of 64 has a scale and a bias in 16 bits
+BYTES = {
+    16: 2.0,
+    8: 1 + 4 / 64,
+    4: 1 / 2 + 4 / 64,
+}  # of an element; a group of 64 has a scale and a bias in 16 bits
 
 
 def build(name: str) -> CausalLM:
-    folder = Path(mlxarch.__file__).parent / "configs"
+    folder = Path(mlxarch.__file__).parent / "hub" / "configs"
     return architecture(json.loads((folder / f"{name}.json").read_text())).build()
 
 
@@ -45,9 +50,11 @@ def filled(model: CausalLM, bits: int) -> tuple[list[Cache], int]:
     for index, cache in enumerate(caches):
         if cache is not None:
             cache.append = noting(index, cache.append)  # pyright: ignore[reportAttributeAccessIssue]
-    model.states(mx.zeros((1, 1), mx.int32), caches)
+    model.hidden_state(mx.zeros((1, 1), mx.int32), caches)
     kv = Quantization(bits, 64) if bits < 16 else None
-    found = {n: cache for n, cache in enumerate(model.make_caches(CONTEXT, kv=kv)) if cache is not None}
+    found = {
+        n: cache for n, cache in enumerate(model.make_caches(CONTEXT, kv=kv)) if cache is not None
+    }
     widest = 0
     for index, cache in found.items():
         for length in (*[CHUNK] * (CONTEXT // CHUNK - 1), CHUNK - 3, 1, 1, 1):
@@ -62,8 +69,12 @@ def test_bytes_at_32k_tokens_are_those_of_the_formula(name: str, bits: int) -> N
     elements, full, sliding, window = SHAPES[name]
     caches, widest = filled(build(name), bits)
     assert len(caches) == full + sliding and all(cache.length == CONTEXT for cache in caches)
-    assert sum(cache.nbytes for cache in caches) == elements * BYTES[bits] * (full * CONTEXT + sliding * window)
-    assert widest == (window - 1 + CHUNK if window else 0)  # what is held while a part of the prompt passes
+    assert sum(cache.nbytes for cache in caches) == elements * BYTES[bits] * (
+        full * CONTEXT + sliding * window
+    )
+    assert widest == (
+        window - 1 + CHUNK if window else 0
+    )  # what is held while a part of the prompt passes
     if name == "gemma3-27b":
         assert sum(cache.nbytes for cache in caches) <= {16: 3.2e9, 8: 1.75e9, 4: 0.95e9}[bits]
 

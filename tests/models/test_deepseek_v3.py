@@ -11,12 +11,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import parity
-from mlxarch.blocks import latent_attention, routers
+from mlxarch.blocks.attention import latent_attention
+from mlxarch.blocks.moe import routers
+from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.loading.resolve import resolve
 from mlxarch.quantize import convert
-from mlxarch.registry import architecture
-from mlxarch.weights import open_source, resolve
 from parity import Case, config, weight, without
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -69,19 +71,25 @@ CASES = {
         }
     ),
     "deepseek_v2_lite": Case(COMMON),
-    "kimi_k2": Case(COMMON | YARN | QUERIES | SIGMOID | {"beta_slow": config(rope_scaling={"beta_slow": 0.1})}),
+    "kimi_k2": Case(
+        COMMON | YARN | QUERIES | SIGMOID | {"beta_slow": config(rope_scaling={"beta_slow": 0.1})}
+    ),
 }
 
 
 @pytest.mark.parametrize(("name", "dialect"), parity.pairs(CASES))
-def test_latent_attention_models_match_transformers(name: str, dialect: str, tmp_path: Path) -> None:
+def test_latent_attention_models_match_transformers(
+    name: str, dialect: str, tmp_path: Path
+) -> None:
     found = parity.differences(name, dialect, tmp_path)
     assert found.largest <= CASES[name].tolerance, found
     assert found.same_tokens
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_these_models_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_these_models_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -101,33 +109,41 @@ def test_the_inner_norms_do_not_take_the_eps_of_the_config(
 def test_a_closed_group_stays_closed_though_open_experts_score_below_zero(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limited = routers.limited
+    limited = routers.limit_to_top_groups
 
     def closed_by_zero(*arguments: Any, **named: Any) -> mx.array:
         scores = limited(*arguments, **named)
         return mx.where(mx.isinf(scores), 0, scores)
 
-    monkeypatch.setattr(routers, "limited", closed_by_zero)
+    monkeypatch.setattr(routers, "limit_to_top_groups", closed_by_zero)
     assert parity.effect("deepseek_v3", "config.json", unchanged, tmp_path) >= 3 * parity.TOLERANCE
 
 
 def test_a_layer_that_predicts_a_second_token_is_left_out_by_its_number(tmp_path: Path) -> None:
-    resolved = resolve(open_source(parity.copy("deepseek_v3", "config.json", tmp_path)))
+    resolved = resolve(open_checkpoint(parity.copy("deepseek_v3", "config.json", tmp_path)))
     assert "model.layers.2.eh_proj.weight" in resolved.ignored
     assert all(name.startswith("model.layers.2.") for name in resolved.ignored)
     (tmp_path / "more").mkdir()
     more = parity.copy("deepseek_v3", "config.json", tmp_path / "more", config(num_hidden_layers=3))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.switch_mlp\.up_proj\.weight lacks expert 0"):
-        resolve(open_source(more))
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.2\.mlp\.switch_mlp\.up_proj\.weight lacks expert 0"
+    ):
+        resolve(open_checkpoint(more))
 
 
 def test_keys_and_values_of_other_heads_than_the_config_says_are_refused(tmp_path: Path) -> None:
     change = weight("*.layers.1.self_attn.kv_b_proj.weight", lambda found: found[:-1])
-    with pytest.raises(CheckpointError, match=r"layers\.1.*kv_b_proj.* \(95, 32\).* 2 heads of 48 rows"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1.*kv_b_proj.* \(95, 32\).* 2 heads of 48 rows"
+    ):
         load_model(parity.copy("deepseek_v3", "config.json", tmp_path, change))
     (tmp_path / "none").mkdir()
     with pytest.raises(CheckpointError, match=r"missing: .*layers\.1\.self_attn\.embed_q\.weight"):
-        load_model(parity.copy("deepseek_v3", "config.json", tmp_path / "none", without("*.layers.1.*.kv_b_proj.*")))
+        load_model(
+            parity.copy(
+                "deepseek_v3", "config.json", tmp_path / "none", without("*.layers.1.*.kv_b_proj.*")
+            )
+        )
 
 
 def packed(pattern: str, bits: int) -> parity.Change:
@@ -147,19 +163,24 @@ def unpacked(pattern: str, bits: int) -> parity.Change:
     """The values that they then stand for."""
 
     def change(found: np.ndarray) -> np.ndarray:
-        return np.array(mx.dequantize(*mx.quantize(mx.array(found), 32, bits), group_size=32, bits=bits))
+        return np.array(
+            mx.dequantize(*mx.quantize(mx.array(found), 32, bits), group_size=32, bits=bits)
+        )
 
     return weight(pattern, change)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
-def test_a_packed_matrix_of_keys_and_values_counts_as_what_it_stands_for(name: str, tmp_path: Path) -> None:
+def test_a_packed_matrix_of_keys_and_values_counts_as_what_it_stands_for(
+    name: str, tmp_path: Path
+) -> None:
     logits = []
     for change in (packed, unpacked):
         folder = tmp_path / change.__name__
         folder.mkdir()
         model, _ = load_model(
-            parity.copy(name, "config.json", folder, change("*.layers.[01].*.kv_b_proj.weight", 4)), dtype="float32"
+            parity.copy(name, "config.json", folder, change("*.layers.[01].*.kv_b_proj.weight", 4)),
+            dtype="float32",
         )
         logits.append(np.array(model(mx.array(parity.reference(name)["input_ids"]))))
     assert np.abs(logits[0] - logits[1]).max() <= parity.TOLERANCE
@@ -174,8 +195,13 @@ def test_the_correction_bias_stays_float32(tmp_path: Path) -> None:
     model, _ = load_model(source, dtype="bfloat16")
     gate: Any = model.model["layers"][1].mlp.gate
     assert gate.e_score_correction_bias.dtype == mx.float32 and gate.weight.dtype == mx.bfloat16
-    summary = convert(source, tmp_path / "half", bits=4, group_size=32, dtype="float16", method="round")
-    stored, written = load_file(source / "model.safetensors"), load_file(summary.output / "model.safetensors")
+    summary = convert(
+        source, tmp_path / "half", bits=4, group_size=32, dtype="float16", method="round"
+    )
+    stored, written = (
+        load_file(source / "model.safetensors"),
+        load_file(summary.output / "model.safetensors"),
+    )
     assert np.array_equal(written[name], stored[name])
     assert written["model.norm.weight"].dtype == np.float16
 

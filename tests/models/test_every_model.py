@@ -11,13 +11,20 @@ from house import THOROUGH
 import parity
 from mlxarch.blocks import CausalLM
 from mlxarch.blocks.linear import Embedding, Matrix
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
 from mlxarch.quantize import convert
 
-NAMES = sorted(folder.name for folder in parity.GOLDEN.iterdir() if (folder / "reference.safetensors").exists())
+NAMES = sorted(
+    folder.name for folder in parity.GOLDEN.iterdir() if (folder / "reference.safetensors").exists()
+)
 GROUP = 32
-TYPES = {json.loads((parity.GOLDEN / n / "config.json").read_text())["model_type"]: n for n in reversed(NAMES)}
-SEARCHED = set(NAMES if THOROUGH else TYPES.values())  # the first of each type; the codes of the others are rounded
+TYPES = {
+    json.loads((parity.GOLDEN / n / "config.json").read_text())["model_type"]: n
+    for n in reversed(NAMES)
+}
+SEARCHED = set(
+    NAMES if THOROUGH else TYPES.values()
+)  # the first of each type; the codes of the others are rounded
 
 
 def tokens(name: str) -> list[int]:
@@ -67,7 +74,9 @@ def twin_of(model: CausalLM) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_quantized_copy_computes_what_its_weights_stand_for(name: str, bits: int, tmp_path: Path) -> None:
+def test_a_quantized_copy_computes_what_its_weights_stand_for(
+    name: str, bits: int, tmp_path: Path
+) -> None:
     source = parity.copy(name, "config.json", tmp_path)
     target = tmp_path / "quantized"
     method = None if bits == 4 and name in SEARCHED else "round"

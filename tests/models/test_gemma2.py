@@ -11,8 +11,8 @@ import pytest
 import parity
 from mlxarch.blocks import CausalLM, swiglu
 from mlxarch.errors import ConfigError
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from parity import Case, config, weight
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -23,7 +23,12 @@ def own_head(found: dict[str, Any], weights: parity.Weights) -> None:
     weights["lm_head.weight"] = np.roll(weights["model.embed_tokens.weight"], 1, axis=0)
 
 
-NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 CASES = {
     "gemma2": Case(
         {f"{norm} ignored": weight(f"*.{norm}.weight", np.zeros_like) for norm in NORMS}
@@ -56,7 +61,9 @@ def test_gemma2_matches_transformers(name: str, dialect: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_gemma2_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_gemma2_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -71,7 +78,7 @@ def scale_rounded_as_in_bfloat16(model: CausalLM) -> None:
 
 def other_gate(model: CausalLM) -> None:
     for layer in model.layers:
-        layer.mlp.gate = swiglu  # pyright: ignore[reportAttributeAccessIssue]
+        layer.mlp.activation = swiglu  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("mistake", [no_scale, scale_rounded_as_in_bfloat16, other_gate])
@@ -97,7 +104,9 @@ def test_what_no_key_of_the_config_says_shows_too(mistake: Any, tmp_path: Path) 
         ({"rope_scaling": {"rope_type": "spiral"}}, "spiral"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     published = json.loads((parity.GOLDEN / "gemma2" / "config.json").read_text())
     architecture(published).build()  # as it stands it is accepted
     with pytest.raises(ConfigError, match=named):

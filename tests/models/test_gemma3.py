@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import parity
+from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.loading.resolve import resolve
 from mlxarch.quantize import convert
-from mlxarch.registry import architecture
-from mlxarch.weights import open_source, resolve
 from parity import Case, Change, config, weight, without
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -48,7 +49,10 @@ def scaling(**settings: Any) -> Change:
 def scaled_everywhere(found: dict[str, Any], weights: parity.Weights) -> None:
     """The newer dialect can say what the older cannot: sliding layers with a scaling."""
     bases = {SLIDING: 1e4, FULL: 1e6}
-    both = {kind: {"rope_theta": theta, "rope_type": "linear", "factor": 8.0} for kind, theta in bases.items()}
+    both = {
+        kind: {"rope_theta": theta, "rope_type": "linear", "factor": 8.0}
+        for kind, theta in bases.items()
+    }
     found["rope_parameters"] = both
 
 
@@ -57,8 +61,15 @@ def in_text(change: Change) -> Change:
     return lambda found, weights: change(found["text_config"], weights)
 
 
-NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-COMMON = {f"{norm} ignored": weight(f"*language_model*.{norm}.weight", np.zeros_like) for norm in NORMS} | {
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+COMMON = {
+    f"{norm} ignored": weight(f"*language_model*.{norm}.weight", np.zeros_like) for norm in NORMS
+} | {
     "last norm ignored": weight("*model.norm.weight", np.zeros_like),
     "query norm ignored": weight("*.q_norm.weight", np.zeros_like),
     "key norm ignored": weight("*.k_norm.weight", np.zeros_like),
@@ -76,7 +87,11 @@ COMMON = {f"{norm} ignored": weight(f"*language_model*.{norm}.weight", np.zeros_
 CASES = {
     "gemma3_text": Case(
         {f"{norm} ignored": weight(f"*.{norm}.weight", np.zeros_like) for norm in NORMS}
-        | {name: change for name, change in COMMON.items() if "around" not in name and "layernorm" not in name}
+        | {
+            name: change
+            for name, change in COMMON.items()
+            if "around" not in name and "layernorm" not in name
+        }
         | {
             "weights that are not around zero": weight("*norm.weight", lambda w: w - 1),
             "rms_norm_eps": config(rms_norm_eps=1e-5),
@@ -107,13 +122,18 @@ def test_gemma3_matches_transformers(name: str, dialect: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_gemma3_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_gemma3_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
 
 def test_the_older_pattern_shows_in_the_logits(tmp_path: Path) -> None:
-    assert parity.effect("gemma3_text", "config.json", config(sliding_window_pattern=2), tmp_path) >= 1e-3
+    assert (
+        parity.effect("gemma3_text", "config.json", config(sliding_window_pattern=2), tmp_path)
+        >= 1e-3
+    )
 
 
 def published(name: str, dialect: str = "config.json") -> dict[str, Any]:
@@ -121,7 +141,10 @@ def published(name: str, dialect: str = "config.json") -> dict[str, Any]:
 
 
 def test_a_sparse_text_config_means_what_transformers_writes_out() -> None:
-    sparse, full = architecture(published("gemma3")), architecture(published("gemma3", "config.transformers5.json"))
+    sparse, full = (
+        architecture(published("gemma3")),
+        architecture(published("gemma3", "config.transformers5.json")),
+    )
     left_out = full.config.__dict__.keys() - published("gemma3")["text_config"].keys()
     assert {"vocab_size", "rms_norm_eps", "max_position_embeddings"} & left_out == {
         "rms_norm_eps",
@@ -131,13 +154,18 @@ def test_a_sparse_text_config_means_what_transformers_writes_out() -> None:
     for key in full.config.__dict__.keys() - spelled:
         assert getattr(sparse.config, key) == getattr(full.config, key), key
     for kind in (SLIDING, FULL):
-        assert sparse.config.rotation_of(kind).theta == full.config.rotation_of(kind).theta
-        assert sparse.config.rotation_of(kind).kind == full.config.rotation_of(kind).kind
+        assert sparse.config.rope_for(kind).theta == full.config.rope_for(kind).theta
+        assert sparse.config.rope_for(kind).type == full.config.rope_for(kind).type
 
 
 def test_the_first_published_sizes_follow_from_the_defaults() -> None:
     # google/gemma-3-4b-it states these six keys and no more
-    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+    }
     text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
     c = architecture({"model_type": "gemma3", "text_config": text}).config
     assert (c.vocab_size, c.num_attention_heads, c.kv_heads, c.head_size) == (262_208, 8, 4, 256)
@@ -158,13 +186,15 @@ def test_both_spellings_of_the_prefix_are_read(tmp_path: Path) -> None:
 
 
 def test_the_towers_are_left_out_and_named(tmp_path: Path) -> None:
-    ignored = resolve(open_source(parity.copy("gemma3", "config.json", tmp_path))).ignored
+    ignored = resolve(open_checkpoint(parity.copy("gemma3", "config.json", tmp_path))).ignored
     assert ignored["vision_tower.post_layernorm.weight"] == "tower"
     assert ignored["multi_modal_projector.mm_soft_emb_norm.weight"] == "tower"
 
 
 def test_a_missing_norm_is_named(tmp_path: Path) -> None:
-    folder = parity.copy("gemma3_text", "config.json", tmp_path, without("*.layers.1.pre_feedforward_layernorm.*"))
+    folder = parity.copy(
+        "gemma3_text", "config.json", tmp_path, without("*.layers.1.pre_feedforward_layernorm.*")
+    )
     with pytest.raises(CheckpointError, match="model.layers.1.pre_feedforward_layernorm.weight"):
         load_model(folder)
 
@@ -174,7 +204,9 @@ def test_a_copy_keeps_the_norms_as_published(tmp_path: Path) -> None:
     load_model(folder)[0](mx.array([[8, 9]]))  # the sum with 1 is the model's own
     convert(folder, tmp_path / "copy", bits=None)
     name = "model.layers.0.input_layernorm.weight"
-    kept, wanted = (open_source(place).tensors[name].load() for place in (tmp_path / "copy", folder))
+    kept, wanted = (
+        open_checkpoint(place).tensors[name].load() for place in (tmp_path / "copy", folder)
+    )
     assert mx.array_equal(kept, wanted)
     assert float(np.abs(np.array(wanted)).max()) < 1
 
@@ -198,8 +230,14 @@ def test_a_norm_notices_that_its_weight_was_replaced() -> None:
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "spiral"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_parameters must hold those of"),
-        ({"rope_parameters": {FULL: {"rope_theta": 1e6}}}, "rope_parameters must hold those of 'sliding_attention'"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_parameters must hold those of",
+        ),
+        (
+            {"rope_parameters": {FULL: {"rope_theta": 1e6}}},
+            "rope_parameters must hold those of 'sliding_attention'",
+        ),
         ({"rope_local_base_freq": 0}, "rope_local_base_freq"),
     ],
 )

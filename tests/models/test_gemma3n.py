@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import parity
-from mlxarch.blocks import Step
+from mlxarch.blocks import ForwardContext
+from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
+from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.loading.resolve import resolve
 from mlxarch.quantize import convert
-from mlxarch.registry import architecture
-from mlxarch.tensors import Packed
-from mlxarch.weights import open_source, resolve
 from parity import Case, Change, config, weight, without
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -72,12 +73,28 @@ ZEROS = np.zeros_like
 NORMED = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 NORMS = (
     *(f"layers.?.{place}_layernorm" for place in NORMED),
-    *("layers.?.altup.router_norm", "layers.?.laurel.post_laurel_norm", "layers.?.post_per_layer_input_norm"),
-    *("layers.?.self_attn.q_norm", "layers.?.self_attn.k_norm", "per_layer_projection_norm", "norm"),
+    *(
+        "layers.?.altup.router_norm",
+        "layers.?.laurel.post_laurel_norm",
+        "layers.?.post_per_layer_input_norm",
+    ),
+    *(
+        "layers.?.self_attn.q_norm",
+        "layers.?.self_attn.k_norm",
+        "per_layer_projection_norm",
+        "norm",
+    ),
 )
 PARTS = (
-    *(f"layers.?.altup.{part}" for part in ("modality_router", "prediction_coefs", "correction_coefs")),
-    *("layers.?.laurel.linear_right", "layers.?.per_layer_projection", "per_layer_model_projection"),
+    *(
+        f"layers.?.altup.{part}"
+        for part in ("modality_router", "prediction_coefs", "correction_coefs")
+    ),
+    *(
+        "layers.?.laurel.linear_right",
+        "layers.?.per_layer_projection",
+        "per_layer_model_projection",
+    ),
     *("altup_projections.1", "altup_unembed_projections.1", "embed_tokens_per_layer"),
 )
 CASES = {
@@ -101,7 +118,9 @@ CASES = {
             "no layer shares": shares(0),
             "one layer shares": shares(1),
             "row of the tokens without one": rows("*.embed_tokens_per_layer.weight", 0, 1, -1.0),
-            "keys of the last sliding source": weight("*.layers.1.self_attn.k_norm.weight", np.ones_like),
+            "keys of the last sliding source": weight(
+                "*.layers.1.self_attn.k_norm.weight", np.ones_like
+            ),
         }
     )
 }
@@ -115,7 +134,9 @@ def test_gemma3n_matches_transformers(name: str, dialect: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_gemma3n_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_gemma3n_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -127,7 +148,9 @@ def name_as_in_the_wrapper(found: dict[str, Any], weights: parity.Weights) -> No
 
 WITHOUT_EFFECT = {
     "streams begin as large as the first": weight("*.altup_projections.0.weight", lambda w: 3 * w),
-    "streams end as large as the first": weight("*.altup_unembed_projections.0.weight", lambda w: 3 * w),
+    "streams end as large as the first": weight(
+        "*.altup_unembed_projections.0.weight", lambda w: 3 * w
+    ),
     "scores are not scaled": config(query_pre_attn_scalar=16),
     "keys and values of layers that share": add_keys_and_values,
     "the wrapper's names beside the text model's config": name_as_in_the_wrapper,
@@ -139,7 +162,9 @@ def test_what_must_not_show_does_not(what: str, tmp_path: Path) -> None:
     assert parity.effect(NAME, "config.json", WITHOUT_EFFECT[what], tmp_path) <= parity.TOLERANCE
 
 
-def test_values_that_are_not_normalised_would_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_values_that_are_not_normalised_would_show(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     plain = mx.fast.rms_norm
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, w, eps: x if w is None else plain(x, w, eps))
     assert parity.differences(NAME, "config.json", tmp_path).whole >= 3 * parity.TOLERANCE
@@ -149,11 +174,18 @@ def wrapped(found: dict[str, Any], weights: parity.Weights) -> None:
     """As google/gemma-3n-E4B-it is published: names of the whole, keys and values for all, towers."""
     add_keys_and_values(found, weights)
     name_as_in_the_wrapper(found, weights)
-    for tower in ("vision_tower.timm_model.conv", "audio_tower.norm", "embed_vision.norm", "embed_audio.norm"):
+    for tower in (
+        "vision_tower.timm_model.conv",
+        "audio_tower.norm",
+        "embed_vision.norm",
+        "embed_audio.norm",
+    ):
         weights[f"model.{tower}.weight"] = np.ones(3, np.float32)
     text = dict(found)
     found.clear()
-    found.update({"model_type": "gemma3n", "text_config": text, "vision_config": {}, "audio_config": {}})
+    found.update(
+        {"model_type": "gemma3n", "text_config": text, "vision_config": {}, "audio_config": {}}
+    )
 
 
 @pytest.mark.parametrize("dialect", parity.DIALECTS)
@@ -164,9 +196,9 @@ def test_the_published_wrapper_gives_the_same_logits(dialect: str, tmp_path: Pat
 def test_a_quantized_wrapper_keeps_the_published_names(tmp_path: Path) -> None:
     folder = parity.copy(NAME, "config.json", tmp_path, wrapped)
     convert(folder, tmp_path / "quantized", bits=8, group_size=32, method="round")
-    names = open_source(tmp_path / "quantized").tensors
+    names = open_checkpoint(tmp_path / "quantized").tensors
     assert all(name.startswith("model.language_model.") for name in names)
-    packed = {name for name, tensor in names.items() if isinstance(tensor, Packed)}
+    packed = {name for name, tensor in names.items() if isinstance(tensor, QuantizedTensor)}
     assert "model.language_model.layers.0.per_layer_input_gate.weight" in packed
     assert not [name for name in packed if ".altup." in name]
     model, _ = load_model(tmp_path / "quantized", dtype="float32")
@@ -175,7 +207,7 @@ def test_a_quantized_wrapper_keeps_the_published_names(tmp_path: Path) -> None:
 
 
 def test_what_a_checkpoint_holds_for_sharing_layers_is_left_out_and_named(tmp_path: Path) -> None:
-    ignored = resolve(open_source(parity.copy(NAME, "config.json", tmp_path, wrapped))).ignored
+    ignored = resolve(open_checkpoint(parity.copy(NAME, "config.json", tmp_path, wrapped))).ignored
     assert ignored["model.layers.3.self_attn.k_proj.weight"] == "keys and values of sharing layers"
     assert not [name for name in ignored if ".layers.2." in name]
 
@@ -184,11 +216,20 @@ def test_a_converted_checkpoint_has_them_too_packed_as_those_that_count(tmp_path
     folder = parity.copy(NAME, "config.json", tmp_path, wrapped)
     for bits in (None, 8):
         convert(folder, tmp_path / f"{bits}", bits=bits, group_size=32, method="round")
-        before, after = open_source(folder).tensors, open_source(tmp_path / f"{bits}").tensors
-        unused = {name for name in before if ".layers.3.self_attn.k_" in name or ".layers.3.self_attn.v_" in name}
+        before, after = (
+            open_checkpoint(folder).tensors,
+            open_checkpoint(tmp_path / f"{bits}").tensors,
+        )
+        unused = {
+            name
+            for name in before
+            if ".layers.3.self_attn.k_" in name or ".layers.3.self_attn.v_" in name
+        }
         assert len(unused) == 3 and unused <= after.keys()
         for name in unused:
-            assert isinstance(after[name], Packed) == (bits is not None and "_proj" in name)
+            assert isinstance(after[name], QuantizedTensor) == (
+                bits is not None and "_proj" in name
+            )
             near = np.abs(np.array(after[name].load()) - np.array(before[name].load())).max()
             assert near <= (0 if bits is None else 0.05)
         model, _ = load_model(tmp_path / f"{bits}", dtype="float32")
@@ -202,9 +243,11 @@ def without_unused(found: dict[str, Any], weights: parity.Weights) -> None:
 
 def test_what_a_checkpoint_lacks_for_sharing_layers_is_not_missed(tmp_path: Path) -> None:
     folder = parity.copy(NAME, "config.json", tmp_path, without_unused)
-    assert not resolve(open_source(folder)).ignored
+    assert not resolve(open_checkpoint(folder)).ignored
     convert(folder, tmp_path / "copy", bits=None)
-    assert open_source(tmp_path / "copy").tensors.keys() == open_source(folder).tensors.keys()
+    assert (
+        open_checkpoint(tmp_path / "copy").tensors.keys() == open_checkpoint(folder).tensors.keys()
+    )
 
 
 def test_what_is_carried_along_must_be_numbers(tmp_path: Path) -> None:
@@ -212,9 +255,10 @@ def test_what_is_carried_along_must_be_numbers(tmp_path: Path) -> None:
         weights["model.layers.3.self_attn.k_proj.weight"] = np.ones((3, 3), np.int64)
 
     with pytest.raises(
-        CheckpointError, match=r"tensor model\.layers\.3\.self_attn\.k_proj\.weight is mlx\.core\.int64"
+        CheckpointError,
+        match=r"tensor model\.layers\.3\.self_attn\.k_proj\.weight is mlx\.core\.int64",
     ):
-        resolve(open_source(parity.copy(NAME, "config.json", tmp_path, damage)))
+        resolve(open_checkpoint(parity.copy(NAME, "config.json", tmp_path, damage)))
 
 
 def test_layers_that_share_have_no_cache(tmp_path: Path) -> None:
@@ -222,27 +266,29 @@ def test_layers_that_share_have_no_cache(tmp_path: Path) -> None:
     assert [cache is None for cache in model.make_caches()] == [False] * FIRST_SHARING + [True] * 2
 
 
-def test_an_earlier_layer_of_the_kind_would_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_earlier_layer_of_the_kind_would_show(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     class FirstStays(dict[Any, Any]):
         def __setitem__(self, key: Any, value: Any) -> None:
             if key not in self:
                 super().__setitem__(key, value)
 
-    class WrongStep(Step):
+    class WrongContext(ForwardContext):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.shared = FirstStays()
 
-    monkeypatch.setattr("mlxarch.blocks.decoder.Step", WrongStep)
+    monkeypatch.setattr("mlxarch.blocks.decoder.ForwardContext", WrongContext)
     assert parity.differences(NAME, "config.json", tmp_path).whole >= 3 * parity.TOLERANCE
 
 
 def walk(model: Any, ids: mx.array) -> mx.array:
     """The three steps that everything outside of a model uses."""
-    step = Step(ids.shape[1])
-    state = model.embed(ids, step)
+    context = ForwardContext(ids.shape[1])
+    state = model.embed(ids, context)
     for layer in model.layers:
-        state = layer(state, step, None)
+        state = layer(state, context, None)
     return model.head(state[:, -1:])
 
 
@@ -281,7 +327,9 @@ def published() -> dict[str, Any]:
         ({"rope_scaling": {"rope_type": "spiral"}}, "spiral"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     architecture(published()).build()  # as it stands it is accepted
     with pytest.raises(ConfigError, match=named):
         architecture(published() | settings).build()
@@ -292,6 +340,8 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: di
     [without("*.layers.2.self_attn.k_proj.weight"), without("*.layers.2.self_attn.k_norm.weight")],
     ids=["projection", "norm"],
 )
-def test_missing_keys_of_a_layer_that_does_not_share_are_named(change: Change, tmp_path: Path) -> None:
+def test_missing_keys_of_a_layer_that_does_not_share_are_named(
+    change: Change, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.self_attn\.k_"):
         load_model(parity.copy(NAME, "config.json", tmp_path, change))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import parity
+from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.errors import ConfigError
-from mlxarch.registry import architecture
-from mlxarch.weights import open_source, resolve
+from mlxarch.loading.registry import architecture
+from mlxarch.loading.resolve import resolve
 from parity import Case, config, weight
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -54,7 +55,9 @@ def test_glm_matches_transformers(name: str, dialect: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_glm_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_glm_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -63,12 +66,15 @@ def test_half_of_a_head_is_turned_where_the_config_does_not_say(tmp_path: Path) 
     change = config(partial_rotary_factor=0.5)
     published = json.loads((parity.GOLDEN / "glm4_moe" / "config.json").read_text())
     del published["partial_rotary_factor"]
-    assert architecture(published).config == architecture(published | {"partial_rotary_factor": 0.5}).config
+    assert (
+        architecture(published).config
+        == architecture(published | {"partial_rotary_factor": 0.5}).config
+    )
     assert parity.effect("glm4_moe", "config.json", change, tmp_path) <= parity.TOLERANCE
 
 
 def test_a_layer_that_predicts_a_second_token_is_left_out_by_its_number(tmp_path: Path) -> None:
-    ignored = resolve(open_source(parity.copy("glm45_air", "config.json", tmp_path))).ignored
+    ignored = resolve(open_checkpoint(parity.copy("glm45_air", "config.json", tmp_path))).ignored
     assert "model.layers.2.shared_head.norm.weight" in ignored
     assert all(name.startswith("model.layers.2.") for name in ignored)
 
@@ -84,7 +90,9 @@ def test_a_layer_that_predicts_a_second_token_is_left_out_by_its_number(tmp_path
         ({"sliding_window": 4096}, "sliding_window"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     published = json.loads((parity.GOLDEN / "glm4_moe" / "config.json").read_text())
     architecture(published).build()
     with pytest.raises(ConfigError, match=named):

@@ -11,11 +11,12 @@ import pytest
 
 import parity
 from mlxarch.blocks import CausalLM
+from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.errors import CheckpointError, ConfigError, ContextLengthError
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.loading.resolve import resolve
 from mlxarch.quantize import convert
-from mlxarch.registry import architecture
-from mlxarch.weights import open_source, resolve
 from parity import Case, config, weight, without
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -64,13 +65,17 @@ def test_gpt2_matches_transformers(name: str, dialect: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_gpt2_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_gpt2_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
 
 @pytest.mark.parametrize("other", [nn.gelu, nn.relu, nn.silu])
-def test_another_activation_shows(other: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_activation_shows(
+    other: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("mlxarch.models.gpt2.gelu", other)
     assert parity.effect("gpt2", "config.json", config(), tmp_path) >= 3 * parity.TOLERANCE
 
@@ -80,7 +85,9 @@ def test_another_activation_shows(other: Any, monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
-    return load_model(parity.copy("gpt2", "config.json", tmp_path_factory.mktemp("gpt2")), dtype="float32")[0]
+    return load_model(
+        parity.copy("gpt2", "config.json", tmp_path_factory.mktemp("gpt2")), dtype="float32"
+    )[0]
 
 
 def test_the_context_ends_with_the_positions(model: CausalLM) -> None:
@@ -110,7 +117,7 @@ def test_padding_takes_no_position(model: CausalLM) -> None:
 
 
 def test_the_masks_among_the_weights_are_left_out_and_biases_are_not(tmp_path: Path) -> None:
-    resolved = resolve(open_source(parity.copy("gpt2", "config.json", tmp_path)))
+    resolved = resolve(open_checkpoint(parity.copy("gpt2", "config.json", tmp_path)))
     assert resolved.ignored == {f"h.{layer}.attn.bias": "causal mask" for layer in range(2)}
     assert "model.h.0.attn.c_attn.bias" in resolved.parameters
 
@@ -119,7 +126,7 @@ def test_the_masks_among_the_weights_are_left_out_and_biases_are_not(tmp_path: P
 def test_a_copy_in_the_layout_of_mlx_computes_the_same(name: str, tmp_path: Path) -> None:
     folder, target = parity.copy(name, "config.json", tmp_path), tmp_path / "copy"
     convert(folder, target, bits=None)
-    tensors = open_source(target).tensors
+    tensors = open_checkpoint(target).tensors
     assert all(path.startswith("model.") for path in tensors)
     assert tensors["model.h.0.attn.c_attn.weight"].shape == (96, 32)
     ids = mx.array(parity.reference(name)["input_ids"])
@@ -152,7 +159,9 @@ def test_an_absent_width_is_four_times_the_embedding() -> None:
         ({"layer_norm_epsilon": 0}, "rms_norm_eps"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     with pytest.raises(ConfigError, match=named):
         architecture(published(**settings)).build()
 

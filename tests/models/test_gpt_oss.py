@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 import parity
 from mlxarch.blocks import CausalLM
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from mlxarch.quantize import convert
-from mlxarch.registry import architecture
 from parity import Case, config, weight
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -39,7 +39,9 @@ CASES = {
             "bias of down": weight("*.down_proj_bias", ZEROS),
             "gate and up alternate": weight("*.gate_up_proj", halves),
             "their biases alternate": weight("*.gate_up_proj_bias", halves),
-            "down the other way": weight("*.experts.down_proj", lambda found: found.swapaxes(1, 2).copy()),
+            "down the other way": weight(
+                "*.experts.down_proj", lambda found: found.swapaxes(1, 2).copy()
+            ),
             "the wrong experts": weight("*.router.weight", lambda found: np.roll(found, 1, axis=0)),
             "num_experts_per_tok": config(num_experts_per_tok=1),
             "swiglu_limit": config(swiglu_limit=7.0),
@@ -64,7 +66,9 @@ def test_gpt_oss_matches_transformers(name: str, dialect: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_gpt_oss_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_gpt_oss_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -76,7 +80,9 @@ def test_layers_alternate_where_the_config_does_not_say_which_slide(tmp_path: Pa
 
 # MXFP4, as the published files have it: X_blocks and X_scales for X, whose matrices are not transposed
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by code (OCP MX 1.0, table 5)
+E2M1 = np.array(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+)  # by code (OCP MX 1.0, table 5)
 EXPERTS = ("gate_up_proj", "down_proj")
 
 
@@ -95,9 +101,14 @@ def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def packed(found: dict[str, Any], weights: parity.Weights) -> None:
-    found["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    found["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn"],
+    }
     for name in [name for name in weights if name.endswith(EXPERTS)]:
-        weights[f"{name}_blocks"], weights[f"{name}_scales"] = encode(weights.pop(name).swapaxes(1, 2))
+        weights[f"{name}_blocks"], weights[f"{name}_scales"] = encode(
+            weights.pop(name).swapaxes(1, 2)
+        )
 
 
 def unpacked(found: dict[str, Any], weights: parity.Weights) -> None:
@@ -116,30 +127,47 @@ def logits(folder: Path) -> tuple[CausalLM, np.ndarray]:
     return model, np.array(model(mx.array(parity.reference(NAME)["input_ids"])))
 
 
-def test_mxfp4_experts_stand_for_what_the_format_says_and_stay_packed(mxfp4: Path, tmp_path: Path) -> None:
+def test_mxfp4_experts_stand_for_what_the_format_says_and_stay_packed(
+    mxfp4: Path, tmp_path: Path
+) -> None:
     model, found = logits(mxfp4)
     experts: Any = model.model["layers"][0].mlp.experts
-    assert experts.gate_proj.weight.dtype == mx.uint32 and experts.gate_proj.weight.shape == (3, 32, 4)
+    assert experts.gate_proj.weight.dtype == mx.uint32 and experts.gate_proj.weight.shape == (
+        3,
+        32,
+        4,
+    )
     (tmp_path / "other").mkdir()
     _, wanted = logits(parity.copy(NAME, "config.json", tmp_path / "other", unpacked))
     assert np.abs(found - wanted).max() <= parity.TOLERANCE
-    assert np.abs(found - parity.reference(NAME)["logits"]).max() >= 3 * parity.TOLERANCE  # four bits are not none
+    assert (
+        np.abs(found - parity.reference(NAME)["logits"]).max() >= 3 * parity.TOLERANCE
+    )  # four bits are not none
 
 
 def test_a_copy_holds_the_codes_of_the_source(mxfp4: Path, tmp_path: Path) -> None:
     summary = convert(mxfp4, tmp_path / "copy", bits=None)
     assert summary.quantized == 6
-    before, after = load_file(mxfp4 / "model.safetensors"), load_file(tmp_path / "copy" / "model.safetensors")
+    before, after = (
+        load_file(mxfp4 / "model.safetensors"),
+        load_file(tmp_path / "copy" / "model.safetensors"),
+    )
     path = "model.layers.1.mlp.experts"
     for part, rows in {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}.items():
         codes = before[f"{path}.gate_up_proj_blocks"][:, rows].reshape(3, 32, 16)
         assert np.array_equal(after[f"{path}.{part}.weight"].view(np.uint8), codes)
-        assert np.array_equal(after[f"{path}.{part}.scales"], before[f"{path}.gate_up_proj_scales"][:, rows])
-        assert np.array_equal(after[f"{path}.{part}.bias"], before[f"{path}.gate_up_proj_bias"][:, rows])
+        assert np.array_equal(
+            after[f"{path}.{part}.scales"], before[f"{path}.gate_up_proj_scales"][:, rows]
+        )
+        assert np.array_equal(
+            after[f"{path}.{part}.bias"], before[f"{path}.gate_up_proj_bias"][:, rows]
+        )
     assert np.array_equal(logits(tmp_path / "copy")[1], logits(mxfp4)[1])
 
 
-def test_attention_takes_the_bits_asked_for_and_the_experts_keep_theirs(mxfp4: Path, tmp_path: Path) -> None:
+def test_attention_takes_the_bits_asked_for_and_the_experts_keep_theirs(
+    mxfp4: Path, tmp_path: Path
+) -> None:
     convert(mxfp4, tmp_path / "copy", bits=None)
     convert(mxfp4, tmp_path / "eight", bits=8, group_size=32, method="round")
     copy, eight = (load_file(tmp_path / name / "model.safetensors") for name in ("copy", "eight"))
@@ -159,7 +187,9 @@ def test_half_of_an_mxfp4_tensor_is_refused_by_name(part: str, mxfp4: Path, tmp_
         del weights[f"model.layers.0.mlp.experts.down_proj_{part}"]
 
     (tmp_path / "half").mkdir()
-    with pytest.raises(CheckpointError, match=rf"no .*layers\.0\.mlp\.experts\.down_proj_{part} beside it"):
+    with pytest.raises(
+        CheckpointError, match=rf"no .*layers\.0\.mlp\.experts\.down_proj_{part} beside it"
+    ):
         load_model(parity.copy(NAME, "config.json", tmp_path / "half", without))
 
 
@@ -212,7 +242,9 @@ def test_a_scale_that_is_nan_is_refused_by_name(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     published = json.loads((parity.GOLDEN / NAME / "config.json").read_text())
     architecture(published).build()
     with pytest.raises(ConfigError, match=named):

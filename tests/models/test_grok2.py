@@ -15,10 +15,10 @@ from sliced_grok2 import name_of
 import parity
 from mlxarch.blocks import geglu, swiglu
 from mlxarch.errors import CheckpointError, ConfigError, UnsupportedArchitecture
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from mlxarch.models import grok2
 from mlxarch.quantize import convert
-from mlxarch.registry import architecture
 from parity import Case, config, weight
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -39,7 +39,10 @@ CASE = Case(
         "router": weight("*.block_sparse_moe.gate.weight", ZEROS),
         "last norm": weight("model.norm.weight", ONES),
     }
-    | {f"{at} norm": weight(f"*.{at}_norm.weight", ONES) for at in ("pre_attn", "post_attn", "pre_moe", "post_moe")}
+    | {
+        f"{at} norm": weight(f"*.{at}_norm.weight", ONES)
+        for at in ("pre_attn", "post_attn", "pre_moe", "post_moe")
+    }
 )
 
 
@@ -51,12 +54,16 @@ def test_grok2_matches_its_reference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", CASE.options)
 def test_every_option_of_grok2_shows_in_the_logits(option: str, tmp_path: Path) -> None:
-    assert parity.effect("grok2", "config.json", CASE.options[option], tmp_path) >= 3 * CASE.tolerance
+    assert (
+        parity.effect("grok2", "config.json", CASE.options[option], tmp_path) >= 3 * CASE.tolerance
+    )
 
 
-def temperature_before_the_cap(self: Any, q: mx.array, k: mx.array, v: mx.array, mask: Any, step: Any) -> mx.array:
-    grown = mx.log(mx.maximum(step.positions, self.length)) / mx.log(mx.array(self.length))
-    return grok2.Attention.attend(self, q * grown[:, None], k, v, mask, step)
+def temperature_before_the_cap(
+    self: Any, q: mx.array, k: mx.array, v: mx.array, mask: Any, context: Any
+) -> mx.array:
+    grown = mx.log(mx.maximum(context.positions, self.length)) / mx.log(mx.array(self.length))
+    return grok2.Attention.attend(self, q * grown[:, None], k, v, mask, context)
 
 
 def renormalised(self: Any, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -71,7 +78,7 @@ def renormalised(self: Any, x: mx.array) -> tuple[mx.array, mx.array]:
         ("geglu", swiglu),
         ("TemperedAttention.attend", temperature_before_the_cap),
         ("CappedRouter.__call__", renormalised),
-        ("DecoderLayer.branches", lambda self, x: self.mlp(x) + self.block_sparse_moe(x)),
+        ("DecoderLayer.feed_forward", lambda self, x: self.mlp(x) + self.block_sparse_moe(x)),
     ],
 )
 def test_what_others_take_grok2_for_shows_in_the_logits(
@@ -94,7 +101,9 @@ def test_what_others_take_grok2_for_shows_in_the_logits(
         ({"attention_bias": True}, "attention_bias"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     published = json.loads((parity.GOLDEN / "grok2" / "config.json").read_text())
     architecture(published).build()  # as it stands it is accepted
     with pytest.raises(ConfigError, match=named):
@@ -123,11 +132,15 @@ def logits(folder: Path) -> np.ndarray:
 
 def test_slices_give_the_model_that_they_were_cut_from(sliced: Path, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
-    assert np.array_equal(logits(sliced), logits(parity.copy("grok2", "config.json", tmp_path / "merged")))
+    assert np.array_equal(
+        logits(sliced), logits(parity.copy("grok2", "config.json", tmp_path / "merged"))
+    )
 
 
 @pytest.mark.parametrize("bits", [4, None])
-def test_a_quantizer_reads_slices_as_it_reads_the_whole(bits: int | None, sliced: Path, tmp_path: Path) -> None:
+def test_a_quantizer_reads_slices_as_it_reads_the_whole(
+    bits: int | None, sliced: Path, tmp_path: Path
+) -> None:
     (tmp_path / "merged").mkdir()
     whole = parity.copy("grok2", "config.json", tmp_path / "merged")
     for source, output in ((whole, "of the whole"), (sliced, "of slices")):
@@ -140,7 +153,9 @@ def without(number: int, rank: int | None) -> Callable[[Path], None]:
     return lambda folder: (folder / name_of(number, rank)).unlink()
 
 
-def rewritten(number: int, rank: int | None, change: Callable[[dict[str, np.ndarray]], dict]) -> Callable[[Path], None]:
+def rewritten(
+    number: int, rank: int | None, change: Callable[[dict[str, np.ndarray]], dict]
+) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         path = folder / name_of(number, rank)
         save_file(change(load_file(path)), path)
@@ -160,12 +175,27 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
         (without(2, None), ["pytorch_model-00002-TP-*"]),
         (without(9, None), ["missing", "block_sparse_moe.gate.weight"]),
         (lambda folder: [without(n, 3)(folder) for n in (4, 5, 6)], ["shape", "switch_mlp"]),
-        (lambda folder: (folder / name_of(3, None)).rename(folder / name_of(3, 0)), [name_of(3, 1), name_of(3, 3)]),
-        (lambda folder: save_file({"a": np.ones(1)}, folder / name_of(4, None)), ["either", name_of(4, 0)]),
-        (rewritten(4, 3, lambda w: {k: v for k, v in w.items() if k != EXPERT}), [name_of(4, 3), EXPERT]),
+        (
+            lambda folder: (folder / name_of(3, None)).rename(folder / name_of(3, 0)),
+            [name_of(3, 1), name_of(3, 3)],
+        ),
+        (
+            lambda folder: save_file({"a": np.ones(1)}, folder / name_of(4, None)),
+            ["either", name_of(4, 0)],
+        ),
+        (
+            rewritten(4, 3, lambda w: {k: v for k, v in w.items() if k != EXPERT}),
+            [name_of(4, 3), EXPERT],
+        ),
         (rewritten(4, 1, lambda w: w | {EXPERT: w[EXPERT][:2]}), ["w1", "different shapes"]),
-        (rewritten(5, 1, lambda w: w | {EXPERT.replace("w1", "w2"): np.ones(3, np.float16)}), ["different shapes"]),
-        (rewritten(0, None, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"]}), ["lm_head", "too"]),
+        (
+            rewritten(5, 1, lambda w: w | {EXPERT.replace("w1", "w2"): np.ones(3, np.float16)}),
+            ["different shapes"],
+        ),
+        (
+            rewritten(0, None, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"]}),
+            ["lm_head", "too"],
+        ),
     ],
 )
 def test_slices_that_do_not_fit_together_are_named(
@@ -178,15 +208,23 @@ def test_slices_that_do_not_fit_together_are_named(
         assert word in str(refusal.value)
 
 
-def test_files_of_other_names_are_left_alone(sliced: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_other_names_are_left_alone(
+    sliced: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = logits(sliced)
-    for name in ("pytorch_model-00004-TP-0000.safetensors", "pytorch_model-4-TP-001.safetensors", "x.safetensors"):
+    for name in (
+        "pytorch_model-00004-TP-0000.safetensors",
+        "pytorch_model-4-TP-001.safetensors",
+        "x.safetensors",
+    ):
         (sliced / name).write_bytes(b"not read")
     assert np.array_equal(logits(sliced), before)
     assert "x.safetensors" in caplog.text and "no slice" in caplog.text
 
 
-def test_a_whole_file_beside_slices_is_the_one_that_counts(sliced: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_whole_file_beside_slices_is_the_one_that_counts(
+    sliced: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_file({"a": np.ones(1, np.float32)}, sliced / "model.safetensors")
     with pytest.raises(CheckpointError, match="unexpected: a"):
         load_model(sliced)

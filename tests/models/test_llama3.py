@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import parity
-from mlxarch.blocks import Attention, Cache, Full, Sliding, Step
+from mlxarch.blocks import Attention, Cache, ForwardContext, Full, Sliding
 from mlxarch.errors import CheckpointError, ConfigError, UnsupportedArchitecture
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from parity import Case, config, weight, without
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -45,7 +45,9 @@ CASES = {
             "factor": config(rope_scaling={"factor": 4.0}),
             "low_freq_factor": config(rope_scaling={"low_freq_factor": 2.0}),
             "high_freq_factor": config(rope_scaling={"high_freq_factor": 8.0}),
-            "original_max_position_embeddings": config(rope_scaling={"original_max_position_embeddings": 32}),
+            "original_max_position_embeddings": config(
+                rope_scaling={"original_max_position_embeddings": 32}
+            ),
         }
     ),
     "llama3_tied": Case(
@@ -56,7 +58,9 @@ CASES = {
             "factor": config(rope_scaling={"factor": 8.0}),
             "low_freq_factor": config(rope_scaling={"low_freq_factor": 0.25}),
             "high_freq_factor": config(rope_scaling={"high_freq_factor": 8.0}),
-            "original_max_position_embeddings": config(rope_scaling={"original_max_position_embeddings": 64}),
+            "original_max_position_embeddings": config(
+                rope_scaling={"original_max_position_embeddings": 64}
+            ),
             "head_dim": config(num_attention_heads=8, num_key_value_heads=4, head_dim=8),
             "head of its own": own_head,
         }
@@ -79,10 +83,14 @@ CASES = {
             "rope type ignored": config(rope_scaling=None),
             "rope type linear": config(rope_scaling={"rope_type": "linear"}),
             "factor": config(rope_scaling={"factor": 4.0}),
-            "original_max_position_embeddings": config(rope_scaling={"original_max_position_embeddings": 32}),
+            "original_max_position_embeddings": config(
+                rope_scaling={"original_max_position_embeddings": 32}
+            ),
             "attention_factor 1": config(rope_scaling={"attention_factor": 1.0}),
             "attention_factor derived": config(rope_scaling={"attention_factor": None}),
-            "mscale": config(rope_scaling={"attention_factor": None, "mscale": 2.0, "mscale_all_dim": 1.0}),
+            "mscale": config(
+                rope_scaling={"attention_factor": None, "mscale": 2.0, "mscale_all_dim": 1.0}
+            ),
             "beta_fast": config(rope_scaling={"beta_fast": 2.0}),
             "beta_slow": config(rope_scaling={"beta_slow": 1.0}),
             "truncate": config(rope_scaling={"truncate": True}),
@@ -93,7 +101,10 @@ CASES = {
         | TIED
         | {"rope_theta": config(rope_theta=500_000.0)}
         | {f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS) for name in ("q", "k", "v", "o")}
-        | {f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS) for name in ("gate", "up", "down")}
+        | {
+            f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS)
+            for name in ("gate", "up", "down")
+        }
         | {
             "attention_bias": without("*.self_attn.*.bias", attention_bias=False),
             "mlp_bias": without("*.mlp.*.bias", mlp_bias=False),
@@ -122,18 +133,22 @@ def test_llama3_matches_transformers(name: str, dialect: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_llama3_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_llama3_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
 
-def test_positions_that_start_anew_in_every_chunk_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Restarting(Step):
+def test_positions_that_start_anew_in_every_chunk_show(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Restarting(ForwardContext):
         def __init__(self, length: int, caches: Sequence[Cache] | None = None) -> None:
             super().__init__(length, caches)
             self.offset = 0
 
-    monkeypatch.setattr("mlxarch.blocks.decoder.Step", Restarting)
+    monkeypatch.setattr("mlxarch.blocks.decoder.ForwardContext", Restarting)
     found = parity.differences("llama3", "config.json", tmp_path)
     assert found.whole <= parity.TOLERANCE
     assert min(found.chunked, found.cached) >= 3 * parity.TOLERANCE
@@ -144,22 +159,45 @@ def published(name: str, **settings: Any) -> dict[str, Any]:
     return json.loads((parity.GOLDEN / name / "config.json").read_text()) | settings
 
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
     "unknown rope type": ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
-    "unknown rope type in the older spelling": ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "spiral"),
+    "unknown rope type in the older spelling": (
+        {"rope_scaling": {"type": "spiral", "factor": 2.0}},
+        "spiral",
+    ),
     "unknown rope type in rope_parameters": (
         {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}, "rope_scaling": None},
         "spiral",
     ),
-    "rope type that is not computed": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    "rope type that is not computed": (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "dynamic",
+    ),
     "rope parameter missing": ({"rope_scaling": LLAMA3_ROPE}, "original_max_position_embeddings"),
-    "rope parameter of another type": ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor"),
+    "rope parameter of another type": (
+        {"rope_scaling": {"type": "linear", "factor": "4"}},
+        "factor",
+    ),
     "unknown activation": ({"hidden_act": "gelu_new"}, "hidden_act"),
-    "unknown kind of layer": ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+    "unknown kind of layer": (
+        {"layer_types": ["full_attention", "linear_attention"]},
+        "linear_attention",
+    ),
     "part of a head is rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "the same in the dialect of transformers 5": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
         "partial_rotary_factor",
     ),
     "heads that no group size fits": ({"num_key_value_heads": 3}, "num_key_value_heads"),
@@ -201,7 +239,11 @@ def test_an_unknown_model_type_is_refused_and_the_known_ones_are_named(kind: Any
 @pytest.mark.parametrize(
     ("name", "change", "tensor"),
     [
-        ("llama3", without("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight"),
+        (
+            "llama3",
+            without("model.layers.1.mlp.up_proj.weight"),
+            "model.layers.1.mlp.up_proj.weight",
+        ),
         ("llama3", without("lm_head.weight"), "lm_head.weight"),
         ("llama3_tied", config(tie_word_embeddings=False), "lm_head.weight"),
         ("llama3_tied", config(head_dim=8), "self_attn."),

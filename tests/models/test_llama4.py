@@ -10,8 +10,8 @@ import pytest
 
 import parity
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from parity import Case, config, weight
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -50,7 +50,11 @@ COMMON = {
 }
 CASES = {
     "llama4_scout": Case(
-        COMMON | {"RoPE scaling ignored": config(rope_scaling=None), "its factor": config(rope_scaling={"factor": 8.0})}
+        COMMON
+        | {
+            "RoPE scaling ignored": config(rope_scaling=None),
+            "its factor": config(rope_scaling={"factor": 8.0}),
+        }
     ),
     "llama4_maverick": Case(
         COMMON | {"dense layers": weight("*.layers.[02].feed_forward.down_proj.weight", ZEROS)},
@@ -67,7 +71,9 @@ def test_llama4_matches_transformers(name: str, dialect: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_llama4_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_llama4_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -107,8 +113,13 @@ def test_the_text_model_of_a_wrapper_gives_the_same_logits(tmp_path: Path) -> No
         {"moe_layers": [0, 1, 2, 3], "interleave_moe_layer_step": 2},
     ],
 )
-def test_other_spellings_of_the_same_config_give_the_same_logits(settings: dict[str, Any], tmp_path: Path) -> None:
-    assert parity.effect("llama4_scout", "config.json", config(**settings), tmp_path) <= parity.TOLERANCE
+def test_other_spellings_of_the_same_config_give_the_same_logits(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    assert (
+        parity.effect("llama4_scout", "config.json", config(**settings), tmp_path)
+        <= parity.TOLERANCE
+    )
 
 
 def test_sparse_layers_are_those_that_the_config_says(tmp_path: Path) -> None:
@@ -125,7 +136,9 @@ def test_padding_far_to_the_left_is_no_number_out_of_range(tmp_path: Path) -> No
     batch = mx.array([ids, [0] * padding[1] + ids[:3]])
     logits = np.array(model(batch, model.make_caches(padding=padding)))
     assert np.isfinite(logits).all()
-    assert np.abs(logits[1, 45:] - np.array(model(mx.array([ids[:3]]))[0])).max() <= parity.TOLERANCE
+    assert (
+        np.abs(logits[1, 45:] - np.array(model(mx.array([ids[:3]]))[0])).max() <= parity.TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +155,9 @@ def test_padding_far_to_the_left_is_no_number_out_of_range(tmp_path: Path) -> No
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     published = json.loads((parity.GOLDEN / "llama4_scout" / "config.json").read_text())
     architecture(published).build()
     with pytest.raises(ConfigError, match=named):

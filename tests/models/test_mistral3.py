@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import parity
+from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.loading.resolve import resolve
 from mlxarch.quantize import convert
-from mlxarch.registry import architecture
-from mlxarch.weights import open_source, resolve
 from parity import Case, Change, config, weight, without
 
 ONES = np.ones_like
@@ -30,7 +31,9 @@ CASES = {
             "rope_theta": config(rope_theta=10_000.0),
             "growing queries ignored": config(model_type="mistral"),
             "llama_4_scaling_beta": config(rope_scaling={"llama_4_scaling_beta": 0.1}),
-            "original_max_position_embeddings": config(rope_scaling={"original_max_position_embeddings": 17}),
+            "original_max_position_embeddings": config(
+                rope_scaling={"original_max_position_embeddings": 17}
+            ),
             "factor": config(rope_scaling={"factor": 8.0}),
             "mscale": config(rope_scaling={"mscale": 2.0}),
             "rope type linear": config(rope_scaling={"rope_type": "linear"}),
@@ -48,7 +51,9 @@ def test_ministral3_matches_transformers(name: str, dialect: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_ministral3_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_ministral3_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -67,9 +72,18 @@ def wrapped(spelling: str, inner: Change | None = None, **settings: Any) -> Chan
     def change(found: dict[str, Any], weights: parity.Weights) -> None:
         if inner is not None:
             inner(found, weights)
-        text = {key: value for key, value in found.items() if key not in ("architectures", "tie_word_embeddings")}
+        text = {
+            key: value
+            for key, value in found.items()
+            if key not in ("architectures", "tie_word_embeddings")
+        }
         found.clear()
-        found.update(model_type="mistral3", text_config=text, vision_config={"model_type": "pixtral"}, **settings)
+        found.update(
+            model_type="mistral3",
+            text_config=text,
+            vision_config={"model_type": "pixtral"},
+            **settings,
+        )
         for name in list(weights):
             weights[PREFIXES[spelling](name)] = weights.pop(name)
         outer = "model." if spelling == "transformers 5" else ""
@@ -82,7 +96,9 @@ def wrapped(spelling: str, inner: Change | None = None, **settings: Any) -> Chan
 @pytest.mark.parametrize("spelling", PREFIXES)
 @pytest.mark.parametrize("dialect", parity.DIALECTS)
 @pytest.mark.parametrize("name", ["mistral", "mistral_window", "ministral3"])
-def test_the_wrapper_changes_nothing(name: str, dialect: str, spelling: str, tmp_path: Path) -> None:
+def test_the_wrapper_changes_nothing(
+    name: str, dialect: str, spelling: str, tmp_path: Path
+) -> None:
     assert parity.effect(name, dialect, wrapped(spelling), tmp_path) <= parity.TOLERANCE
 
 
@@ -102,7 +118,9 @@ def test_a_text_config_without_a_kind_is_a_mistral(tmp_path: Path) -> None:
 
 
 def test_a_head_of_its_own_counts_whatever_the_wrapper_says(tmp_path: Path) -> None:
-    change = wrapped("published", tie_word_embeddings=True)  # the default of transformers' Mistral3Config
+    change = wrapped(
+        "published", tie_word_embeddings=True
+    )  # the default of transformers' Mistral3Config
     assert parity.effect("mistral", "config.json", change, tmp_path) <= parity.TOLERANCE
 
 
@@ -112,7 +130,9 @@ def test_without_a_head_the_embeddings_serve_if_the_wrapper_says_so(tmp_path: Pa
 
 
 def test_without_a_head_and_without_a_word_of_it_the_head_is_missing(tmp_path: Path) -> None:
-    folder = parity.copy("mistral", "config.json", tmp_path, wrapped("published", without("lm_head.weight")))
+    folder = parity.copy(
+        "mistral", "config.json", tmp_path, wrapped("published", without("lm_head.weight"))
+    )
     with pytest.raises(CheckpointError, match="missing: lm_head.weight"):
         load_model(folder)
 
@@ -120,7 +140,7 @@ def test_without_a_head_and_without_a_word_of_it_the_head_is_missing(tmp_path: P
 @pytest.mark.parametrize("spelling", PREFIXES)
 def test_the_towers_are_left_out_and_named(spelling: str, tmp_path: Path) -> None:
     folder = parity.copy("mistral", "config.json", tmp_path, wrapped(spelling))
-    ignored = resolve(open_source(folder)).ignored
+    ignored = resolve(open_checkpoint(folder)).ignored
     assert {name.removeprefix("model.").partition(".")[0] for name in ignored} == {
         "vision_tower",
         "multi_modal_projector",
@@ -132,7 +152,7 @@ def test_the_towers_are_left_out_and_named(spelling: str, tmp_path: Path) -> Non
 def test_a_quantized_copy_has_the_published_prefix(spelling: str, tmp_path: Path) -> None:
     folder = parity.copy("ministral3", "config.json", tmp_path, wrapped(spelling))
     convert(folder, tmp_path / "quantized", group_size=32, method="round")
-    tensors = open_source(tmp_path / "quantized").tensors
+    tensors = open_checkpoint(tmp_path / "quantized").tensors
     assert {name.split(".")[0] for name in tensors} == {"language_model"}
     assert "language_model.lm_head.weight" in tensors
     load_model(tmp_path / "quantized")
@@ -149,12 +169,20 @@ ROPE = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 16.0}
     ("settings", "named"),
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_parameters": ROPE | {"original_max_position_embeddings": 16}}, "llama_4_scaling_beta"),
-        ({"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1}}, "original_max_position_embeddings"),
+        (
+            {"rope_parameters": ROPE | {"original_max_position_embeddings": 16}},
+            "llama_4_scaling_beta",
+        ),
+        (
+            {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1}},
+            "original_max_position_embeddings",
+        ),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     architecture(published()).build()  # as it stands it is accepted
     with pytest.raises(ConfigError, match=named):
         architecture(published(**settings)).build()

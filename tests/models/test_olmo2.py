@@ -9,20 +9,27 @@ import pytest
 
 import parity
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from parity import Case, Change, config, weight, without
 
 ONES = np.ones_like
 SLIDING, FULL = "sliding_attention", "full_attention"
-YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 1.2}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "attention_factor": 1.2,
+}
 
 
 def of_full_layers(**settings: Any) -> Change:
     """Another scaling of the full layers' RoPE, in whichever dialect."""
 
     def change(found: dict[str, Any], weights: parity.Weights) -> None:
-        scaling = found["rope_parameters"][FULL] if "rope_parameters" in found else found["rope_scaling"]
+        scaling = (
+            found["rope_parameters"][FULL] if "rope_parameters" in found else found["rope_scaling"]
+        )
         scaling.update(settings)
 
     return change
@@ -33,7 +40,10 @@ def base(*kinds: str) -> Change:
 
     def change(found: dict[str, Any], weights: parity.Weights) -> None:
         scaling = found.get("rope_scaling") or found["rope_parameters"][FULL]
-        both = {FULL: {"rope_theta": 5e5, **scaling}, SLIDING: {"rope_theta": 5e5, "rope_type": "default"}}
+        both = {
+            FULL: {"rope_theta": 5e5, **scaling},
+            SLIDING: {"rope_theta": 5e5, "rope_type": "default"},
+        }
         found["rope_parameters"] = both
         for kind in kinds:
             both[kind]["rope_theta"] = 1e3
@@ -57,7 +67,11 @@ COMMON = {
 }
 CASES = {
     "olmo2": Case(
-        COMMON | {"rope_theta": config(rope_theta=5e5), "rope type": config(rope_scaling={"rope_type": "yarn"} | YARN)}
+        COMMON
+        | {
+            "rope_theta": config(rope_theta=5e5),
+            "rope type": config(rope_scaling={"rope_type": "yarn"} | YARN),
+        }
     ),
     "olmo3": Case(
         COMMON
@@ -73,7 +87,9 @@ CASES = {
             "YaRN on the sliding layers": scaled_everywhere,
             "factor": of_full_layers(factor=4.0),
             "attention_factor": of_full_layers(attention_factor=1.0),
-            "original_max_position_embeddings": of_full_layers(original_max_position_embeddings=4096),
+            "original_max_position_embeddings": of_full_layers(
+                original_max_position_embeddings=4096
+            ),
         }
     ),
 }
@@ -87,7 +103,9 @@ def test_olmo_matches_transformers(name: str, dialect: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_olmo_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_olmo_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -97,7 +115,9 @@ def flat(found: dict[str, Any], weights: parity.Weights) -> None:
     found["rope_parameters"] = {"rope_theta": found.pop("rope_theta"), **found.pop("rope_scaling")}
 
 
-@pytest.mark.parametrize("change", [config(layer_types=None), base(), flat], ids=["pattern", "by kind", "flat"])
+@pytest.mark.parametrize(
+    "change", [config(layer_types=None), base(), flat], ids=["pattern", "by kind", "flat"]
+)
 def test_what_says_the_same_computes_the_same(change: Change, tmp_path: Path) -> None:
     assert parity.effect("olmo3", "config.json", change, tmp_path) <= parity.TOLERANCE
 
@@ -114,7 +134,11 @@ def test_what_says_the_same_computes_the_same(change: Change, tmp_path: Path) ->
         ("olmo3", {"sliding_window": None}, "sliding_window"),
         ("olmo3", {"layer_types": [FULL, SLIDING]}, "layer_types has 2 values"),
         ("olmo3", {"layer_types": [FULL, "chunked_attention"] * 2}, "chunked_attention"),
-        ("olmo3", {"rope_parameters": {FULL: {"rope_theta": 5e5}}, "rope_theta": None}, "rope_theta"),
+        (
+            "olmo3",
+            {"rope_parameters": {FULL: {"rope_theta": 5e5}}, "rope_theta": None},
+            "rope_theta",
+        ),
         ("olmo3", {"rope_scaling": {"rope_type": "spiral"}}, "spiral"),
     ],
 )
@@ -128,6 +152,8 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
 
 
 def test_a_missing_norm_is_named(tmp_path: Path) -> None:
-    folder = parity.copy("olmo2", "config.json", tmp_path, without("*.layers.1.post_feedforward_layernorm.*"))
+    folder = parity.copy(
+        "olmo2", "config.json", tmp_path, without("*.layers.1.post_feedforward_layernorm.*")
+    )
     with pytest.raises(CheckpointError, match="model.layers.1.post_feedforward_layernorm.weight"):
         load_model(folder)

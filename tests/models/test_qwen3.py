@@ -9,8 +9,8 @@ import pytest
 
 import parity
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from parity import Case, config, weight, without
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -34,7 +34,9 @@ COMMON = NORMS | {
     "QK-norm ignored": without("*.[qk]_norm.weight", model_type="llama"),
 }
 # Qwen2's: the biases, and a head size that is hidden / heads
-BIASED = NORMS | {f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS) for name in ("q", "k", "v")}
+BIASED = NORMS | {
+    f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS) for name in ("q", "k", "v")
+}
 BIASED |= {
     "biases ignored": without("*_proj.bias", model_type="llama"),
     "rope_theta": config(rope_theta=1_000_000.0),
@@ -53,7 +55,9 @@ CASES = {
             "tie_word_embeddings": without("lm_head.weight", tie_word_embeddings=True),
         }
     ),
-    "qwen3": Case(COMMON | {"rope_theta": config(rope_theta=10_000.0), "head of its own": own_head}),
+    "qwen3": Case(
+        COMMON | {"rope_theta": config(rope_theta=10_000.0), "head of its own": own_head}
+    ),
     "qwen3_yarn": Case(
         COMMON
         | {
@@ -63,7 +67,9 @@ CASES = {
             "rope type linear": config(rope_scaling={"rope_type": "linear"}),
             "factor": config(rope_scaling={"factor": 2.0}),
             "factor from the two contexts": config(rope_scaling={"factor": 8.0}),
-            "original_max_position_embeddings": config(rope_scaling={"original_max_position_embeddings": 64}),
+            "original_max_position_embeddings": config(
+                rope_scaling={"original_max_position_embeddings": 64}
+            ),
             "attention factor ignored": config(rope_scaling={"attention_factor": 1.0}),
             "beta_fast, ends of the ramp equal": config(rope_scaling={"beta_fast": 0.5}),
             "beta_slow": config(rope_scaling={"beta_slow": 0.25}),
@@ -81,7 +87,9 @@ def test_qwen3_matches_transformers(name: str, dialect: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_qwen3_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_qwen3_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -93,7 +101,10 @@ def test_every_option_of_qwen3_shows_in_the_logits(name: str, dialect: str, opti
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
         ({"use_sliding_window": True, "layer_types": [FULL, SLIDING]}, "sliding_window is missing"),
-        ({"use_sliding_window": False, "sliding_window": 8, "layer_types": [FULL, SLIDING]}, "switched off"),
+        (
+            {"use_sliding_window": False, "sliding_window": 8, "layer_types": [FULL, SLIDING]},
+            "switched off",
+        ),
         ({"layer_types": [FULL]}, "layer_types has 1 values"),
         ({"layer_types": [FULL, "linear_attention"]}, "linear_attention"),
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias"),
@@ -101,7 +112,9 @@ def test_every_option_of_qwen3_shows_in_the_logits(name: str, dialect: str, opti
         ({"num_experts": 8}, "num_experts"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     published = json.loads((parity.GOLDEN / "qwen3" / "config.json").read_text())
     architecture(published).build()  # as it stands it is accepted
     with pytest.raises(ConfigError, match=named):
@@ -110,7 +123,10 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: di
 
 def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
     # Qwen2.5 and some of its successors state one beside use_sliding_window = false
-    assert parity.effect("qwen3", "config.json", config(sliding_window=4), tmp_path) <= parity.TOLERANCE
+    assert (
+        parity.effect("qwen3", "config.json", config(sliding_window=4), tmp_path)
+        <= parity.TOLERANCE
+    )
 
 
 def test_the_first_layer_with_a_window_shows(tmp_path: Path) -> None:
@@ -121,7 +137,9 @@ def test_the_first_layer_with_a_window_shows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["q", "v"])
 def test_a_missing_bias_of_qwen2_is_named(name: str, tmp_path: Path) -> None:
-    folder = parity.copy("qwen2", "config.json", tmp_path, without(f"*.layers.1.self_attn.{name}_proj.bias"))
+    folder = parity.copy(
+        "qwen2", "config.json", tmp_path, without(f"*.layers.1.self_attn.{name}_proj.bias")
+    )
     with pytest.raises(CheckpointError, match=f"model.layers.1.self_attn.{name}_proj.bias"):
         load_model(folder)
 

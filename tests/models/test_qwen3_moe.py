@@ -9,8 +9,8 @@ import pytest
 
 import parity
 from mlxarch.errors import CheckpointError, ConfigError
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
 from parity import Case, config, weight, without
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -60,20 +60,28 @@ def test_qwen_moe_matches_transformers(name: str, dialect: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_qwen_moe_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_qwen_moe_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
 
 def test_a_dense_layer_among_sparse_ones_is_what_the_config_says(tmp_path: Path) -> None:
-    for change in (config(mlp_only_layers=[]), config(mlp_only_layers=[0]), config(decoder_sparse_step=2)):
+    for change in (
+        config(mlp_only_layers=[]),
+        config(mlp_only_layers=[0]),
+        config(decoder_sparse_step=2),
+    ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         with pytest.raises(CheckpointError, match=r"missing: .*mlp"):
             load_model(parity.copy("qwen3_moe", "config.json", folder, change))
 
 
-@pytest.mark.parametrize("pattern", ["*.layers.0.mlp.experts.3.up_proj.weight", "*.layers.2.mlp.experts.0.*"])
+@pytest.mark.parametrize(
+    "pattern", ["*.layers.0.mlp.experts.3.up_proj.weight", "*.layers.2.mlp.experts.0.*"]
+)
 def test_a_missing_expert_is_named(pattern: str, tmp_path: Path) -> None:
     folder = parity.copy("qwen3_moe", "config.json", tmp_path, without(pattern))
     with pytest.raises(CheckpointError, match="lacks expert [30]"):
@@ -91,7 +99,10 @@ def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "sliding_attention",
+        ),
         ({"n_routed_experts": 4}, "n_routed_experts"),
         ({"num_experts": -1}, "num_experts"),
         ({"num_experts": 10**12}, "num_experts"),
@@ -100,13 +111,21 @@ def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
         ({"num_attention_heads": 2**31 - 1, "num_key_value_heads": 1}, "its numbers make no model"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": -1}},
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2,
+                    "original_max_position_embeddings": -1,
+                }
+            },
             "no frequencies",
         ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "no frequencies"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     published = json.loads((parity.GOLDEN / "qwen3_moe" / "config.json").read_text())
     architecture(published).build()
     with pytest.raises(ConfigError, match=named):

@@ -10,7 +10,7 @@ import pytest
 import parity
 from mlxarch.blocks import NoRoPE
 from mlxarch.errors import ConfigError
-from mlxarch.registry import architecture
+from mlxarch.loading.registry import architecture
 from parity import Case, config, weight, without
 
 ONES, ZEROS = np.ones_like, np.zeros_like
@@ -42,7 +42,10 @@ CASES = {
     "smollm3_window": Case(
         COMMON
         | {f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS) for name in ("q", "k", "v", "o")}
-        | {f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS) for name in ("gate", "up", "down")}
+        | {
+            f"bias of {name}": weight(f"*.{name}_proj.bias", ZEROS)
+            for name in ("gate", "up", "down")
+        }
         | {
             "attention_bias": without("*.self_attn.*.bias", attention_bias=False),
             "mlp_bias": without("*.mlp.*.bias", mlp_bias=False),
@@ -66,7 +69,9 @@ def test_smollm3_matches_transformers(name: str, dialect: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "dialect", "option"), parity.options(CASES))
-def test_every_option_of_smollm3_shows_in_the_logits(name: str, dialect: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_smollm3_shows_in_the_logits(
+    name: str, dialect: str, option: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     assert parity.effect(name, dialect, case.options[option], tmp_path) >= 3 * case.tolerance
 
@@ -76,7 +81,9 @@ def test_every_option_of_smollm3_shows_in_the_logits(name: str, dialect: str, op
     [{"no_rope_layer_interval": 3}, {"use_sliding_window": False}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_only_the_older_dialect_leaves_to_a_rule_shows(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_what_only_the_older_dialect_leaves_to_a_rule_shows(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     effect = parity.effect("smollm3_window", "config.json", config(**settings), tmp_path)
     assert effect >= 3 * parity.TOLERANCE
 
@@ -87,12 +94,22 @@ def published(name: str = "smollm3", **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("settings", [{}, {"no_rope_layers": None}], ids=["listed", "by rule"])
 def test_every_fourth_layer_has_no_positions(settings: dict[str, Any]) -> None:
-    attentions: list[Any] = [layer.self_attn for layer in architecture(published(**settings)).build().layers]
-    assert [isinstance(attention.rope, NoRoPE) for attention in attentions] == [False, False, False, True]
+    attentions: list[Any] = [
+        layer.self_attn for layer in architecture(published(**settings)).build().layers
+    ]
+    assert [isinstance(attention.rope, NoRoPE) for attention in attentions] == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
-    assert parity.effect("smollm3", "config.json", config(sliding_window=4), tmp_path) <= parity.TOLERANCE
+    assert (
+        parity.effect("smollm3", "config.json", config(sliding_window=4), tmp_path)
+        <= parity.TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +124,9 @@ def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
         ({"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
     ],
 )
-def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
+    settings: dict[str, Any], named: str
+) -> None:
     architecture(published()).build()  # as it stands it is accepted
     with pytest.raises(ConfigError, match=named):
         architecture(published(**settings)).build()

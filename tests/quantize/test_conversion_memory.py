@@ -16,7 +16,9 @@ def measured(folder: Path, *arguments: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_memory_does_not_grow_with_the_checkpoint_nor_with_a_tensor(tmp_path: Path, bits: str) -> None:
+def test_memory_does_not_grow_with_the_checkpoint_nor_with_a_tensor(
+    tmp_path: Path, bits: str
+) -> None:
     found = measured(tmp_path, "300", "--bits", bits)  # MB, most of it one tensor
     assert found["source_MB"] > 290
     assert found["above_import_MB"] < 100
@@ -24,7 +26,9 @@ def test_memory_does_not_grow_with_the_checkpoint_nor_with_a_tensor(tmp_path: Pa
 
 
 def test_a_search_holds_the_activations_of_one_layer_besides(tmp_path: Path) -> None:
-    found = measured(tmp_path, "20", "--method", "search")  # 50 MB: a layer is never smaller than 32
+    found = measured(
+        tmp_path, "20", "--method", "search"
+    )  # 50 MB: a layer is never smaller than 32
     # states, norms, queries, keys, values, attention, what it adds; gate, up, their product, what it adds
     activations = 1024 * 4 * (9 * 1024 + 3 * 4096) / 1e6
     assert found["above_import_MB"] < 250 + activations

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlxarch.checkpoint.packed_experts import MANIFEST_FILE
 from mlxarch.errors import DiskSpaceError, InvalidInput, OutputError, QuantizationError
-from mlxarch.expert_files import MANIFEST
 from mlxarch.quantize import staging
-from mlxarch.quantize.conversion import Conversion, prepare
-from mlxarch.quantize.disk import Disk
-from mlxarch.quantize.methods import scratch_bytes
+from mlxarch.quantize.conversion import Conversion
+from mlxarch.quantize.convert_checkpoint import prepare
+from mlxarch.quantize.schedule import scratch_bytes
 from mlxarch.quantize.staging import Staging
+from mlxarch.system.durable_files import Disk
 from parity import GOLDEN
 from streamed import fingerprint, load
 from tiny_llama import make_llama
@@ -35,7 +36,9 @@ def source(tmp_path: Path) -> Path:
     return make_moe(tmp_path / "moe")
 
 
-def prepared(source: Path, output: Path, bits: int = 8, **options: Any) -> tuple[Staging, Conversion]:
+def prepared(
+    source: Path, output: Path, bits: int = 8, **options: Any
+) -> tuple[Staging, Conversion]:
     place = Staging(output, **options)
     return place, prepare(source, place.model, bits=bits, method="round")
 
@@ -50,10 +53,17 @@ def names(folder: Path) -> set[str]:
 
 
 def test_the_output_alone_is_left(source: Path, tmp_path: Path) -> None:
-    assert make(source, tmp_path / "out") == tmp_path / "out" and (tmp_path / "out" / MANIFEST).is_file()
+    assert (
+        make(source, tmp_path / "out") == tmp_path / "out"
+        and (tmp_path / "out" / MANIFEST_FILE).is_file()
+    )
     assert names(tmp_path) == {"moe", "out"}
     prepare(source, tmp_path / "ordinary", bits=8, method="round").run()
-    assert fingerprint(load(tmp_path / "out")) == fingerprint(load(tmp_path / "ordinary")) != fingerprint(load(source))
+    assert (
+        fingerprint(load(tmp_path / "out"))
+        == fingerprint(load(tmp_path / "ordinary"))
+        != fingerprint(load(source))
+    )
 
 
 def test_folders_that_stand_beside_stay(source: Path, tmp_path: Path) -> None:
@@ -85,13 +95,13 @@ def test_an_output_that_exists_is_refused_before_anything_is_computed(
 
 def test_room_for_both_folders_is_asked_for_beforehand(source: Path, tmp_path: Path) -> None:
     place, conversion = prepared(source, tmp_path / "out")
-    needed = place.needed(conversion)
+    needed = place.disk_bytes(conversion)
     with pytest.raises(DiskSpaceError, match="an ordinary folder and the packed one"):
         make(source, tmp_path / "out", disk=SmallDisk(needed - 4096 * 8))
     assert names(tmp_path) == {"moe"}
     make(source, tmp_path / "out", disk=SmallDisk(needed))
     sizes = [path.stat().st_size for path in (tmp_path / "out").iterdir()]
-    assert conversion.needed + sum(sizes) <= needed + 64_000
+    assert conversion.disk_bytes + sum(sizes) <= needed + 64_000
 
 
 def test_what_is_quantized_already_is_packed_after_an_interruption(
@@ -138,7 +148,7 @@ def test_nothing_is_left_of_a_source_that_cannot_be_quantized(source: Path, tmp_
 
 def test_two_processes_do_not_work_in_one_place(source: Path, tmp_path: Path) -> None:
     place, conversion = prepared(source, tmp_path / "out")
-    with place._held(conversion), pytest.raises(OutputError, match="another process is writing"):
+    with place._locked(conversion), pytest.raises(OutputError, match="another process is writing"):
         make(source, tmp_path / "out")
 
 
@@ -151,13 +161,15 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_put_aside_meanwhile_needs_its_place_too(tmp_path: Path) -> None:
     def run(room: int, **options: Any) -> None:
-        prepare(GOLDEN / "qwen3_moe", tmp_path / "out", method="search", disk=SmallDisk(room)).run(**options)
+        prepare(GOLDEN / "qwen3_moe", tmp_path / "out", method="search", disk=SmallDisk(room)).run(
+            **options
+        )
 
     conversion = prepare(GOLDEN / "qwen3_moe", tmp_path / "out", method="search")
     assert conversion.calibration
     aside = scratch_bytes(conversion.resolved, "search", conversion.calibration.batches)
     assert aside > 10_000
-    with pytest.raises(DiskSpaceError, match=rf"\({conversion.needed + aside} bytes\) of disk"):
-        run(conversion.needed + aside - 1)
+    with pytest.raises(DiskSpaceError, match=rf"\({conversion.disk_bytes + aside} bytes\) of disk"):
+        run(conversion.disk_bytes + aside - 1)
     assert not list(tmp_path.iterdir())
-    run(conversion.needed + aside)
+    run(conversion.disk_bytes + aside)

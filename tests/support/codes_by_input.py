@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from formats import Held
 
-from mlxarch.foreign import unpack_foreign
-from mlxarch.tensors import Tensor
+from mlxarch.checkpoint.formats.quantization_config import convert_to_mlx
+from mlxarch.checkpoint.lazy_tensor import LazyTensor
 
 # AutoAWQ's order_map: the output whose code stands in a word's first, second … four bits
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -15,7 +15,15 @@ AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 class Matrix:
     """Random codes (in, out), zero points and scales (groups, out), and the tensors that hold them."""
 
-    def __init__(self, kind: str, shape: tuple[int, int], group: int, bits: int = 4, sym: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        kind: str,
+        shape: tuple[int, int],
+        group: int,
+        bits: int = 4,
+        sym: bool = False,
+        seed: int = 0,
+    ):
         draw, (inputs, outputs) = np.random.default_rng(seed), shape
         size, levels = inputs if group == -1 else group, 2**bits
         self.kind, self.bits, self.group = kind, bits, group
@@ -39,7 +47,9 @@ class Matrix:
         for i in range(inputs):
             for o in range(outputs):
                 group = self.groups[i]
-                values[o, i] = (self.codes[i, o] - self.zeros[group, o]) * np.float64(self.scales[group, o])
+                values[o, i] = (self.codes[i, o] - self.zeros[group, o]) * np.float64(
+                    self.scales[group, o]
+                )
         return values.astype(np.float32)
 
     def words(self, codes: np.ndarray, along: int) -> np.ndarray:
@@ -48,8 +58,13 @@ class Matrix:
         order = AWQ if self.kind == "awq" else range(each)
         fields = np.moveaxis(codes, along, -1)
         fields = fields.reshape(*fields.shape[:-1], -1, each)
-        words = sum(fields[..., of].astype(np.uint64) << np.uint64(self.bits * at) for at, of in enumerate(order))
-        return np.ascontiguousarray(np.moveaxis(np.asarray(words).astype(np.uint32).view(np.int32), -1, along))
+        words = sum(
+            fields[..., of].astype(np.uint64) << np.uint64(self.bits * at)
+            for at, of in enumerate(order)
+        )
+        return np.ascontiguousarray(
+            np.moveaxis(np.asarray(words).astype(np.uint32).view(np.int32), -1, along)
+        )
 
     def stored(self, base: str = "m") -> dict[str, np.ndarray]:
         zeros = (self.zeros - self.stored_less) % 2**self.bits
@@ -58,16 +73,32 @@ class Matrix:
             f"{base}.qzeros": self.words(zeros, 1),
             f"{base}.scales": self.scales,
         }
-        return found if self.kind == "awq" else found | {f"{base}.g_idx": self.groups.astype(np.int32)}
+        return (
+            found if self.kind == "awq" else found | {f"{base}.g_idx": self.groups.astype(np.int32)}
+        )
 
     @property
     def section(self) -> dict[str, Any]:
         if self.kind == "awq":
-            common = {"quant_method": "awq", "bits": 4, "group_size": self.group, "zero_point": True, "version": "gemm"}
+            common = {
+                "quant_method": "awq",
+                "bits": 4,
+                "group_size": self.group,
+                "zero_point": True,
+                "version": "gemm",
+            }
             return common | {"modules_to_not_convert": None}
-        kind = {"quant_method": "gptq", "checkpoint_format": "gptq" if self.stored_less else "gptq_v2"}
-        return kind | {"bits": self.bits, "group_size": self.group, "desc_act": self.act_order, "sym": self.sym}
+        kind = {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq" if self.stored_less else "gptq_v2",
+        }
+        return kind | {
+            "bits": self.bits,
+            "group_size": self.group,
+            "desc_act": self.act_order,
+            "sym": self.sym,
+        }
 
-    def tensor(self, **changes: Any) -> Tensor:
+    def tensor(self, **changes: Any) -> LazyTensor:
         held = {name: Held(array) for name, array in self.stored().items()}
-        return unpack_foreign(held, {"quantization_config": self.section | changes})["m.weight"]
+        return convert_to_mlx(held, {"quantization_config": self.section | changes})["m.weight"]

@@ -6,7 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 
-def of_moves(model: Callable[[mx.array], mx.array], tokens: mx.array, change: np.ndarray, move: Callable) -> float:
+def of_moves(
+    model: Callable[[mx.array], mx.array], tokens: mx.array, change: np.ndarray, move: Callable
+) -> float:
     """Mean KL, summed over what follows, when ``move`` adds a change (D,) to one token of each window (B, L) at a time.
 
     ``move`` is given what is to be added, (B, L, D), and replaces what it was given before.

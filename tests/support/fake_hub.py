@@ -60,7 +60,9 @@ class FakeHub:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(self, request: object, client_address: object) -> None: ...  # clients that go away
+            def handle_error(
+                self, request: object, client_address: object
+            ) -> None: ...  # clients that go away
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -73,7 +75,9 @@ class FakeHub:
     def fetched(self, repo: str) -> list[str]:
         """Names of the files of ``repo`` of which bytes were asked for, other than the first ones of a header."""
         paths = [
-            path for method, path, span in self.requests if method == "GET" and not (span or "").startswith("bytes=0-")
+            path
+            for method, path, span in self.requests
+            if method == "GET" and not (span or "").startswith("bytes=0-")
         ]
         return [path.split("/", 5)[5] for path in paths if path.startswith(f"/{repo}/resolve/")]
 
@@ -87,34 +91,62 @@ class FakeHub:
         revision = parts[5] if api else parts[3] if len(parts) > 3 else ""
         repo = self.repos.get(repo_id)
         if repo is None:
-            return self._send(request, 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            return self._send(
+                request,
+                404,
+                {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+            )
         if repo.status != 200:
             return self._send(request, repo.status, {})
         if revision not in ("main", repo.commit):
-            return self._send(request, 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no revision"})
+            return self._send(
+                request, 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no revision"}
+            )
         if api:
             return self._send(
-                request, 200, {"Content-Type": "application/json"}, json.dumps(self._info(repo_id, repo)).encode()
+                request,
+                200,
+                {"Content-Type": "application/json"},
+                json.dumps(self._info(repo_id, repo)).encode(),
             )
         name = "/".join(parts[4:])
         if repo.gated:
-            return self._send(request, 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"})
+            return self._send(
+                request, 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"}
+            )
         if name not in repo.files:
-            return self._send(request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.commit})
+            return self._send(
+                request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.commit}
+            )
         self._file(request, repo, name, span, body)
 
     def _info(self, repo_id: str, repo: Repo) -> dict[str, Any]:
         siblings = []
         for name, data in repo.files.items():
-            entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            entry: dict[str, Any] = {
+                "rfilename": name,
+                "size": len(data),
+                "blobId": hashlib.sha1(data).hexdigest(),
+            }
             if name.endswith(".safetensors"):
                 entry["lfs"] = {"sha256": repo.sha256(name), "size": len(data), "pointerSize": 134}
             siblings.append(entry)
-        return {"id": repo_id, "sha": repo.commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+        return {
+            "id": repo_id,
+            "sha": repo.commit,
+            "private": False,
+            "tags": [],
+            "downloads": 0,
+            "siblings": siblings,
+        }
 
-    def _file(self, request: BaseHTTPRequestHandler, repo: Repo, name: str, span: str | None, body: bool) -> None:
+    def _file(
+        self, request: BaseHTTPRequestHandler, repo: Repo, name: str, span: str | None, body: bool
+    ) -> None:
         data = repo.files[name]
-        etag = repo.sha256(name) if name.endswith(".safetensors") else hashlib.sha1(data).hexdigest()
+        etag = (
+            repo.sha256(name) if name.endswith(".safetensors") else hashlib.sha1(data).hexdigest()
+        )
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         code, sent = 200, data
         if span and repo.ranges:
@@ -125,7 +157,14 @@ class FakeHub:
         drop = body and repo.drops.get(name, 0) > 0 and not (span or "").startswith("bytes=0-")
         if drop:
             repo.drops[name] -= 1
-        self._send(request, code, headers, sent if body else b"", len(sent), repo.broken.get(name) if drop else None)
+        self._send(
+            request,
+            code,
+            headers,
+            sent if body else b"",
+            len(sent),
+            repo.broken.get(name) if drop else None,
+        )
 
     def _send(
         self,
@@ -161,7 +200,11 @@ class Worker:
     """A Python that knows the fake Hub as the Hub; ``environment`` is added to this one's."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MLXARCH_", "PIP_"))}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("HF_", "MLXARCH_", "PIP_"))
+        }
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -173,7 +216,9 @@ class Worker:
     def __call__(self, code: str, **values: Any) -> Any:
         """Run ``code`` as the body of a function in which ``values`` are names, and give what it returns."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"code": textwrap.dedent(code), "values": values}, default=str) + "\n")
+        self.process.stdin.write(
+            json.dumps({"code": textwrap.dedent(code), "values": values}, default=str) + "\n"
+        )
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -197,7 +242,10 @@ def environment(home: Path, url: str) -> dict[str, str]:
 def main() -> None:
     import time
 
-    pause, time.sleep = time.sleep, lambda seconds: pause(min(seconds, 0.01))  # between two attempts
+    pause, time.sleep = (
+        time.sleep,
+        lambda seconds: pause(min(seconds, 0.01)),
+    )  # between two attempts
     out, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         job = json.loads(line)

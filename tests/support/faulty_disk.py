@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxarch.errors import MlxArchError
-from mlxarch.quantize.conversion import Limits, prepare
-from mlxarch.quantize.disk import Disk
+from mlxarch.quantize.conversion import Limits
+from mlxarch.quantize.convert_checkpoint import prepare
+from mlxarch.system.durable_files import Disk
 
 
 class FaultyDisk(Disk):
@@ -40,7 +41,9 @@ class FaultyDisk(Disk):
         return count
 
     def sync(self, descriptor: int) -> None:
-        self._next("sync")  # and no more: what is written survives a killed process, if not a power cut
+        self._next(
+            "sync"
+        )  # and no more: what is written survives a killed process, if not a power cut
 
     def rename(self, old: Path, new: Path) -> None:
         self._next("rename")
@@ -80,15 +83,26 @@ def kill_at(moment: int, how: str) -> Callable[[int, str], int | None]:
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    disk = FaultyDisk(kill_at(job["at"], job.get("how", "")) if "at" in job else lambda number, name: None)
+    disk = FaultyDisk(
+        kill_at(job["at"], job.get("how", "")) if "at" in job else lambda number, name: None
+    )
     conversion = prepare(
-        job["source"], job["output"], bits=job["bits"], method="round", limits=Limits(*job["limits"]), disk=disk
+        job["source"],
+        job["output"],
+        bits=job["bits"],
+        method="round",
+        limits=Limits(*job["limits"]),
+        disk=disk,
     )
     try:
         conversion.run(force=job["force"])
     except MlxArchError as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"operations": disk.count, "written": disk.written, "total": sum(s.size for s in conversion.plan.shards)}
+    return {
+        "operations": disk.count,
+        "written": disk.written,
+        "total": sum(s.size for s in conversion.layout.shards),
+    }
 
 
 def forked(job: dict[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.tensors import Tensor
+from mlxarch.checkpoint.lazy_tensor import LazyTensor
 
 
-class Held(Tensor):
+class Held(LazyTensor):
     """A tensor that is an array."""
 
     def __init__(self, array: np.ndarray | mx.array) -> None:
         self.array = mx.array(array)
         self.shape, self.dtype = self.array.shape, self.array.dtype
 
-    def rows(self, start: int, stop: int) -> mx.array:
+    def read_rows(self, start: int, stop: int) -> mx.array:
         return self.array.reshape(-1, self.shape[-1] if self.shape else 1)[start:stop]
 
 
@@ -24,7 +24,9 @@ def e4m3() -> np.ndarray:
     """Value of every byte."""
     code = np.arange(256)
     sign, exponent, mantissa = np.where(code & 128, -1.0, 1.0), code >> 3 & 15, (code & 7) / 8
-    values = sign * np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    values = sign * np.where(
+        exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7)
+    )
     values[[127, 255]] = np.nan
     return values
 
@@ -42,5 +44,7 @@ def fp8_of(values: np.ndarray, block: int = 128) -> tuple[np.ndarray, np.ndarray
 
 
 def of_fp8(codes: np.ndarray, scales: np.ndarray, block: int = 128) -> np.ndarray:
-    wide = np.repeat(np.repeat(scales, block, axis=0), block, axis=1)[: codes.shape[0], : codes.shape[1]]
+    wide = np.repeat(np.repeat(scales, block, axis=0), block, axis=1)[
+        : codes.shape[0], : codes.shape[1]
+    ]
     return (e4m3()[codes] * wide).astype(np.float32)

@@ -9,7 +9,9 @@ import time
 
 LOOP = "{% for i in range(99999) %}"
 END = "{% endfor %}"
-BOX = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}LAST"
+BOX = (
+    "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}LAST"
+)
 
 
 def grown(start: str, step: str, last: str = "{{ ns.x }}") -> str:
@@ -103,14 +105,20 @@ BOMBS = {
     "sorted text": "{{ ('ab' * 1900000)|sort|length }}",
     "title": "{{ ('a-' * 1900000)|title|length }}",
     "text to list": LOOP + "{% set x = ('a' * 3999999)|list %}" + END,
-    "captured text": "{% macro m() %}" + LOOP * 2 + "y" * 200_000 + END * 2 + "{% endmacro %}{% set x = m() %}",
+    "captured text": "{% macro m() %}"
+    + LOOP * 2
+    + "y" * 200_000
+    + END * 2
+    + "{% endmacro %}{% set x = m() %}",
     "kept slices": "{% set s = 'a' * 3999999 %}{% set ns = namespace(l=0) %}"
     + LOOP
     + "{% set ns.l = (ns.l, s[1:]) %}"
     + END,
     "reversed": "{% set s = 'a' * 3999999 %}" + LOOP + "{% set x = s|reverse %}" + END,
     "membership": "{% set l = range(99999)|list %}" + LOOP + "{{ -1 in l }}" + END,
-    "growing mapping": grown("{}", "dict(ns.x, **{i|string: i})").replace("range(99)", "range(99999)"),
+    "growing mapping": grown("{}", "dict(ns.x, **{i|string: i})").replace(
+        "range(99)", "range(99999)"
+    ),
     "counted text": "{% set s = 'ab' * 1999999 %}" + LOOP + "{% set x = s.count('aab') %}" + END,
     "filter block": "{% filter upper %}" + LOOP * 2 + "abcdefgh" + END * 2 + "{% endfilter %}",
     "escapes": "{{ ('<' * 3000000)" + "|e" * 9 + " }}",
@@ -133,29 +141,40 @@ BOMBS = {
 }
 TEMPLATES = ESCAPES | BOMBS
 # What is computed again and again, and never kept: the clock can stop it sooner.
-ENDLESS = {"two loops with text", "loops that select nothing", "doubling macro", "chain of maps", "membership"}
+ENDLESS = {
+    "two loops with text",
+    "loops that select nothing",
+    "doubling macro",
+    "chain of maps",
+    "membership",
+}
 ENDLESS |= {"counted text"}
 SOONER = 0.25  # seconds
 
 
 def main() -> None:
-    from mlxarch import template_limits
-    from mlxarch.chat_template import ChatTemplate
-    from mlxarch.cli.stats import process_peak
+    from mlxarch.cli.stats import process_peak_bytes
     from mlxarch.errors import ChatTemplateError
+    from mlxarch.tokenizer.chat_template import ChatTemplate
+    from mlxarch.tokenizer.jinja import limits
 
-    usual = template_limits.MAX_SECONDS
+    usual = limits.MAX_SECONDS
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     for name, source in TEMPLATES.items():
-        allowed = template_limits.MAX_SECONDS = SOONER if name in ENDLESS else usual
+        allowed = limits.MAX_SECONDS = SOONER if name in ENDLESS else usual
         start = time.process_time()  # other programs' time would count against the template
         try:
             outcome = "text: " + ChatTemplate(source, {}).render(messages)[:200]
         except ChatTemplateError as error:
             outcome = f"refused: {error}"
         seconds = time.process_time() - start
-        print(json.dumps([name, outcome, seconds, allowed, process_peak() / 2**20]), flush=True)
-    assert messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+        print(
+            json.dumps([name, outcome, seconds, allowed, process_peak_bytes() / 2**20]), flush=True
+        )
+    assert messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+    ]
 
 
 if __name__ == "__main__":

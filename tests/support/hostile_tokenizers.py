@@ -40,7 +40,12 @@ def _append(*path_and_value):
 
 
 def _split(regex):
-    pattern = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    pattern = {
+        "type": "Split",
+        "pattern": {"Regex": regex},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return _set("pre_tokenizer", pattern)
 
 
@@ -62,52 +67,105 @@ def _charsmap(longest):
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
 
 
-TEMPLATE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": []}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+}
 MISSING = {"SpecialToken": {"id": "<none>", "type_id": 0}}
 PADDING = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
 TRUNCATION = {"strategy": "LongestFirst", "direction": "Right"}
-WORDPIECE = {"vocab": {"a": 0, "##a": 1, "<unk>": 2}, "unk_token": "<unk>", "continuing_subword_prefix": "##"}
+WORDPIECE = {
+    "vocab": {"a": 0, "##a": 1, "<unk>": 2},
+    "unk_token": "<unk>",
+    "continuing_subword_prefix": "##",
+}
 
 # name → (change of the seed, text to encode)
 CASES = {
     # panics while loading
-    "merge outside the vocabulary": (_append("model", "merges", ["zzzzzzzzzz", "aaaaaaaaaaaaaaaaaaa"]), "a"),
+    "merge outside the vocabulary": (
+        _append("model", "merges", ["zzzzzzzzzz", "aaaaaaaaaaaaaaaaaaa"]),
+        "a",
+    ),
     "prefix longer than every token": (_set("model", "continuing_subword_prefix", "#" * 50), "a"),
     "prefix that cuts characters": (_set("model", "continuing_subword_prefix", "a"), "a"),
-    "empty charsmap": (_set("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}), "a"),
-    "bad charsmap": (_set("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "a"),
-    "charsmap that is no base64": (_set("normalizer", {"type": "Precompiled", "precompiled_charsmap": "%"}), "a"),
+    "empty charsmap": (
+        _set("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),
+        "a",
+    ),
+    "bad charsmap": (
+        _set("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "a",
+    ),
+    "charsmap that is no base64": (
+        _set("normalizer", {"type": "Precompiled", "precompiled_charsmap": "%"}),
+        "a",
+    ),
     # panics while encoding
     "nested repeat": (_split("(a+)+$"), LONG),
     "ambiguous choice": (_split("(a|aa)+$"), LONG),
     "nested repeat in a normalizer": (_set("normalizer", _replace(regex="(a*)*$")), LONG),
     "ambiguous choice in a normalizer": (_set("normalizer", _replace(regex="(a|a|aa)+$")), LONG),
-    "template with a missing token": (_set("post_processor", {**TEMPLATE, "single": [MISSING]}), "a"),
+    "template with a missing token": (
+        _set("post_processor", {**TEMPLATE, "single": [MISSING]}),
+        "a",
+    ),
     "template token without ids": (_append("post_processor", "single", MISSING), "a"),
-    "stride as long as the cut": (_set("truncation", {**TRUNCATION, "max_length": 4, "stride": 4}), "a b c d e f g"),
-    "stride longer than the cut": (_set("truncation", {**TRUNCATION, "max_length": 2, "stride": 9}), "a b c d e f g"),
+    "stride as long as the cut": (
+        _set("truncation", {**TRUNCATION, "max_length": 4, "stride": 4}),
+        "a b c d e f g",
+    ),
+    "stride longer than the cut": (
+        _set("truncation", {**TRUNCATION, "max_length": 2, "stride": 9}),
+        "a b c d e f g",
+    ),
     "padding to a multiple of 0": (
         _set("padding", {**PADDING, "strategy": {"Fixed": 9}, "pad_to_multiple_of": 0}),
         "a",
     ),
-    "padding to the length 0": (_set("padding", {**PADDING, "strategy": {"Fixed": 0}, "pad_to_multiple_of": 0}), "a"),
-    "padding to 2^40": (_set("padding", {**PADDING, "strategy": {"Fixed": 2**40}, "pad_to_multiple_of": None}), "a"),
+    "padding to the length 0": (
+        _set("padding", {**PADDING, "strategy": {"Fixed": 0}, "pad_to_multiple_of": 0}),
+        "a",
+    ),
+    "padding to 2^40": (
+        _set("padding", {**PADDING, "strategy": {"Fixed": 2**40}, "pad_to_multiple_of": None}),
+        "a",
+    ),
     # hangs
-    "chained replacements": (_set("normalizer", _sequence([_replace(text="a", content="a" * 10)] * 9)), "a"),
-    "replacement of nothing": (_set("normalizer", _sequence([_replace(text="", content="a" * 99)] * 4)), "a"),
-    "regex that matches nothing": (_set("normalizer", _sequence([_replace(regex="", content="ab" * 9)] * 9)), "a"),
-    "long prepend": (_set("normalizer", _sequence([{"type": "Prepend", "prepend": "a" * 10_000}] * 9)), "a"),
+    "chained replacements": (
+        _set("normalizer", _sequence([_replace(text="a", content="a" * 10)] * 9)),
+        "a",
+    ),
+    "replacement of nothing": (
+        _set("normalizer", _sequence([_replace(text="", content="a" * 99)] * 4)),
+        "a",
+    ),
+    "regex that matches nothing": (
+        _set("normalizer", _sequence([_replace(regex="", content="ab" * 9)] * 9)),
+        "a",
+    ),
+    "long prepend": (
+        _set("normalizer", _sequence([{"type": "Prepend", "prepend": "a" * 10_000}] * 9)),
+        "a",
+    ),
     "long charsmap": (_set("normalizer", _charsmap(100_000)), "a"),
     "many steps": (_set("normalizer", _sequence([{"type": "NFC"}] * 100_000)), LONG),
     "nested sequences": (
-        _set("normalizer", _sequence([_sequence([_sequence([_replace(text="a", content="aaaaa")] * 3)] * 3)])),
+        _set(
+            "normalizer",
+            _sequence([_sequence([_sequence([_replace(text="a", content="aaaaa")] * 3)] * 3)]),
+        ),
         "a",
     ),
     "chained replacements in the decoder": (
         _set("decoder", _sequence([_replace(text="a", content="a" * 10)] * 9, "decoders")),
         "a",
     ),
-    "wordpiece without a word limit": (_model("WordPiece", max_input_chars_per_word=10**8, **WORDPIECE), "a" * 20_000),
+    "wordpiece without a word limit": (
+        _model("WordPiece", max_input_chars_per_word=10**8, **WORDPIECE),
+        "a" * 20_000,
+    ),
     "unigram with a long piece": (
         _model("Unigram", unk_id=0, vocab=[["<unk>", 0.0], ["a" * 50_000, -1.0]]),
         "a" * 20_000,
@@ -116,7 +174,10 @@ CASES = {
     "id of 2^31": (_set("model", "vocab", "zz", 2**31), "a"),
     "negative id": (_set("model", "vocab", "zz", -1), "a"),
     "id that is a text": (_set("model", "vocab", "zz", "1"), "a"),
-    "added token of id 2^40": (_append("added_tokens", {"id": 2**40, "content": "q", "special": True}), "a"),
+    "added token of id 2^40": (
+        _append("added_tokens", {"id": 2**40, "content": "q", "special": True}),
+        "a",
+    ),
     "unk_id outside": (_model("Unigram", unk_id=9, vocab=[["a", 0.0]]), "b"),
     "unigram without pieces": (_model("Unigram", unk_id=None, vocab=[]), "b"),
     "unigram score that is no number": (_model("Unigram", unk_id=0, vocab=[["a", None]]), "b"),
@@ -124,7 +185,10 @@ CASES = {
     "no model": (lambda document: document.pop("model"), "a"),
     "decoder of no type": (_set("decoder", {}), "a"),
     "sequence of nothing": (_set("decoder", _sequence([], "decoders")), "a"),
-    "strip beyond the end": (_set("decoder", {"type": "Strip", "content": " ", "start": 2**40, "stop": 2**40}), "a"),
+    "strip beyond the end": (
+        _set("decoder", {"type": "Strip", "content": " ", "start": 2**40, "stop": 2**40}),
+        "a",
+    ),
     "dropout": (_set("model", "dropout", 2.0), "a"),
     "huge pattern": (_split("a" * 100_000), "a"),
     "open group": (_split("(a"), "a"),
@@ -133,11 +197,11 @@ CASES = {
 
 def outcome(document, text, folder_name="tokenizer.json"):
     from mlxarch.errors import MlxArchError
-    from mlxarch.tokenizer import Tokenizer
-    from mlxarch.tokenizer_json import load
+    from mlxarch.tokenizer.load_json import load_tokenizer_json
+    from mlxarch.tokenizer.tokenizer import Tokenizer
 
     try:
-        tokenizer = Tokenizer(load(json.dumps(document).encode(), folder_name))
+        tokenizer = Tokenizer(load_tokenizer_json(json.dumps(document).encode(), folder_name))
         ids = tokenizer.encode(text)
         tokenizer.decode(ids)
         return "ok"
@@ -189,7 +253,9 @@ def mutant(seed, rng):
         elif isinstance(node, list):
             node.append(copy.deepcopy(node[key]))
         else:
-            node[rng.choice(["type", "pattern", "content", "decoders", "vocab", "x"])] = copy.deepcopy(node[key])
+            node[rng.choice(["type", "pattern", "content", "decoders", "vocab", "x"])] = (
+                copy.deepcopy(node[key])
+            )
         if not document:
             break
     return document

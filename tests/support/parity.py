@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlxarch.blocks import CausalLM
-from mlxarch.loading import load_model
+from mlxarch.loading.load import load_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 DIALECTS = ("config.json", "config.transformers5.json")
@@ -69,10 +69,16 @@ def config(**settings: Any) -> Change:
             if rope is not None and key == "rope_theta":
                 rope[key] = value
             elif rope is not None and key == "rope_scaling":
-                kept = rope if value is not None else {"rope_theta": rope["rope_theta"], "rope_type": "default"}
+                kept = (
+                    rope
+                    if value is not None
+                    else {"rope_theta": rope["rope_theta"], "rope_type": "default"}
+                )
                 found["rope_parameters"] = kept | (value or {})
             else:
-                found[key] = found[key] | value if isinstance(value, dict) and found.get(key) else value
+                found[key] = (
+                    found[key] | value if isinstance(value, dict) and found.get(key) else value
+                )
 
     return change
 
@@ -110,7 +116,9 @@ def pairs(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
 
 def options(cases: Mapping[str, Case]) -> list[tuple[str, str, str]]:
     """Every option of every folder in every dialect: the parameters of a negative control."""
-    return [(name, dialect, option) for name, dialect in pairs(cases) for option in cases[name].options]
+    return [
+        (name, dialect, option) for name, dialect in pairs(cases) for option in cases[name].options
+    ]
 
 
 def copy(name: str, dialect: str, folder: Path, change: Change | None = None) -> Path:
@@ -122,7 +130,11 @@ def copy(name: str, dialect: str, folder: Path, change: Change | None = None) ->
         for file in source.glob("model*"):
             shutil.copy(file, target)
     else:
-        weights = {key: value for file in source.glob("model*.safetensors") for key, value in load_file(file).items()}
+        weights = {
+            key: value
+            for file in source.glob("model*.safetensors")
+            for key, value in load_file(file).items()
+        }
         change(found, weights)
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(found))
@@ -139,7 +151,9 @@ def differences(name: str, dialect: str, folder: Path) -> Differences:
     """How far the product is from the reference: the whole prompt, in chunks through caches, and greedy decoding."""
     model, _ = load_model(copy(name, dialect, folder), dtype="float32")
     wanted = reference(name)
-    chunked, cached, tokens = _through_caches(model, wanted["input_ids"], wanted["generated"].shape[1])
+    chunked, cached, tokens = _through_caches(
+        model, wanted["input_ids"], wanted["generated"].shape[1]
+    )
     return Differences(
         whole=_distance(_logits(model, wanted["input_ids"]), wanted["logits"]),
         chunked=_distance(chunked, wanted["logits"]),
@@ -158,7 +172,9 @@ def _logits(model: CausalLM, ids: np.ndarray, caches: Any = None) -> np.ndarray:
     return np.array(model(mx.array(ids), caches))
 
 
-def _through_caches(model: CausalLM, ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def _through_caches(
+    model: CausalLM, ids: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Prefill in chunks, then ``count`` greedy tokens one by one: logits of both, and the tokens."""
     caches = model.make_caches()
     parts = [_logits(model, ids[:, i : i + CHUNK], caches) for i in range(0, ids.shape[1], CHUNK)]

@@ -9,7 +9,18 @@ from safetensors.numpy import load_file, save_file
 from parity import GOLDEN
 
 RANKS = 4
-KINDS = ("embed_tokens", "lm_head", "model.norm", ".mlp.", ".w1.", ".w2.", ".w3.", "self_attn", "_norm", "moe.gate")
+KINDS = (
+    "embed_tokens",
+    "lm_head",
+    "model.norm",
+    ".mlp.",
+    ".w1.",
+    ".w2.",
+    ".w3.",
+    "self_attn",
+    "_norm",
+    "moe.gate",
+)
 
 
 def name_of(number: int, rank: int | None) -> str:
@@ -28,6 +39,8 @@ def make(folder: Path) -> Path:
             continue
         for rank in range(RANKS):
             axis = 1 if kind == ".w2." else 0
-            slices = {name: np.split(value, RANKS, axis)[rank].copy() for name, value in found.items()}
+            slices = {
+                name: np.split(value, RANKS, axis)[rank].copy() for name, value in found.items()
+            }
             save_file(slices, folder / name_of(number, rank))
     return folder

@@ -3,17 +3,21 @@
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxarch.blocks import CausalLM
-from mlxarch.execution import Execution
-from mlxarch.generation import Session, decode
-from mlxarch.loading import load_model
-from mlxarch.sampling import Sampling
-from mlxarch.streaming.attach import experts_of
-from mlxarch.weights import open_source, resolve
+from mlxarch.checkpoint.source import open_checkpoint
+from mlxarch.generation.decode import decode
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.loading.execution import Execution
+from mlxarch.loading.load import load_model
+from mlxarch.loading.resolve import resolve
+from mlxarch.ssd_streaming.attach import experts_of
+from mlxarch.ssd_streaming.experts import streaming_of
 
 
 def slots(folder: Path, count: int) -> tuple[int, ...]:
@@ -24,8 +28,8 @@ def slots(folder: Path, count: int) -> tuple[int, ...]:
 @cache
 def sparse_layers(folder: Path) -> list[bool]:
     """Which layers have experts; no test writes another model in the place of one."""
-    resolved = resolve(open_source(folder))
-    return [layer in experts_of(resolved) for layer in range(len(resolved.model.layers))]
+    resolved = resolve(open_checkpoint(folder))
+    return [layer in experts_of(resolved.model) for layer in range(len(resolved.model.layers))]
 
 
 def load(folder: Path, count: int | None = None) -> CausalLM:
@@ -40,6 +44,21 @@ def fingerprint(model: CausalLM, prompt: int = 70, tokens: int = 6) -> str:
     for some in (ids[: prompt // 2], ids[prompt // 2 : -3], *ids[-3:, None]):
         seen.update(np.asarray(model(mx.array(some[None]), caches)).tobytes())
     session = Session(model.make_caches(), renew=model.make_caches)
-    seen.update(repr([token for token, _ in decode(model, session, ids.tolist(), Sampling(), tokens)]).encode())
-    seen.update(np.asarray(mx.concatenate([a.flatten() for c in session.caches if c for a in c.arrays()])).tobytes())
+    seen.update(
+        repr(
+            [token for token, _ in decode(model, session, ids.tolist(), Sampling(), tokens)]
+        ).encode()
+    )
+    seen.update(
+        np.asarray(
+            mx.concatenate([a.flatten() for c in session.caches if c for a in c.arrays()])
+        ).tobytes()
+    )
     return seen.hexdigest()
+
+
+def attached(model: CausalLM) -> Any:
+    """The offloaded experts of a network that has some."""
+    found = streaming_of(model)
+    assert found is not None
+    return found

@@ -11,7 +11,7 @@ import pytest
 
 from mlxarch import Tokenizer, language_model
 from mlxarch.blocks import CausalLM
-from mlxarch.generation import decode
+from mlxarch.generation.decode import decode
 from tiny_llama import make_llama
 
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>"]
@@ -42,9 +42,20 @@ def make_chat_model(
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for text in [*SPECIAL, *marks]
     ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     model = {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": False}
-    tokenizer = {"version": "1.0", "added_tokens": added, "pre_tokenizer": level, "decoder": level, "model": model}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": model,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {} if template is None else {"chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -10,19 +10,26 @@ from safetensors.numpy import save_file
 
 import parity
 from mlxarch.blocks import CausalLM
-from mlxarch.execution import Execution
-from mlxarch.generation import Session, decode
-from mlxarch.loading import load_model
-from mlxarch.registry import architecture
-from mlxarch.sampling import Sampling
-from mlxarch.streaming.embeddings import StreamedEmbedding
+from mlxarch.generation.decode import decode
+from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.session import Session
+from mlxarch.loading.execution import Execution
+from mlxarch.loading.load import load_model
+from mlxarch.loading.registry import architecture
+from mlxarch.ssd_streaming.embeddings import StreamedEmbedding
 
 TABLE = "model.embed_tokens_per_layer"
 ROWS, VOCAB = 300, 320
 MEMORY, SSD = Execution(), Execution(ple="ssd")
 MODES: dict[str, dict[str, Any]] = {
-    **{f"affine-{bits}": {"bits": bits, "group_size": 32, "method": "round"} for bits in (2, 3, 4, 5, 6, 8)},
-    **{mode: {"bits": int(bits), "mode": mode} for mode, bits in (("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4))},
+    **{
+        f"affine-{bits}": {"bits": bits, "group_size": 32, "method": "round"}
+        for bits in (2, 3, 4, 5, 6, 8)
+    },
+    **{
+        mode: {"bits": int(bits), "mode": mode}
+        for mode, bits in (("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4))
+    },
     **{dtype: {"bits": None, "dtype": dtype} for dtype in ("float32", "bfloat16", "float16")},
 }
 
@@ -30,13 +37,19 @@ MODES: dict[str, dict[str, Any]] = {
 def make_gemma3n(folder: Path, **settings: Any) -> Path:
     """Write the model, with random weights in float32."""
     config = json.loads((parity.GOLDEN / "gemma3n_text" / "config.json").read_text()) | {
-        **{"vocab_size": VOCAB, "vocab_size_per_layer_input": ROWS, "hidden_size_per_layer_input": 32},
+        **{
+            "vocab_size": VOCAB,
+            "vocab_size_per_layer_input": ROWS,
+            "hidden_size_per_layer_input": 32,
+        },
         **{"intermediate_size": 64, "hidden_size": 64, "laurel_rank": 32, "head_dim": 32},
         **settings,
     }
     rng = np.random.default_rng(1)
     shapes = dict(tree_flatten(architecture(config).build().parameters()))
-    weights = {name: rng.normal(0, 0.3, value.shape).astype(np.float32) for name, value in shapes.items()}
+    weights = {
+        name: rng.normal(0, 0.3, value.shape).astype(np.float32) for name, value in shapes.items()
+    }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")

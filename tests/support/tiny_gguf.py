@@ -7,7 +7,11 @@ import numpy as np
 
 K = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD, WIDE = 256, 4, 2, 64, 512
-VOCABULARY = [chr(code) for code in range(0x100, 0x100 + 61)] + ["<s>", "</s>", "ĀĀ"]  # any 64 tokens will do here
+VOCABULARY = [chr(code) for code in range(0x100, 0x100 + 61)] + [
+    "<s>",
+    "</s>",
+    "ĀĀ",
+]  # any 64 tokens will do here
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -20,11 +24,17 @@ def weights(layers: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
     shapes = {"token_embd.weight": (64, HIDDEN), "output_norm.weight": (HIDDEN,)}
     for n in range(layers):
         shapes |= {f"blk.{n}.{name}.weight": (HIDDEN,) for name in ("attn_norm", "ffn_norm")}
-        shapes |= {f"blk.{n}.attn_q.weight": (HEADS * HEAD, HIDDEN), f"blk.{n}.attn_output.weight": (HIDDEN, HIDDEN)}
+        shapes |= {
+            f"blk.{n}.attn_q.weight": (HEADS * HEAD, HIDDEN),
+            f"blk.{n}.attn_output.weight": (HIDDEN, HIDDEN),
+        }
         shapes |= {f"blk.{n}.attn_{name}.weight": (KV_HEADS * HEAD, HIDDEN) for name in "kv"}
         shapes |= {f"blk.{n}.ffn_{name}.weight": (WIDE, HIDDEN) for name in ("gate", "up")}
         shapes |= {f"blk.{n}.ffn_down.weight": (HIDDEN, WIDE)}
-    return {name: (random.standard_normal(shape) / 8).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        name: (random.standard_normal(shape) / 8).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def q6_k(rows: int, columns: int) -> np.ndarray:
@@ -35,7 +45,11 @@ def q6_k(rows: int, columns: int) -> np.ndarray:
 
 
 def write(
-    path: Path, tensors: dict, kinds: dict | None = None, architecture: str = "llama", keys: dict | None = None
+    path: Path,
+    tensors: dict,
+    kinds: dict | None = None,
+    architecture: str = "llama",
+    keys: dict | None = None,
 ) -> Path:
     """``kinds``: GGUF name -> type. ``keys``: metadata, which replaces or (None) removes the usual."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -56,7 +70,12 @@ def write(
         "tokenizer.ggml.bos_token_id": 61,
         "tokenizer.ggml.eos_token_id": 62,
     }
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    adders = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in (usual | (keys or {})).items():
         if value is not None:
             adders.get(type(value), writer.add_array)(key, value)
@@ -66,7 +85,12 @@ def write(
             writer.add_tensor(name, values, raw_dtype=kind)
         else:
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         step()
     return path
 
@@ -74,4 +98,7 @@ def write(
 def by_package(path: Path) -> dict[str, np.ndarray]:
     """Name -> float32 values, as the gguf package has them."""
     reader = gguf.GGUFReader(path)
-    return {tensor.name: np.array(gguf.dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
+    return {
+        tensor.name: np.array(gguf.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in reader.tensors
+    }

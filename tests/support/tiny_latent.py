@@ -4,8 +4,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxarch.blocks import LatentAttention, LatentConfig, Quantization, RoPE
+from mlxarch.blocks import LatentAttention, LatentConfig, RoPE
 from mlxarch.blocks.linear import Matrix
+from mlxarch.quantization.scheme import Quantization
 
 HEADS = 4
 SIZES: dict[str, Any] = dict(
@@ -18,7 +19,7 @@ SIZES: dict[str, Any] = dict(
 def attention(bits: int | None = None, **settings: int | None) -> LatentAttention:
     """With random weights, the matrices of its heads packed if asked."""
     c = LatentConfig.from_dict(SIZES | settings)
-    block = LatentAttention(c, RoPE(c.qk_rope_head_dim, c.rotation, interleaved=True))
+    block = LatentAttention(c, RoPE(c.qk_rope_head_dim, c.rope, interleaved=True))
     for index, (_, module) in enumerate(block.named_modules()):
         if isinstance(module, Matrix):
             shape = module.weight.shape

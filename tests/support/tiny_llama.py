@@ -9,7 +9,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 INDEX = "model.safetensors.index.json"
-TOKENIZER = {"tokenizer.json": '{"version": "1.0"}', "tokenizer_config.json": "{}", "merges.txt": "a b"}
+TOKENIZER = {
+    "tokenizer.json": '{"version": "1.0"}',
+    "tokenizer_config.json": "{}",
+    "merges.txt": "a b",
+}
 
 
 def make_llama(
@@ -31,12 +35,24 @@ def make_llama(
     if not tied:
         shapes["lm_head.weight"] = (vocab, hidden)
     for layer in (f"model.layers.{n}" for n in range(layers)):
-        for name, rows in {"q_proj": hidden, "k_proj": hidden // 2, "v_proj": hidden // 2, "o_proj": hidden}.items():
+        for name, rows in {
+            "q_proj": hidden,
+            "k_proj": hidden // 2,
+            "v_proj": hidden // 2,
+            "o_proj": hidden,
+        }.items():
             shapes[f"{layer}.self_attn.{name}.weight"] = (rows, hidden)
-        shapes |= {f"{layer}.mlp.{name}.weight": (inner, hidden) for name in ("gate_proj", "up_proj")}
+        shapes |= {
+            f"{layer}.mlp.{name}.weight": (inner, hidden) for name in ("gate_proj", "up_proj")
+        }
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes |= {f"{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    weights = {name: (draw.normal(size=shape) * 0.1).astype(dtype) for name, shape in shapes.items()}
+        shapes |= {
+            f"{layer}.{name}.weight": (hidden,)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+    weights = {
+        name: (draw.normal(size=shape) * 0.1).astype(dtype) for name, shape in shapes.items()
+    }
     settings = {
         "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
@@ -56,7 +72,10 @@ def save_weights(folder: Path, weights: dict[str, np.ndarray], shards: int = 1) 
     if shards == 1:
         save_file(weights, folder / "model.safetensors")
         return
-    files = {name: f"model-{n % shards + 1:05}-of-{shards:05}.safetensors" for n, name in enumerate(weights)}
+    files = {
+        name: f"model-{n % shards + 1:05}-of-{shards:05}.safetensors"
+        for n, name in enumerate(weights)
+    }
     for file in set(files.values()):
         save_file({name: weights[name] for name in weights if files[name] == file}, folder / file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
@@ -65,4 +84,7 @@ def save_weights(folder: Path, weights: dict[str, np.ndarray], shards: int = 1) 
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder``, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxarch.blocks import Quantization
 from mlxarch.blocks.linear import ExpertLinear
-from mlxarch.registry import architecture
+from mlxarch.loading.registry import architecture
+from mlxarch.quantization.scheme import Quantization
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -43,7 +43,11 @@ def make_moe(
     settings = {"model_type": kind} | COMMON | KINDS[kind] | config
     found = architecture(settings)
     model, draw = found.build(), np.random.default_rng(seed)
-    stacks = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, ExpertLinear)}
+    stacks = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, ExpertLinear)
+    }
     arrays: dict[str, mx.array] = {}
     for path, empty in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
         values = mx.array(draw.normal(size=empty.shape) * 0.1).astype(mx.float32)
@@ -59,7 +63,11 @@ def make_moe(
             else:
                 arrays[name] = array
     if packed is not None:
-        settings["quantization"] = {"bits": packed.bits, "group_size": packed.group_size, "mode": packed.mode}
+        settings["quantization"] = {
+            "bits": packed.bits,
+            "group_size": packed.group_size,
+            "mode": packed.mode,
+        }
     folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(settings))

@@ -3,9 +3,10 @@
 import mlx.core as mx
 import pytest
 
-from mlxarch.blocks import Embedding, Linear, Quantization, fuse
-from mlxarch.blocks.feedforward import GatedMLP, swiglu
-from mlxarch.blocks.linear import SharedInput
+from mlxarch.blocks import Embedding, Linear, fuse
+from mlxarch.blocks.feed_forward import GatedMLP, swiglu
+from mlxarch.blocks.linear import FusableProjections
+from mlxarch.quantization.scheme import Quantization
 
 
 def filled(linear: Linear | Embedding, seed: int, settings: Quantization | None = None) -> None:
@@ -41,14 +42,16 @@ KINDS = [
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("settings", KINDS)
 @pytest.mark.parametrize("length", [1, 5])
-def test_joined_projections_give_the_same_bits(settings: Quantization | None, bias: bool, length: int) -> None:
+def test_joined_projections_give_the_same_bits(
+    settings: Quantization | None, bias: bool, length: int
+) -> None:
     linears = projections([settings] * 3, bias)
     x = mx.random.normal((2, length, 64), key=mx.random.key(9))
     apart = [linear(x) for linear in linears]
     mx.eval(apart)
-    shared = SharedInput(*linears)
+    shared = FusableProjections(*linears)
     shared.fuse()
-    assert shared.fused
+    assert shared.is_fused
     for one, other in zip(shared(x), apart, strict=True):
         assert one.shape == other.shape
         if settings is None:  # a BLAS may add in another order where a matrix has other dimensions
@@ -60,8 +63,10 @@ def test_joined_projections_give_the_same_bits(settings: Quantization | None, bi
 def test_projections_keep_their_weights_when_joined() -> None:
     linears = projections([Quantization(4, 64)] * 3)
     before = [mx.array(linear.weight) for linear in linears]
-    SharedInput(*linears).fuse()
-    assert all(mx.array_equal(linear.weight, old) for linear, old in zip(linears, before, strict=True))
+    FusableProjections(*linears).fuse()
+    assert all(
+        mx.array_equal(linear.weight, old) for linear, old in zip(linears, before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("other", [None, Quantization(8, 64), Quantization(4, 32)])
@@ -69,15 +74,15 @@ def test_projections_packed_differently_stay_apart(other: Quantization | None) -
     linears = projections([Quantization(4, 64), other, Quantization(4, 64)])
     x = mx.random.normal((1, 3, 64), key=mx.random.key(9))
     apart = [linear(x) for linear in linears]
-    shared = SharedInput(*linears)
+    shared = FusableProjections(*linears)
     shared.fuse()
-    assert not shared.fused
+    assert not shared.is_fused
     assert all(mx.array_equal(one, two) for one, two in zip(shared(x), apart, strict=True))
 
 
 def test_a_weight_set_after_joining_counts() -> None:
     linears = projections([None] * 3)
-    shared = SharedInput(*linears)
+    shared = FusableProjections(*linears)
     shared.fuse()
     x = mx.ones((1, 1, 64))
     old = shared(x)[1]
@@ -93,7 +98,7 @@ def test_fuse_finds_the_groups_below_a_module() -> None:
     x = mx.random.normal((1, 4, 64), key=mx.random.key(5))
     before = mlp(x)
     fuse(mlp)
-    assert mlp.gate_up.fused
+    assert mlp.gate_up.is_fused
     assert mx.array_equal(mlp(x), before)
 
 

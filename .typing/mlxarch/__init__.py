@@ -1,1 +1,0 @@
-../../mlxarch/__init__.py

@@ -1,1 +1,0 @@
-../../mlxarch/__main__.py

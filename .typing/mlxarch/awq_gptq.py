@@ -1,1 +1,0 @@
-../../mlxarch/awq_gptq.py

@@ -1,1 +1,0 @@
-../../mlxarch/byte_level.py

@@ -1,1 +1,0 @@
-../../mlxarch/chat_template.py

@@ -1,1 +1,0 @@
-../../mlxarch/checkpoint.py

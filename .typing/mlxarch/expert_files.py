@@ -1,1 +1,0 @@
-../../mlxarch/expert_files.py

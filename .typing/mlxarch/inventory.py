@@ -1,1 +1,0 @@
-../../mlxarch/inventory.py

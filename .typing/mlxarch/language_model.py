@@ -1,1 +1,0 @@
-../../mlxarch/language_model.py

@@ -1,1 +1,0 @@
-../../mlxarch/machines.py

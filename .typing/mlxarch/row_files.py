@@ -1,1 +1,0 @@
-../../mlxarch/row_files.py

@@ -1,1 +1,0 @@
-../../mlxarch/safetensors_header.py

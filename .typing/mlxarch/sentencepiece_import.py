@@ -1,1 +1,0 @@
-../../mlxarch/sentencepiece_import.py

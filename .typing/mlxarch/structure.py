@@ -1,1 +1,0 @@
-../../mlxarch/structure.py

@@ -1,1 +1,0 @@
-../../mlxarch/template_syntax.py

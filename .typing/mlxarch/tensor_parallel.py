@@ -1,1 +1,0 @@
-../../mlxarch/tensor_parallel.py

@@ -1,1 +1,0 @@
-../../mlxarch/tokenizer_import.py

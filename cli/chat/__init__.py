@@ -1,0 +1,1 @@
+"""Interactive chat: conversation, line editor, slash commands and saved chats."""

@@ -1,0 +1,1 @@
+"""Subcommands of ``mlxarch``, one file each, grouped by purpose."""

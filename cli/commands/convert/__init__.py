@@ -1,0 +1,1 @@
+"""Commands that write or evaluate checkpoints: quantize, pack, slice, eval."""

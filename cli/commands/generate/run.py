@@ -1,0 +1,212 @@
+"""``mlxarch run``: answer one prompt."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxarch.cli import options
+from mlxarch.cli.chat.receive import STOPPED, Answer, dropped_tokens_note, receive_answer
+from mlxarch.cli.output import is_terminal, print_json, print_stderr
+from mlxarch.cli.render import NullWriter, make_answer_writer, make_thinking_writer
+from mlxarch.cli.stats import (
+    memory_line,
+    memory_stats,
+    streaming_line,
+    streaming_stats,
+    timings_line,
+    timings_stats,
+)
+from mlxarch.errors import InvalidInput, ModelNotFound
+from mlxarch.generation.thinking import switches
+
+if TYPE_CHECKING:
+    from mlxarch.language_model import LanguageModel
+
+
+@click.command("run")
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]...")
+@options.model_option
+@click.option("-p", "--prompt", metavar="TEXT", help="Prompt (default: the arguments)")
+@click.option(
+    "-f",
+    "--file",
+    metavar="FILE",
+    help="Text file to put before the prompt; - for standard input (default: none)",
+)
+@options.answer_options
+@options.thinking_options
+@options.sampling_options
+@options.loading_options
+@click.option("--raw", is_flag=True, help="Continue the prompt without the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print the complete answer as JSON.")
+def run_command(
+    words: tuple[str, ...],
+    model_flag: str | None,
+    prompt: str | None,
+    file: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Answer one prompt.
+
+    The prompt is an argument, or comes from -p, a file or a pipe. Text from a file or a pipe is put
+    before the others, separated by an empty line:
+
+    \b
+      mlxarch run smollm2-135m "Why is the sky blue?"
+      git diff | mlxarch run qwen3-8b "Write a commit message for this."
+
+    The answer goes to standard output. Sampling options that are not given follow the
+    recommendation of the model's makers.
+    """
+    name, words = _split_model_and_prompt(model_flag, words, prompt is not None)
+    text = _read_prompt(words, prompt, file)
+    if given["system"] is not None and given["raw"]:
+        raise click.UsageError("a system prompt needs the chat template, which --raw leaves out")
+    if (given["think"] is not None or given["effort"]) and given["raw"]:
+        raise click.UsageError(
+            "--think, --no-think and --effort need the chat template, which --raw leaves out"
+        )
+    from mlxarch.system.backend import require_backend
+
+    require_backend()
+    sampling = options.given_sampling(given)
+    model = options.load_model(name, **given)
+    answer = _generate_answer(model, name, text, sampling, as_json, given)
+    if as_json:
+        _print_answer_json(model, name, answer)
+    _print_notes(model, answer, given)
+    if answer.finish_reason == STOPPED:
+        raise KeyboardInterrupt
+
+
+def _split_model_and_prompt(
+    model_flag: str | None, words: tuple[str, ...], has_prompt: bool
+) -> tuple[str, tuple[str, ...]]:
+    """Split the arguments into the model's name and the words of the prompt.
+
+    With -m, all words are the prompt; so they are with MLXARCH_MODEL, unless the first is a model.
+    """
+    if model_flag or not words:
+        return options.resolve_model_name(model_flag, None), words
+    default = os.environ.get("MLXARCH_MODEL")
+    if default and not has_prompt and not _is_model(words[0]):
+        return default, words
+    return words[0], words[1:]
+
+
+def _is_model(word: str) -> bool:
+    from mlxarch.hub import catalog
+
+    try:
+        catalog.parse(word)
+    except ModelNotFound:
+        return False
+    return True
+
+
+def _read_prompt(words: tuple[str, ...], prompt: str | None, file: str | None) -> str:
+    """Join the file, standard input, and the argument or -p, in this order.
+
+    Raises:
+        click.UsageError: there is no prompt, or it is given twice.
+        InvalidInput: one of them is not UTF-8.
+    """
+    if words and prompt is not None:
+        raise click.UsageError("the prompt is given twice, as an argument and with -p")
+    typed = prompt if prompt is not None else " ".join(words)
+    wants_stdin = typed == "-" or file == "-"
+    parts = [] if file in (None, "-") else [_decode_utf8(Path(file).read_bytes(), file)]
+    if sys.stdin is not None and (wants_stdin or not is_terminal(sys.stdin)):
+        parts.append(_decode_utf8(sys.stdin.buffer.read(), "standard input"))
+    if typed != "-":
+        parts.append(_decode_utf8(os.fsencode(typed), "the prompt", end=""))
+    text = "\n\n".join(part for part in parts if part.strip())
+    if not text:
+        raise click.UsageError(
+            "there is no prompt: give it as an argument, with -p, with -f or through a pipe"
+        )
+    return text
+
+
+def _decode_utf8(data: bytes, name: str, end: str = "\n") -> str:
+    """Decode a text, without byte order mark and without the characters ``end`` at its end."""
+    try:
+        return data.decode("utf-8-sig").rstrip(end)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"{name} is no text in UTF-8: byte {error.start} is {data[error.start]:#04x}"
+        ) from error
+
+
+def _generate_answer(
+    model: "LanguageModel",
+    name: str,
+    text: str,
+    sampling: dict[str, Any],
+    as_json: bool,
+    given: dict[str, Any],
+) -> Answer:
+    """Generate the answer and write it, unless it is printed as JSON later."""
+    thinking = switches(model.tokenizer, given["think"], given["effort"])
+    for warning in thinking.warnings:
+        print_stderr(f"mlxarch: {name} {warning}")
+    pieces = model.stream(
+        _build_messages(model, text, thinking.system(given["system"]), given["raw"]),
+        template=thinking.variables,
+        max_tokens=given["max_tokens"],
+        stop=given["stop"],
+        overflow=given["overflow"],
+        sampling=replace(model.recommended_sampling, **sampling),
+    )
+    writer = NullWriter() if as_json else make_answer_writer(given["plain"])
+    return receive_answer(pieces, writer, make_thinking_writer(as_json or given["hide_thinking"]))
+
+
+def _build_messages(
+    model: "LanguageModel", text: str, system: str | None, raw: bool
+) -> str | list[dict[str, str]]:
+    """Build the messages for the chat template; without one, return the text itself."""
+    if raw or not model.tokenizer.has_chat_template:
+        if system is not None:
+            raise InvalidInput(
+                f"{model.path.name} has no chat template, so there is no place for a system prompt"
+            )
+        return text
+    system_message = [] if system is None else [{"role": "system", "content": system}]
+    return [*system_message, {"role": "user", "content": text}]
+
+
+def _print_answer_json(model: "LanguageModel", name: str, answer: Answer) -> None:
+    report = {
+        "model": name,
+        "text": answer.text,
+        "thinking": answer.thinking,
+        "finish_reason": answer.finish_reason,
+        "timings": timings_stats(answer.timings),
+        "memory": memory_stats(model),
+    }
+    if streaming := streaming_stats(model):
+        report["streaming"] = streaming
+    print_json(report)
+
+
+def _print_notes(model: "LanguageModel", answer: Answer, given: dict[str, Any]) -> None:
+    """Print the statistics if asked for, and why the answer or the prompt is incomplete."""
+    if given["stats"]:
+        print_stderr(timings_line(answer.timings, long=True), dim=True)
+        print_stderr(memory_line(model), dim=True)
+        if streaming := streaming_line(model):
+            print_stderr(streaming, dim=True)
+    if note := dropped_tokens_note(answer.timings):
+        print_stderr(f"mlxarch: {note}", dim=True)
+    if answer.finish_reason == "length":
+        limit = "--max-tokens"
+        if not given["max_tokens"]:
+            limit = f"the context of {model.context_length} tokens"
+        part = "thinking" if answer.thinking and not answer.text else "answer"
+        print_stderr(f"mlxarch: the {part} is cut off: {limit} is reached", dim=True)

@@ -1,0 +1,1 @@
+"""Commands that predict memory and speed: fit, tune, compare."""

@@ -1,0 +1,128 @@
+"""Grouped-query attention, the base of most architectures' attention."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks.attention.blockwise import KVOperand, Mask, attend_blockwise
+from mlxarch.blocks.attention.forward_context import ForwardContext
+from mlxarch.blocks.attention.span import Full, Span
+from mlxarch.blocks.config import DecoderConfig
+from mlxarch.blocks.linear import FusableProjections, Linear
+from mlxarch.blocks.rope import NoRoPE, RoPE
+from mlxarch.kv_cache import Cache, KVArray
+from mlxarch.quantization.scheme import Quantization
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245); multi-head with as many KV heads as query heads.
+
+    An architecture that deviates overrides ``apply_positions`` (how positions enter) or ``attend``
+    (how scores are computed).
+
+    Args:
+        rope: position embedding of queries and keys.
+        span: which earlier tokens a token attends to.
+        scale: factor of the scores; 1/sqrt(head size) by default.
+        norm: constructor of the QK-norm, called with its width; None for no QK-norm.
+        qk_norm: "head" normalises each head separately, "projection" all heads as one vector.
+        bias: whether the projections to queries, keys and values have biases.
+        output_bias: whether the output projection has one.
+        sinks: one learned logit per head joins the softmax without a value (arXiv:2309.17453).
+        softcap: scores become softcap * tanh(scores / softcap), before the mask (arXiv:2408.00118).
+
+    Shape:
+        x: (B, L, hidden_size) -> the same
+    """
+
+    def __init__(
+        self,
+        c: DecoderConfig,
+        *,
+        rope: RoPE | NoRoPE,
+        span: Span = Full(),
+        scale: float | None = None,
+        norm: Callable[[int], nn.Module] | None = None,
+        qk_norm: Literal["head", "projection"] = "head",
+        bias: bool = False,
+        output_bias: bool = False,
+        sinks: bool = False,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_size = c.head_size
+        q_width = c.num_attention_heads * c.head_size
+        kv_width = c.kv_heads * c.head_size
+        self.q_proj = Linear(c.hidden_size, q_width, bias)
+        self.k_proj = Linear(c.hidden_size, kv_width, bias)
+        self.v_proj = Linear(c.hidden_size, kv_width, bias)
+        self.o_proj = Linear(q_width, c.hidden_size, output_bias)
+        self.qkv = FusableProjections(self.q_proj, self.k_proj, self.v_proj)
+        if norm is not None:
+            self.q_norm = norm(c.head_size if qk_norm == "head" else q_width)
+            self.k_norm = norm(c.head_size if qk_norm == "head" else kv_width)
+        if sinks:
+            self.sinks = mx.zeros((c.num_attention_heads,))
+        self.scale = c.head_size**-0.5 if scale is None else scale
+        self.span = span
+        self.rope = rope
+        self.qk_norm = qk_norm if norm else None
+        self.softcap = softcap
+
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache | None:
+        """Create an empty KV cache for this layer."""
+        return self.span.make_cache(capacity, kv)
+
+    def apply_positions(
+        self, q: mx.array, k: mx.array, context: ForwardContext
+    ) -> tuple[mx.array, mx.array]:
+        """Encode positions in q (B, H, L, D) and k (B, K, L, D) -> the same."""
+        return self.rope(q, context.offset), self.rope(k, context.offset)
+
+    def attend(
+        self, q: mx.array, k: KVArray, v: KVArray, mask: Mask, context: ForwardContext
+    ) -> mx.array:
+        """Attend with q (B, H, L, D) to k, v (B, K, S, D) -> (B, H, L, D)."""
+        cap = self.softcap
+        sinks = self.get("sinks")
+        if cap is None:
+            return attend(q, k, v, mask, scale=self.scale, sinks=sinks)
+        return attend_blockwise(
+            q, k, v, mask, lambda scores: cap * mx.tanh(scores * (self.scale / cap)), sinks
+        )
+
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        q, k, v = self.qkv(x)  # (B, L, heads * D)
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (mx.unflatten(t, -1, (-1, self.head_size)) for t in (q, k, v))  # (B, L, heads, D)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.swapaxes(1, 2) for t in (q, k, v))  # (B, heads, L, D)
+        q, k = self.apply_positions(q, k, context)
+        mask = context.mask(self.span, cache)  # before the new keys are appended to the cache
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = self.attend(q, k, v, mask, context)
+        return self.o_proj(out.swapaxes(1, 2).flatten(-2))
+
+
+def attend(
+    q: mx.array,
+    k: KVOperand,
+    v: KVOperand,
+    mask: Mask,
+    *,
+    scale: float,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Scaled dot-product attention; uses MLX's fused kernel unless keys or values are quantized.
+
+    Shape:
+        q (B, H, L, D), k and v (B, K, S, D) -> (B, H, L, D)
+    """
+    if isinstance(k, mx.array) and isinstance(v, mx.array):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    return attend_blockwise(q, k, v, mask, lambda scores: scores * scale, sinks)

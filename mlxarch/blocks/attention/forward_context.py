@@ -1,0 +1,67 @@
+"""State that all layers share in one forward pass: positions of the queries, and masks."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlxarch.blocks.attention.blockwise import Mask
+from mlxarch.blocks.attention.span import Span
+from mlxarch.kv_cache import Cache
+
+
+class ForwardContext:
+    """One forward pass over ``length`` new tokens.
+
+    Attributes:
+        length: L.
+        padding: tokens of padding on the left of each row (B,); None without padding.
+        offset: position of the first query; one for each row (B,) in a padded batch.
+        shared: values that a layer passes on to later layers, under a key that both know.
+    """
+
+    def __init__(self, length: int, caches: Sequence[Cache | None] | None = None) -> None:
+        first = next((cache for cache in caches or () if cache is not None), None)
+        cached = first.length if first else 0
+        self.length = length
+        self.padding = first.padding if first else None
+        self.offset: int | mx.array = cached if self.padding is None else cached - self.padding
+        self.shared: dict[Hashable, Any] = {}
+        self._masks: dict[tuple[Span, type[Cache] | None], Mask] = {}
+
+    @property
+    def positions(self) -> mx.array:
+        """Positions of the queries, (L,) or (B, L) in a padded batch; negative ones are padding."""
+        indices = mx.arange(self.length)
+        if isinstance(self.offset, int):
+            return self.offset + indices
+        return self.offset[:, None] + indices
+
+    def mask(self, span: Span, cache: Cache | None) -> Mask:
+        """Mask of the keys that ``cache`` will return in this pass.
+
+        Call it before the new keys are appended. Layers with equal spans share one mask.
+
+        Shape:
+            (L, S), or (B, 1, L, S) in a padded batch; "causal" or None where attention needs no
+            array
+        """
+        key = (span, type(cache) if cache else None)
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(span, cache)
+        return self._masks[key]
+
+    def _make_mask(self, span: Span, cache: Cache | None) -> Mask:
+        if self.padding is None:
+            first = cache.oldest_slot(self.length) if cache else 0
+            last = (cache.length if cache else 0) + self.length - 1
+            if span.is_plain_causal(first, last):
+                return None if self.length == 1 else "causal"
+        keys = cache.slots(self.length) if cache else mx.arange(self.length)  # (S,)
+        if self.padding is None:
+            return span.is_visible(self.positions[:, None], keys)
+        queries = self.positions[:, :, None]  # (B, L, 1)
+        keys = keys - self.padding[:, None, None]  # (B, 1, S)
+        visible = span.is_visible(queries, keys) & (keys >= 0)
+        # a padding token attends to itself: a row without any key would be NaN, and NaN spreads
+        return (visible | (keys == queries))[:, None]

@@ -1,0 +1,76 @@
+"""Gated feed-forward: down(activation(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxarch.blocks.linear import FusableProjections, Linear
+
+GatedActivation = Callable[[mx.array, mx.array], mx.array]
+"""Elementwise function of the gate and up projections, such as SwiGLU."""
+
+Elementwise = TypeVar("Elementwise", bound=Callable[..., mx.array])
+
+
+def compile_elementwise(function: Elementwise) -> Elementwise:
+    """Compile elementwise operations into one kernel, on GPUs only.
+
+    On a CPU MLX would call a C++ compiler while the model runs, and few laptops have one.
+    """
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def run(*arrays: mx.array) -> mx.array:
+        return (function if mx.default_device() == mx.cpu else compiled)(*arrays)
+
+    return cast(Elementwise, run)
+
+
+@compile_elementwise
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    return gate * mx.sigmoid(gate) * up
+
+
+@compile_elementwise
+def gelu(x: mx.array) -> mx.array:
+    """GELU in its tanh approximation (arXiv:1606.08415); ``gelu_new``, ``gelu_pytorch_tanh``."""
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@compile_elementwise
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up."""
+    return gelu(gate) * up
+
+
+class GatedMLP(nn.Module):
+    """Gated feed-forward: a gate and an up projection, and a down projection of their product.
+
+    Args:
+        dim: hidden size of the model.
+        hidden: width of the feed-forward.
+        activation: elementwise function of both projections.
+        bias: whether the projections have biases.
+
+    Shape:
+        x: (..., dim) -> the same
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, activation: GatedActivation, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, hidden, bias)
+        self.up_proj = Linear(dim, hidden, bias)
+        self.down_proj = Linear(hidden, dim, bias)
+        self.activation = activation
+        self.gate_up = FusableProjections(self.gate_proj, self.up_proj)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = self.gate_up(x)
+        return self.down_proj(self.activation(gate, up))

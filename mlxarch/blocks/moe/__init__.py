@@ -1,0 +1,1 @@
+"""Mixture of experts: routers, routed experts and shared experts."""

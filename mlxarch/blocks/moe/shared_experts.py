@@ -1,0 +1,81 @@
+"""Many small routed experts beside shared experts that every token passes (arXiv:2401.06066)."""
+
+from dataclasses import dataclass
+
+from mlxarch.blocks.config import Count, DecoderConfig, Positive, Size
+from mlxarch.blocks.feed_forward import GatedMLP, swiglu
+from mlxarch.blocks.moe.moe import Experts, MoE
+from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax
+from mlxarch.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedExpertsConfig(DecoderConfig):
+    """Config with routed experts in groups and shared experts.
+
+    The first layers are dense, all others have experts; ``intermediate_size`` is the width of the
+    dense ones.
+    """
+
+    moe_intermediate_size: Size
+    n_routed_experts: Size
+    n_shared_experts: Count | None
+    num_experts_per_tok: Size
+    first_k_dense_replace: Count
+    n_group: Size | None = None
+    topk_group: Size | None = None
+    norm_topk_prob: bool
+    routed_scaling_factor: Positive
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Number of groups of experts, and groups per token from which experts are chosen."""
+        return self.n_group or 1, self.topk_group or self.n_group or 1
+
+    def check(self) -> None:
+        """Check that the groups are equal and large enough.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        super().check()
+        groups, kept = self.groups
+        size = self.n_routed_experts // groups
+        if (
+            self.n_routed_experts % groups
+            or kept > groups
+            or not self.num_experts_per_tok <= kept * size
+        ):
+            raise ConfigError(
+                f"config.json: n_routed_experts = {self.n_routed_experts} must be n_group = "
+                f"{groups} equal groups, of which topk_group = {kept} must hold "
+                f"num_experts_per_tok = {self.num_experts_per_tok}"
+            )
+        if groups > kept and size < 2:
+            raise ConfigError(
+                f"config.json: n_group = {groups} leaves one expert in a group; groups are rated "
+                "by their best two"
+            )
+
+
+def make_grouped_moe(
+    c: GroupedExpertsConfig,
+    router: type[GroupLimitedSigmoid | GroupLimitedSoftmax] = GroupLimitedSigmoid,
+) -> MoE:
+    """Create the experts of a layer and their router; all shared experts become one wide one."""
+    groups, kept = c.groups
+    width = c.moe_intermediate_size
+    gate = router(
+        c.hidden_size,
+        c.n_routed_experts,
+        c.num_experts_per_tok,
+        groups=groups,
+        kept=kept,
+        renormalise=c.norm_topk_prob,
+        scale=c.routed_scaling_factor,
+    )
+    experts = Experts(c.hidden_size, width, c.n_routed_experts, swiglu)
+    shared = None
+    if c.n_shared_experts:
+        shared = GatedMLP(c.hidden_size, width * c.n_shared_experts, swiglu)
+    return MoE(gate, experts, shared)

@@ -1,0 +1,1 @@
+"""GGUF files: header, tensors, config and tokenizer as a checkpoint source."""

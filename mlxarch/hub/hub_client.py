@@ -1,0 +1,390 @@
+"""Client of the Hugging Face Hub, built on huggingface_hub: its cache, token and environment apply.
+
+huggingface_hub reads its environment variables when it is imported; the functions here import it
+on first use.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from mlxarch.checkpoint.tp_shards import find_tp_files, tp_group
+from mlxarch.errors import CheckpointError, DownloadError, MlxArchError, ModelNotFound
+from mlxarch.hub.catalog import COMMIT_HASH
+from mlxarch.hub.hub_errors import translate_hub_errors
+from mlxarch.progress import Progress, silent
+from mlxarch.system.checksums import sha256_file
+from mlxarch.system.untrusted_files import read_json, safe_path
+
+# Files that a model needs besides its weights. No others are fetched: no *.py, *.bin or *.gguf, no
+# consolidated.*, nothing in original/.
+SIDECARS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tiktoken.model",
+    "tekken.json",
+    "tokenizer.tok.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    INDEX_FILE,
+)
+TIMEOUT_SECONDS = 10.0
+"""Timeout for the first response of the Hub."""
+_FIRST_RANGE_BYTES = 100_000  # holds the header of most safetensors files
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository.
+
+    Attributes:
+        name: path in the repository.
+        size: in bytes.
+        sha256: checksum, if the Hub states it, which it does for weight files.
+    """
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """The files of a model repository at one commit.
+
+    Attributes:
+        repo: ``org/name``.
+        revision: commit hash.
+        sidecars: config, tokenizer and licence files by name.
+        weights: weight files by name.
+        config: contents of config.json.
+    """
+
+    repo: str
+    revision: str
+    sidecars: Mapping[str, RemoteFile]
+    weights: Mapping[str, RemoteFile]
+    config: Mapping[str, Any]
+
+    @property
+    def files(self) -> list[RemoteFile]:
+        """All files in download order; weights last, so a folder with all of them is complete."""
+        return [*self.sidecars.values(), *self.weights.values()]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.size for file in self.weights.values())
+
+    @property
+    def largest_group_bytes(self) -> int:
+        """Size of the largest group of weight files that must be read together.
+
+        A group is one file, or the tensor-parallel slices of the same tensors.
+        """
+        groups = Counter[str]()
+        for file in self.weights.values():
+            groups[tp_group(file.name)] += file.size
+        return max(groups.values(), default=0)
+
+
+def fetch_repository_info(repo: str, revision: str = "main") -> Repository:
+    """List the files of a model repository; only config.json and the shard index are downloaded.
+
+    Raises:
+        ModelNotFound: no such repository or revision, or it has no model in safetensors format.
+        GatedModel: the publisher requires consent, or a token is needed.
+        OfflineError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with translate_hub_errors(repo, revision):
+        info = HfApi().model_info(
+            repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
+        )
+        commit = info.sha or revision
+        known = {
+            file.rfilename: RemoteFile(
+                file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None
+            )
+            for file in info.siblings or []
+        }
+    if "config.json" not in known:
+        raise ModelNotFound(
+            f"{repo}@{revision} has no config.json; name a repository that holds a language model"
+        )
+    # by the given revision instead of the commit, so that the cache records which commit it is
+    config_path = fetch_file(repo, revision, "config.json")
+    sidecars = {name: known[name] for name in SIDECARS if name in known}
+    if "tokenizer.json" in sidecars:  # Mistral publishes its tokenizer in both formats
+        sidecars.pop("tekken.json", None)
+    index = fetch_file(repo, commit, INDEX_FILE) if INDEX_FILE in known else None
+    names = _weight_file_names(known, index)
+    if missing := [name for name in names if name not in known]:
+        raise ModelNotFound(
+            f"{repo}@{revision}: {INDEX_FILE} names {missing[0]}, which the repository does not "
+            "have"
+        )
+    if not names:
+        raise ModelNotFound(
+            f"{repo}@{revision} has no weights in safetensors; name a repository that has, such as "
+            "the original one"
+        )
+    weights = {name: known[name] for name in names}
+    return Repository(repo, commit, sidecars, weights, read_json(config_path))
+
+
+def _weight_file_names(known: Mapping[str, RemoteFile], index: Path | None) -> list[str]:
+    """Return the names of the weight files.
+
+    They are the shards that the index lists; without an index model.safetensors, a set of
+    tensor-parallel slices, or the only safetensors file.
+    """
+    if index is not None:
+        return shard_names(index)
+    if SINGLE_FILE in known:
+        return [SINGLE_FILE]
+    if slices := find_tp_files("the repository", known):
+        return list(slices)
+    found = [
+        name
+        for name in known
+        if name.endswith(".safetensors") and "/" not in name and not name.startswith("consolidated")
+    ]
+    return found if len(found) == 1 else []
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the sorted names of the weight files that a shard index lists.
+
+    Raises:
+        CheckpointError: the index is malformed, or a name could leave the folder (``safe_path``).
+    """
+    table = read_json(
+        index, limit=100_000_000, depth=8, values=2_000_000, error=CheckpointError
+    ).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(
+            f"{index}: weight_map must name the file of each tensor; take another revision"
+        )
+    names = sorted(set(table.values()))
+    for name in names:
+        safe_path(index.parent, name)
+    return names
+
+
+def find_cached_snapshot(repo: str, revision: str = "main") -> Path | None:
+    """Return the folder of a complete snapshot in the Hub's cache, without network access."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with translate_hub_errors(repo, revision):
+        found = try_to_load_from_cache(repo, "config.json", revision=revision)
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder and is_complete(folder) else None
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder has a config.json and all of its weight files."""
+    try:
+        if not (folder / "config.json").is_file():
+            return False
+        index = folder / INDEX_FILE
+        if index.is_file():
+            return all((folder / name).is_file() for name in shard_names(index))
+        names = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
+        if SINGLE_FILE not in names:
+            find_tp_files(folder, names)  # raises if a slice is missing
+        return bool(names)
+    except (OSError, MlxArchError):
+        return False
+
+
+def cache_folder() -> Path:
+    """Return the folder of the Hub's cache (HF_HUB_CACHE, HF_HOME)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def missing_bytes(repository: Repository) -> int:
+    """Return the size of a repository's files that the Hub's cache does not have yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    missing = 0
+    for file in repository.files:
+        cached = try_to_load_from_cache(repository.repo, file.name, revision=repository.revision)
+        if not isinstance(cached, str):
+            missing += file.size
+    return missing
+
+
+def download(repository: Repository, progress: Progress = silent) -> Path:
+    """Download a repository into the Hub's cache, and return the snapshot folder there.
+
+    Files are fetched one after the other, unless they are in the cache. The SHA-256 of each weight
+    file that is fetched is verified.
+
+    Raises:
+        DownloadError: the transfer broke off, or a checksum is wrong.
+    """
+    total = sum(file.size for file in repository.files)
+    done = 0
+    paths: list[Path] = []
+    for file in repository.files:
+        report = offset_progress(progress, done, total)
+        paths.append(
+            fetch_file(
+                repository.repo, repository.revision, file.name, progress=report, expected=file
+            )
+        )
+        done += file.size
+    progress(f"downloading {repository.repo}", total, total)
+    return paths[0].parent
+
+
+def offset_progress(progress: Progress, offset: int, whole: int) -> Progress:
+    """Return a callback for one step of a larger transfer, as a position in the whole.
+
+    Args:
+        progress: callback for the whole transfer.
+        offset: bytes that are done before the step.
+        whole: bytes of the whole transfer.
+    """
+
+    def report(label: str, done: int, total: int) -> None:
+        progress(label, min(offset + done, whole), whole)
+
+    return report
+
+
+def fetch_file(
+    repo: str,
+    revision: str,
+    name: str,
+    *,
+    into: Path | None = None,
+    progress: Progress = silent,
+    expected: RemoteFile | None = None,
+) -> Path:
+    """Download one file, unless it is there, and return its path.
+
+    Args:
+        repo: ``org/name``.
+        revision: branch, tag or commit.
+        name: path in the repository.
+        into: target folder; the Hub's cache if None.
+        progress: callback.
+        expected: metadata whose SHA-256 a fetched file must have.
+
+    Raises:
+        ModelNotFound, GatedModel, OfflineError, DownloadError: see ``fetch_repository_info`` and
+            ``download``.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    with translate_hub_errors(repo, revision, name, started=True):
+        cached = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(cached, str) and (COMMIT_HASH.fullmatch(revision) or into is not None):
+            return Path(cached)
+        bar = _progress_bar_class(f"downloading {repo}", progress)
+        path = Path(hf_hub_download(repo, name, revision=revision, local_dir=into, tqdm_class=bar))
+    if expected and expected.sha256 and not isinstance(cached, str):
+        _verify_sha256(path, expected, progress)
+    return path
+
+
+def _verify_sha256(path: Path, expected: RemoteFile, progress: Progress) -> None:
+    """Remove a file with a wrong checksum, and raise DownloadError."""
+    found = sha256_file(path, progress)
+    if found == expected.sha256:
+        return
+    if path.is_symlink():
+        (path.parent / os.readlink(path)).unlink(missing_ok=True)
+    path.unlink()
+    raise DownloadError(
+        f"{expected.name} arrived damaged: its SHA-256 is {found}, and the Hub states "
+        f"{expected.sha256}. It is removed; run the same command again, and if that repeats, look "
+        "to the network or the mirror (HF_ENDPOINT)"
+    )
+
+
+def fetch_safetensors_header(repo: str, revision: str, file: RemoteFile) -> bytes:
+    """Download the start of a safetensors file: the size field and the header, not validated."""
+    start = _fetch_start(repo, revision, file.name, min(_FIRST_RANGE_BYTES, file.size))
+    length = 8 + int.from_bytes(start[:8], "little")
+    too_long = length > min(file.size, _MAX_HEADER_BYTES)  # the validator rejects it later
+    if length <= len(start) or too_long:
+        return start[:length]
+    return _fetch_start(repo, revision, file.name, length)
+
+
+def _fetch_start(repo: str, revision: str, name: str, count: int) -> bytes:
+    """Download the first ``count`` bytes of a file by a range request."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    body = b""
+    with translate_hub_errors(repo, revision, name, started=True):
+        url = hf_hub_url(repo, name, revision=revision)
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes=0-{count - 1}",
+            "Accept-Encoding": "identity",
+        }
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True
+        ) as response:
+            hf_raise_for_status(response)
+            for chunk in response.iter_bytes():
+                body += chunk
+                if len(body) >= count:  # a server that ignores ranges sends the whole file
+                    break
+    if len(body) < count:
+        raise DownloadError(
+            f"{repo}/{name}: the Hub sent {len(body)} of {count} bytes; run the same command again"
+        )
+    return body[:count]
+
+
+def _progress_bar_class(label: str, progress: Progress) -> Any:
+    """Create a class with tqdm's interface, for huggingface_hub, that calls ``progress``."""
+
+    class ProgressBar:
+        total = 0
+        n = 0
+
+        def __init__(self, *_: object, **options: Any) -> None:
+            self.total = options.get("total") or 0
+            self.update(options.get("initial") or 0)
+
+        def __enter__(self) -> "ProgressBar":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self, count: float | None = 1) -> None:
+            self.n += int(count or 0)
+            progress(label, self.n, max(int(self.total), self.n))
+
+        def _ignore(self, *_: object, **__: object) -> None: ...
+
+        update_transfer = set_postfix_str = set_transfer_postfix_str = _ignore
+        set_description = set_description_str = refresh = close = clear = _ignore
+
+    return ProgressBar

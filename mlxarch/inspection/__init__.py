@@ -1,0 +1,1 @@
+"""Inspect an architecture without weights: structure, comparison tables, block diagrams."""

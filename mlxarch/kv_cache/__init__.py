@@ -1,0 +1,28 @@
+"""KV caches: keys and values of earlier tokens, one cache per attention layer.
+
+base            the interface ``Cache``, and append, truncate and snapshot
+full            every token
+sliding         the newest tokens of a sliding window, in a ring buffer
+latent          one latent vector per token (multi-head latent attention)
+quantized       vectors in 8 or 4 bits, rotated before they are quantized
+prefill_only    update a cache without computing the rest of its layer
+"""
+
+from mlxarch.kv_cache.base import Cache, KVArray
+from mlxarch.kv_cache.full import FullCache
+from mlxarch.kv_cache.latent import LatentCache
+from mlxarch.kv_cache.prefill_only import last_cached_layer, update_cache_only
+from mlxarch.kv_cache.quantized import QuantizedVectors, UpProjectedLatents
+from mlxarch.kv_cache.sliding import SlidingCache
+
+__all__ = [
+    "Cache",
+    "FullCache",
+    "KVArray",
+    "LatentCache",
+    "QuantizedVectors",
+    "SlidingCache",
+    "UpProjectedLatents",
+    "last_cached_layer",
+    "update_cache_only",
+]

@@ -1,0 +1,128 @@
+"""Interface of a KV cache: append keys and values, truncate, take snapshots.
+
+``Cache`` implements everything that does not depend on which tokens are kept; a subclass decides
+that in ``_write``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlxarch.kv_cache.quantized import QuantizedVectors, quantize_vectors
+from mlxarch.quantization.scheme import Quantization
+
+KVArray = mx.array | QuantizedVectors
+"""Keys or values of one layer, (B, K, S, D)."""
+
+
+class Cache(ABC):
+    """Keys and values of one layer.
+
+    A token's *slot* is its index in the row, padding included: the first token ever appended has
+    slot 0. Its position is the slot minus the padding of the row.
+
+    Args:
+        kv: quantization of keys and values, applied as they are appended; None stores them as they
+            are.
+
+    Attributes:
+        length: tokens appended so far, including those that are no longer stored.
+        padding: tokens of padding on the left of each row (B,); None without padding.
+    """
+
+    def __init__(self, kv: Quantization | None = None) -> None:
+        self.length = 0
+        self.padding: mx.array | None = None
+        self.kv = kv
+        # stored arrays of the keys (0) and of the values (1): one, or weight, scales and biases
+        self._buffers: dict[int, tuple[mx.array, ...]] = {}
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
+        """Append the keys and values of new tokens; return all that the new queries may attend to.
+
+        Shape:
+            keys, values: (B, K, L, D) -> (B, K, S, D)
+        """
+        visible = self._append(keys, values)
+        return visible[0], visible[1]
+
+    def _append(self, *tensors: mx.array) -> list[KVArray]:
+        """Append keys, or keys and values; return the visible vectors of each."""
+        buffers: dict[int, tuple[mx.array, ...]] = {}
+        visible: list[KVArray] = []
+        for index, tensor in enumerate(tensors):
+            quantized = None if self.kv is None else quantize_vectors(tensor, self.kv)
+            arrays = (tensor,) if quantized is None else quantized.arrays
+            stored = self._buffers.get(index, (None,) * len(arrays))
+            written = [self._write(*pair) for pair in zip(stored, arrays, strict=True)]
+            buffers[index] = tuple(buffer for buffer, _ in written)
+            found = tuple(array for _, array in written)
+            visible.append(found[0] if quantized is None else quantized.with_arrays(found))
+        # length first: if interrupted in between, no overwritten token counts as stored
+        self._advance(tensors[0].shape[2])
+        self._buffers = buffers
+        return visible
+
+    @abstractmethod
+    def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
+        """Write new tokens (B, K, L, …) into ``buffer``.
+
+        Returns:
+            The buffer, and the part of it (B, K, S, …) that the new queries may attend to.
+        """
+
+    def _advance(self, length: int) -> None:
+        self.length += length
+
+    @abstractmethod
+    def slots(self, length: int) -> mx.array:
+        """Slots (S,) of the keys that ``append`` would return for ``length`` new tokens.
+
+        They have no gaps. They are sorted for several new tokens, but not always for a single one.
+        """
+
+    def oldest_slot(self, length: int) -> int:
+        """Minimum of ``slots(length)``."""
+        return 0
+
+    def truncatable_length(self, length: int) -> int:
+        """Largest number of tokens, at most ``length``, to which ``truncate`` can go back."""
+        return min(length, self.length)
+
+    def truncate(self, length: int) -> bool:
+        """Discard all but the first ``length`` tokens.
+
+        Returns:
+            False if the cache cannot, because it no longer stores the tokens; nothing changes then.
+        """
+        if self.truncatable_length(length) < min(length, self.length):
+            return False
+        self._roll_back(min(length, self.length))
+        return True
+
+    def _roll_back(self, length: int) -> None:
+        self.length = length
+
+    def snapshot(self, keep: int) -> None:
+        """Save the current state, so that ``truncate`` can return to it; keep the last ``keep``."""
+        return  # a cache that stores every token needs none
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Size of one snapshot in bytes."""
+        return 0
+
+    def arrays(self) -> list[mx.array]:
+        """Arrays to evaluate so that the cache is up to date."""
+        return [array for arrays in self._buffers.values() for array in arrays]
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        return sum(array.nbytes for array in self.arrays())
+
+
+def evaluate_caches(caches: Sequence[Cache | None]) -> None:
+    """Evaluate the contents of the caches and nothing else, in particular not the output head."""
+    mx.eval([cache.arrays() for cache in caches if cache is not None])

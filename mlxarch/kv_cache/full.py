@@ -1,0 +1,47 @@
+"""KV cache that stores every token."""
+
+import mlx.core as mx
+
+from mlxarch.kv_cache.base import Cache
+from mlxarch.quantization.scheme import Quantization
+
+GROWTH = 256  # tokens; buffers have a multiple of it, so that most appends write in place
+
+
+class FullCache(Cache):
+    """KV cache of every token, in buffers that are allocated once or grow as needed.
+
+    Args:
+        capacity: tokens to allocate for at once; None grows as needed.
+        kv: quantization of keys and values.
+    """
+
+    def __init__(self, capacity: int | None = None, kv: Quantization | None = None) -> None:
+        super().__init__(kv)
+        self._capacity = capacity or 0
+
+    def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
+        end = self.length + new.shape[2]
+        if buffer is None or buffer.shape[2] < end:
+            buffer = self._grow(buffer, new, self._buffer_length(end, buffer is not None))
+        buffer[..., self.length : end, :] = new
+        return buffer, buffer[..., :end, :]
+
+    def _buffer_length(self, end: int, grows: bool) -> int:
+        """Number of tokens to allocate for when ``end`` tokens must fit."""
+        if end <= self._capacity:
+            return self._capacity
+        # one eighth extra: copying everything every 256 tokens would make long contexts quadratic
+        spare = end // 8 if grows else 0
+        return -(-(end + spare) // GROWTH) * GROWTH
+
+    def _grow(self, buffer: mx.array | None, like: mx.array, capacity: int) -> mx.array:
+        """Allocate a buffer for ``capacity`` tokens that starts with the stored ones."""
+        batch, heads, _, size = like.shape
+        if buffer is None:
+            return mx.zeros((batch, heads, capacity, size), like.dtype)
+        spare = mx.zeros((batch, heads, capacity - self.length, size), like.dtype)
+        return mx.concatenate([buffer[..., : self.length, :], spare], axis=2)
+
+    def slots(self, length: int) -> mx.array:
+        return mx.arange(self.length + length)

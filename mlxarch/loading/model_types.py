@@ -1,0 +1,39 @@
+"""Table from ``model_type`` in config.json to the file in ``models/`` that runs it.
+
+Plain data without MLX, so that listing the models on this machine need not import it.
+"""
+
+MODELS = {
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma3n_text": "gemma3n",
+    "glm4_moe": "glm4_moe",
+    "gpt2": "gpt2",
+    "gpt_oss": "gpt_oss",
+    "kimi_k2": "kimi_k2",
+    "llama": "llama3",
+    "llama4": "llama4",
+    "llama4_text": "llama4",
+    "ministral3": "mistral3",
+    "mistral": "llama3",
+    "mistral3": "mistral3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "qwen2": "qwen3",
+    "qwen2_moe": "qwen3_moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "smollm3": "smollm3",
+}
+
+
+# Values of model_type that several architectures share; the class that config.json names tells them
+# apart
+BY_CLASS = {("git", "Grok1ForCausalLM"): "grok2"}
+
+RUNNABLE = frozenset({*MODELS, *(model_type for model_type, _ in BY_CLASS)})
+"""Every ``model_type`` that some file in ``models/`` runs."""

@@ -1,0 +1,193 @@
+"""Memory footprint of a model: bytes of weights and KV cache by kind, from shapes and dtypes."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from mlxarch.quantization.formats import KV_GROUP_SIZE
+from mlxarch.quantization.kv_vectors import vector_bytes
+from mlxarch.quantization.scheme import Quantization
+
+WeightKind = Literal[
+    "attention", "feed-forward", "experts", "embeddings", "head", "per-layer embeddings", "others"
+]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter and the arrays that hold it.
+
+    Attributes:
+        path: path of the parameter in the model.
+        kind: part of the model that it belongs to.
+        layer: index of its layer; None outside of the layers.
+        arrays: (elements, bytes of an element, whether they are floats) of each array; a quantized
+            parameter has three: packed weights, scales and biases.
+        float32: computed in float32 on every machine.
+    """
+
+    path: str
+    kind: WeightKind
+    layer: int | None
+    arrays: tuple[tuple[int, int, bool], ...]
+    float32: bool = False
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(count * itemsize for count, itemsize, _ in self.arrays)
+
+    def memory_bytes(self, float_bytes: int) -> int:
+        """Bytes in memory, where floats, scales included, have the compute dtype."""
+        float_size = 4 if self.float32 else float_bytes
+        return sum(
+            count * (float_size if is_float else itemsize)
+            for count, itemsize, is_float in self.arrays
+        )
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """KV cache of a layer.
+
+    Attributes:
+        kind: attention span of the layer.
+        vectors: (heads, features) of each vector that is kept per token, usually key and value.
+        window: number of newest tokens that are kept; None keeps all.
+    """
+
+    kind: Literal["full", "sliding", "chunked", "latent"]
+    vectors: tuple[tuple[int, int], ...]
+    window: int | None = None
+
+    def capacity(self, context: int) -> int:
+        """Cache capacity in tokens for a planned context."""
+        return context if self.window is None else min(context, self.window)
+
+    def nbytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """Bytes of the cache for a planned context."""
+        kv = Quantization(kv_bits, KV_GROUP_SIZE) if kv_bits else None
+        return self.capacity(context) * sum(
+            heads * vector_bytes(size, kv, float_bytes) for heads, size in self.vectors
+        )
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """Experts of one layer.
+
+    Attributes:
+        count: number of experts.
+        per_token: experts that the router chooses for each token.
+        activation_size: floats that each token takes while its experts run.
+    """
+
+    count: int
+    per_token: int
+    activation_size: int = 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Everything that determines the memory of a model.
+
+    Attributes:
+        name: name of the model.
+        bits: bits of most of its matrices; 16 if they are not quantized.
+        weights: every parameter.
+        caches: KV cache of each layer; None for a layer that shares the cache of another.
+        experts: experts of each layer; None for a dense layer.
+        tied: whether the embedding table is also the output head.
+        max_context: context length that the model was trained for, in tokens.
+        hidden_size: features of the residual stream.
+        vocab_size: number of tokens in the vocabulary.
+    """
+
+    name: str
+    bits: int
+    weights: tuple[Weight, ...]
+    caches: tuple[LayerCache | None, ...]
+    experts: tuple[LayerExperts | None, ...]
+    tied: bool
+    max_context: int
+    hidden_size: int
+    vocab_size: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights on the disk."""
+        return sum(weight.stored_bytes for weight in self.weights)
+
+    def weight_bytes(self, float_bytes: int) -> dict[str, int]:
+        """Bytes of the weights in memory, by kind."""
+        total: Counter[str] = Counter()
+        for weight in self.weights:
+            total[weight.kind] += weight.memory_bytes(float_bytes)
+        return dict(total)
+
+    def loading_overhead(self, float_bytes: int) -> int:
+        """Bytes beyond those of all weights at the peak of loading.
+
+        Layers are loaded in the order of the files. Floats that are converted to the compute dtype
+        are held twice until their layer is complete.
+        """
+        groups: dict[int | str, list[Weight]] = {}
+        for weight in self.weights:
+            group = weight.path if weight.layer is None else weight.layer
+            groups.setdefault(group, []).append(weight)
+        loaded = 0
+        peak = 0
+        for weights in groups.values():
+            loaded += sum(weight.memory_bytes(float_bytes) for weight in weights)
+            converted = sum(
+                count * itemsize
+                for weight in weights
+                for count, itemsize, is_float in weight.arrays
+                if is_float and itemsize != float_bytes
+            )
+            peak = max(peak, loaded + converted)
+        return peak - loaded
+
+    def expert_bytes(self, float_bytes: int) -> list[int]:
+        """Bytes of one expert of each layer, 0 for a dense layer."""
+        total: Counter[int] = Counter()
+        for weight in self.weights:
+            if weight.kind == "experts" and weight.layer is not None:
+                total[weight.layer] += weight.memory_bytes(float_bytes)
+        return [
+            total[layer] // experts.count if experts else 0
+            for layer, experts in enumerate(self.experts)
+        ]
+
+    def kv_bytes(
+        self, context: int, float_bytes: int, kv_bits: int | None = None
+    ) -> dict[str, int]:
+        """Bytes of the KV cache, by kind of layer."""
+        total: Counter[str] = Counter()
+        for cache in self.caches:
+            if cache:
+                total[f"{cache.kind} layers"] += cache.nbytes(context, float_bytes, kv_bits)
+        return dict(total)
+
+    def window_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """Bytes of the caches that keep a window only.
+
+        They cannot be rewound, so a session copies this much for each position it can return to.
+        """
+        return sum(
+            cache.nbytes(context, float_bytes, kv_bits)
+            for cache in self.caches
+            if cache and cache.window is not None
+        )
+
+    def growth_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """Extra bytes of caches that grow on demand.
+
+        They are over-allocated by an eighth, and the largest is held twice while it is copied.
+        """
+        sizes = [
+            cache.nbytes(context, float_bytes, kv_bits)
+            for cache in self.caches
+            if cache and cache.window is None
+        ]
+        return sum(sizes) // 8 + max(sizes, default=0)

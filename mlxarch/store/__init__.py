@@ -1,0 +1,1 @@
+"""Model store: installed models, and how a name becomes a folder that can be loaded."""

@@ -1,0 +1,294 @@
+"""Convert a SentencePiece tokenizer.model to the contents of a tokenizer.json.
+
+It is used for folders without a tokenizer.json. The result equals the published tokenizer.json
+files of Llama 2, Mistral and Gemma: BPE or Unigram with byte fallback; merges ordered by the score
+of the resulting piece; "▁" in front of each stretch of text between special tokens if the model has
+``add_dummy_prefix``; control and user-defined pieces as added tokens.
+
+The file is a protocol buffer (sentencepiece_model.proto). The ``sentencepiece`` package validates
+it; the few fields that its Python interface does not offer are parsed here.
+"""
+
+import base64
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from mlxarch.errors import TokenizerError
+from mlxarch.system.untrusted_files import REMEDY
+
+MAX_FILE_BYTES = 64 << 20
+"""Largest file that is read; the largest published ones have 5 MB."""
+_MAX_PIECES = 1 << 21
+_MAX_PIECE_LENGTH = 512  # characters
+
+_SPACE = "▁"
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    score: float
+    piece_type: int
+
+
+@dataclass(frozen=True)
+class _Model:
+    pieces: list[_Piece]
+    model_type: int
+    byte_fallback: bool
+    unk_id: int
+    bos_id: int
+    precompiled_charsmap: bytes
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+
+
+def convert_sentencepiece(data: bytes, name: str) -> tuple[bytes, dict[str, str]]:
+    """Convert a SentencePiece model.
+
+    Args:
+        data: contents of the file.
+        name: file name for error messages.
+
+    Returns:
+        The bytes of a tokenizer.json that tokenizes as the model does, and its special tokens:
+        ``bos_token``, ``eos_token`` and ``unk_token``, as far as it has them.
+
+    Raises:
+        TokenizerError: the file is not a SentencePiece model, or has a feature that a
+            tokenizer.json cannot express.
+    """
+    import sentencepiece  # only folders without a tokenizer.json need it
+
+    if len(data) > MAX_FILE_BYTES:
+        raise TokenizerError(
+            f"{name} has {len(data)} bytes, and at most {MAX_FILE_BYTES} are read. {REMEDY}"
+        )
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        model = _parse_model(data, unk_id=processor.unk_id(), bos_id=processor.bos_id())
+    except (RuntimeError, ValueError, IndexError, struct.error) as problem:
+        raise TokenizerError(
+            f"{name}: this is not a SentencePiece model ({problem}). {REMEDY}"
+        ) from problem
+    if model.model_type not in (_UNIGRAM, _BPE):
+        raise TokenizerError(
+            f"{name}: a SentencePiece model of kind {model.model_type}; "
+            "1 (Unigram) and 2 (BPE) are read."
+        )
+    longest = max((len(piece.text) for piece in model.pieces), default=0)
+    if len(model.pieces) > _MAX_PIECES or longest > _MAX_PIECE_LENGTH:
+        raise TokenizerError(
+            f"{name}: {len(model.pieces)} pieces of up to {longest} characters; {_MAX_PIECES} "
+            f"pieces of {_MAX_PIECE_LENGTH} characters are read. {REMEDY}"
+        )
+    ids = {"bos_token": model.bos_id, "eos_token": processor.eos_id(), "unk_token": model.unk_id}
+    special_tokens = {
+        key: model.pieces[index].text
+        for key, index in ids.items()
+        if 0 <= index < len(model.pieces)
+    }
+    return msgspec.json.encode(_build_tokenizer_json(model)), special_tokens
+
+
+def _build_tokenizer_json(model: _Model) -> dict[str, Any]:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(model),
+        "normalizer": _normalizer(model),
+        "pre_tokenizer": None,
+        "post_processor": _post_processor(model),
+        "decoder": _decoder(model),
+        "model": _bpe(model) if model.model_type == _BPE else _unigram(model),
+    }
+
+
+def _added_tokens(model: _Model) -> list[dict[str, Any]]:
+    # SentencePiece's BPE matches user-defined symbols in the normalized text, where blanks are "▁".
+    # The tokenizers library can do so only if normalization replaces blanks and nothing else;
+    # otherwise symbols with blanks are left to the merges.
+    only_blanks_normalized = not (
+        model.precompiled_charsmap or model.remove_extra_whitespaces or model.add_dummy_prefix
+    )
+    symbols_with_blanks = only_blanks_normalized and model.model_type == _BPE
+    tokens: list[dict[str, Any]] = []
+    for index, piece in enumerate(model.pieces):
+        is_symbol = piece.piece_type == _USER_DEFINED and (
+            symbols_with_blanks or _SPACE not in piece.text
+        )
+        if piece.piece_type in (_UNKNOWN, _CONTROL) or is_symbol:
+            tokens.append(
+                {
+                    "id": index,
+                    "content": piece.text,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": _SPACE in piece.text,
+                    "special": piece.piece_type != _USER_DEFINED,
+                }
+            )
+    return tokens
+
+
+def _normalizer(model: _Model) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = []
+    if model.precompiled_charsmap:
+        charsmap = base64.b64encode(model.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if model.remove_extra_whitespaces:
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    if model.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": _SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _post_processor(model: _Model) -> dict[str, Any] | None:
+    if not 0 <= model.bos_id < len(model.pieces):
+        return None
+    bos = model.pieces[model.bos_id].text
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single + pair,
+        "special_tokens": {bos: {"id": bos, "ids": [model.bos_id], "tokens": [bos]}},
+    }
+
+
+def _decoder(model: _Model) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if model.add_dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _unigram(model: _Model) -> dict[str, Any]:
+    # pieces that a text must never be split into get a score below all others
+    lowest_score = min((piece.score for piece in model.pieces), default=0.0) - 1000.0
+    never_chosen = (_UNUSED, _CONTROL, _BYTE)
+    vocabulary = [
+        (piece.text, lowest_score if piece.piece_type in never_chosen else piece.score)
+        for piece in model.pieces
+    ]
+    return {
+        "type": "Unigram",
+        "vocab": vocabulary,
+        "unk_id": model.unk_id,
+        "byte_fallback": model.byte_fallback,
+    }
+
+
+def _bpe(model: _Model) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "vocab": {piece.text: index for index, piece in enumerate(model.pieces)},
+        "merges": _merges(model.pieces),
+        "unk_token": model.pieces[model.unk_id].text,
+        "fuse_unk": True,
+        "byte_fallback": model.byte_fallback,
+        "dropout": None,
+    }
+
+
+def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
+    """Return every pair of pieces that forms a piece, best score first.
+
+    SentencePiece merges the neighbours whose concatenation has the best score, anywhere in the
+    text; a list of merges sorted by the score of the resulting piece is equivalent.
+    """
+    ids = {
+        piece.text: index
+        for index, piece in enumerate(pieces)
+        if piece.piece_type in (_NORMAL, _USER_DEFINED)
+    }
+    merges: list[tuple[float, int, int, str, str]] = []
+    for text, index in ids.items():
+        for cut in range(1, len(text)):
+            left = text[:cut]
+            right = text[cut:]
+            if left in ids and right in ids:
+                merges.append((-pieces[index].score, ids[left], ids[right], left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _parse_model(data: bytes, *, unk_id: int, bos_id: int) -> _Model:
+    """Parse a ModelProto; field numbers are those of sentencepiece_model.proto."""
+    pieces: list[_Piece] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    for number, value in _parse_fields(data):
+        if number == 1:
+            fields = dict(_parse_fields(value))
+            score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
+            pieces.append(_Piece(fields.get(1, b"").decode(), score, fields.get(3, _NORMAL)))
+        elif number == 2:
+            trainer = dict(_parse_fields(value))
+        elif number == 3:
+            normalizer = dict(_parse_fields(value))
+    if trainer.get(24, 0):  # treat_whitespace_as_suffix
+        raise ValueError("it marks blanks at the end of a word, which is not supported")
+    if not 0 <= unk_id < len(pieces):
+        raise ValueError("it has no piece for what is unknown")
+    return _Model(
+        pieces=pieces,
+        model_type=trainer.get(3, _UNIGRAM),
+        byte_fallback=bool(trainer.get(35, 0)),
+        unk_id=unk_id,
+        bos_id=bos_id,
+        precompiled_charsmap=normalizer.get(2, b""),
+        add_dummy_prefix=bool(normalizer.get(3, 1)),
+        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+    )
+
+
+def _parse_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of each field of a protocol-buffer message.
+
+    A value is an int for a varint, bytes for any other wire type.
+    """
+    position = 0
+    while position < len(data):
+        key, position = _parse_varint(data, position)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, position = _parse_varint(data, position)
+            yield key >> 3, value
+            continue
+        if wire_type == 2:
+            size, position = _parse_varint(data, position)
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire_type} at byte {position}")
+        if position + size > len(data):
+            raise ValueError(f"a field at byte {position} ends outside its message")
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def _parse_varint(data: bytes, position: int) -> tuple[int, int]:
+    """Parse a varint. Return its value and the position behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+    raise ValueError(f"an endless number at byte {position}")

@@ -1,0 +1,377 @@
+"""Tokenizer of a model's folder: text to token ids and back.
+
+The tokenizer is read from tokenizer.json, or else from one of the formats that ``convert_bpe`` and
+``convert_sentencepiece`` support; special tokens from tokenizer_config.json and
+special_tokens_map.json; EOS ids from all config files and from the chat template. Nothing in the
+folder is executed, and every file is validated before a library parses it.
+
+Decoding inverts encoding: ``clean_up_tokenization_spaces``, which would alter the text, is ignored.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex, overload
+
+from mlxarch.errors import ChatTemplateError, InvalidInput, TokenizerError
+from mlxarch.system.untrusted_files import short_repr
+from mlxarch.tokenizer.added_tokens import add_listed_tokens
+from mlxarch.tokenizer.chat_template import (
+    ChatTemplate,
+    choose_template,
+    find_templates,
+    template_variables,
+)
+from mlxarch.tokenizer.detokenizer import StreamingDetokenizer, TokenByteDecoder
+from mlxarch.tokenizer.load_folder import load_from_folder, read_json_if_present
+from mlxarch.tokenizer.load_json import MAX_TOKEN_ID, LoadedTokenizer, translate_panics
+
+logger = logging.getLogger(__name__)
+
+MAX_TEXT_BYTES = 16 << 20
+"""Largest text that is encoded, in bytes of UTF-8: some four million tokens."""
+MAX_NORMALIZED_BYTES = 256 << 20
+"""Largest size that normalization may give to such a text."""
+
+_SPECIAL_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+# End-of-turn tokens for models whose template does not show one. "<|end|>" is not among them:
+# gpt-oss ends its reasoning with it.
+_END_OF_TURN_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|return|>",
+)
+# End-of-turn token -> the token that ends a tool call in the same chat format.
+_END_OF_TOOL_CALL = {"<|return|>": "<|call|>", "<|eot_id|>": "<|eom_id|>"}
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    Attributes:
+        vocab_size: 1 + the largest id that ``encode`` can return.
+        bos_id: id of the beginning-of-sequence token; None for a model without one.
+        bos_token: the same token as text.
+        eos_token: the end-of-sequence token; a model may stop at several, see ``eos_ids``.
+        has_chat_template: whether ``apply_chat_template`` works.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedTokenizer,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        templates: Mapping[str, str] | None = None,
+        end_ids: Sequence[int] = (),
+        id_limit: int = 0,
+    ):
+        """Build a tokenizer from a loaded tokenizer.json; most callers want ``from_folder``.
+
+        Args:
+            loaded: the result of ``load_tokenizer_json``.
+            settings: contents of tokenizer_config.json.
+            templates: chat templates, name -> Jinja source.
+            end_ids: EOS ids that other config files name.
+            id_limit: number of rows of the model's embedding, if larger than ``vocab_size``; the
+                ids in between are valid and decode to no text.
+        """
+        self._tokenizer = loaded.tokenizer
+        self._max_expansion = loaded.max_expansion
+        self._tokenizer_config = dict(settings or {})
+        self._templates = dict(templates or {})
+        self._config_eos_ids = tuple(end_ids)
+        self._token_bytes = TokenByteDecoder(loaded.decoder)
+        self._token_texts: dict[int, str | None] = {}
+        self._chat_templates: dict[str, ChatTemplate] = {}
+        self._special_tokens = {
+            name: text
+            for name in _SPECIAL_TOKENS
+            if (text := _special_token_text(self._tokenizer_config.get(name))) is not None
+        }
+        added = add_listed_tokens(
+            self._tokenizer, self._tokenizer_config, self._special_tokens.values()
+        )
+        self.vocab_size = max([loaded.vocab_size, *(index + 1 for index in added)])
+        self._id_limit = max(self.vocab_size, id_limit)
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.bos_token = self._special_tokens.get("bos_token")
+        self.eos_token = self._special_tokens.get("eos_token")
+        self.bos_id = self._optional_token_id(self.bos_token)
+        self.has_chat_template = bool(self._templates)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the template for a conversation without tools; None if there is none."""
+        return choose_template(self._templates, None)
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Variables that the chat template reads, such as ``messages`` or ``enable_thinking``."""
+        return template_variables(self.chat_template or "")
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """Load the tokenizer of a model's folder.
+
+        Raises:
+            TokenizerError: there is no tokenizer, or a file is damaged, exceeds a limit, or is of
+                an unknown kind.
+        """
+        folder = Path(folder)
+        tokenizer_config = read_json_if_present(folder, "tokenizer_config.json")
+        for name, value in read_json_if_present(folder, "special_tokens_map.json").items():
+            tokenizer_config.setdefault(name, value)
+        config = read_json_if_present(folder, "config.json")
+        text_config = config.get("text_config")
+        configs = [
+            config,
+            text_config if isinstance(text_config, dict) else {},
+            read_json_if_present(folder, "generation_config.json"),
+        ]
+        vocab_sizes = [size for each in configs if isinstance(size := each.get("vocab_size"), int)]
+        loaded, defaults = load_from_folder(folder, tokenizer_config, config.get("model_type"))
+        tokenizer_config = {**defaults, **tokenizer_config}
+        return cls(
+            loaded,
+            settings=tokenizer_config,
+            templates=find_templates(folder, tokenizer_config),
+            end_ids=[index for each in configs for index in _as_id_list(each.get("eos_token_id"))],
+            id_limit=min(max(vocab_sizes, default=0), MAX_TOKEN_ID),
+        )
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids of all tokens that end an answer.
+
+        They come from every config file, the tokenizer's EOS token, and the end of a turn in the
+        chat template.
+        """
+        found = set(self._config_eos_ids)
+        for text in (self.eos_token, *self._end_of_turn_tokens()):
+            index = self._optional_token_id(text)
+            if index is not None:
+                found.add(index)
+        known = {index for index in found if 0 <= index < self._id_limit}
+        if known != found:
+            logger.warning("end tokens %s do not exist and are ignored", sorted(found - known))
+        return frozenset(known)
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token given as text, such as "<|im_end|>"; None if there is none."""
+        return self._optional_token_id(token)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token in the vocabulary's spelling -> id, added tokens included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Convert a text to token ids.
+
+        Special tokens that are spelled out in the text become their ids.
+
+        Args:
+            text: the text, of at most MAX_TEXT_BYTES bytes in UTF-8.
+            add_special_tokens: prepend BOS (and append EOS) for models that want it. Not for text
+                from a chat template, which contains these tokens already.
+
+        Raises:
+            InvalidInput: ``text`` is not a str.
+            TokenizerError: it is too long, contains a lone surrogate, or the library fails on it.
+        """
+        if not isinstance(text, str):
+            raise InvalidInput(f"a {type(text).__name__} cannot be encoded; a text (str) can.")
+        try:
+            size = len(text) if text.isascii() else len(text.encode())
+        except UnicodeEncodeError as problem:
+            raise TokenizerError(
+                f"The text holds half of a surrogate pair (U+{ord(text[problem.start]):04X}) at "
+                f"character {problem.start}, which is no character. Decode the text from its bytes "
+                "again."
+            ) from problem
+        limit = min(MAX_TEXT_BYTES, MAX_NORMALIZED_BYTES // self._max_expansion)
+        if size > limit:
+            raise TokenizerError(
+                f"The text has {size} bytes in UTF-8; at most {limit} are tokenized. Shorten it."
+            )
+        prefix, suffix = self._prefix_and_suffix
+        by_library = add_special_tokens and prefix is None
+        with translate_panics("tokenizing the text"):
+            ids = self._tokenizer.encode(text, add_special_tokens=by_library).ids
+        if not add_special_tokens or prefix is None:
+            return ids
+        return [*prefix, *ids, *suffix]
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Convert token ids to text; equal to the concatenated output of ``detokenizer``.
+
+        Raises:
+            InvalidInput: an id is outside the vocabulary.
+        """
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join([*map(detokenizer.add, tokens), detokenizer.finish()])
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> StreamingDetokenizer:
+        """Create an incremental decoder for a stream of tokens."""
+
+        def token_text(token: int) -> str | None:
+            text = self._token_text(token)
+            return None if skip_special_tokens and token in self._special_ids else text
+
+        def decode_all(tokens: Sequence[int]) -> str:
+            with translate_panics("decoding the tokens"):
+                return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+        return StreamingDetokenizer(token_text, self._token_bytes, decode_all)
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tokenize: Literal[True] = True,
+        **variables: Any,
+    ) -> list[int]: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tokenize: Literal[False],
+        **variables: Any,
+    ) -> str: ...
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> list[int] | str:
+        """Format a conversation as a prompt: token ids, or text with ``tokenize=False``.
+
+        Args:
+            messages: mappings with "role" and "content".
+            add_generation_prompt: end with the tokens that introduce the model's answer.
+            tools: JSON schemas of functions; the model's own template for tools is used if it has
+                one.
+            tokenize: return ids. The template contains BOS, so none is added.
+            variables: further variables of the template, such as ``enable_thinking``.
+
+        Raises:
+            InvalidInput: an argument has the wrong form, or a variable has a reserved name.
+            ChatTemplateError: the model has no template, or its template rejects the messages or
+                exceeds a limit.
+        """
+        source = choose_template(self._templates, tools)
+        if source is None:
+            raise ChatTemplateError(
+                "The model has no chat template for this (it has: "
+                f"{', '.join(self._templates) or 'none'}). Give it a text to complete, or take the "
+                "model's instruct or chat version."
+            )
+        template = self._chat_templates.setdefault(
+            source, ChatTemplate(source, self._special_tokens)
+        )
+        text = template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    @cached_property
+    def _prefix_and_suffix(self) -> tuple[list[int] | None, list[int]]:
+        """Ids to put before and after a text as tokenizer_config.json says.
+
+        (None, []) if it says nothing: then the post-processor of tokenizer.json applies.
+        """
+        config = self._tokenizer_config
+        if "add_bos_token" not in config and "add_eos_token" not in config:
+            return None, []
+        prefix: list[int] = []
+        suffix: list[int] = []
+        if config.get("add_bos_token") and self.bos_id is not None:
+            prefix.append(self.bos_id)
+        eos_id = self._optional_token_id(self.eos_token)
+        if config.get("add_eos_token") and eos_id is not None:
+            suffix.append(eos_id)
+        return prefix, suffix
+
+    def _optional_token_id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _token_text(self, token: int) -> str | None:
+        """Return a token in the vocabulary's spelling; None for an id that has no token.
+
+        Raises:
+            InvalidInput: not an id of this model.
+        """
+        if type(token) is int and token in self._token_texts:
+            return self._token_texts[token]
+        if (
+            isinstance(token, bool)
+            or not isinstance(token, SupportsIndex)
+            or not 0 <= int(token) < self._id_limit
+        ):
+            raise InvalidInput(
+                f"{short_repr(token)} is no token id: those of this model run from 0 to "
+                f"{self._id_limit - 1}."
+            )
+        with translate_panics("decoding a token"):
+            text = self._tokenizer.id_to_token(int(token))
+            return self._token_texts.setdefault(int(token), text)
+
+    def _end_of_turn_tokens(self) -> list[str]:
+        """Return the special tokens that end an answer.
+
+        A rendered conversation shows which special token the template writes after an answer;
+        without one, all known end-of-turn tokens of the vocabulary count.
+        """
+        answer = "0987654321"
+        ends: list[str] = []
+        try:
+            text = self.apply_chat_template(
+                [{"role": "user", "content": "1"}, {"role": "assistant", "content": answer}],
+                add_generation_prompt=False,
+                tokenize=False,
+            )
+            after_answer = text.rpartition(answer)[2].lstrip()
+            special = {self._token_text(index) or "" for index in self._special_ids}
+            if "<|channel|>" in special:  # gpt-oss: there it ends a message, not the answer
+                special.discard("<|end|>")
+            matches = [token for token in special if token and after_answer.startswith(token)]
+            ends = sorted(matches, key=len)[-1:]
+        except TokenizerError as problem:
+            logger.debug("the chat template does not show the end of a turn: %s", problem)
+        if not ends:
+            ends = [
+                token
+                for token in _END_OF_TURN_TOKENS
+                if self._optional_token_id(token) in self._special_ids
+            ]
+        return ends + [_END_OF_TOOL_CALL[token] for token in ends if token in _END_OF_TOOL_CALL]
+
+
+def _as_id_list(value: Any) -> list[int]:
+    """Return the integers of an ``eos_token_id``, which may be one or a list."""
+    values = value if isinstance(value, list) else [value]
+    return [index for index in values if isinstance(index, int) and not isinstance(index, bool)]
+
+
+def _special_token_text(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None

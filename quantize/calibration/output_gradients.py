@@ -1,0 +1,80 @@
+"""Gradients of the loss with respect to matrix outputs, stored on disk per token.
+
+Row-wise error feedback needs their second moments E[g gᵀ]; see ``methods.row_feedback``.
+"""
+
+from math import prod
+from typing import IO
+
+import numpy as np
+
+from mlxarch.loading.resolve import Resolved
+from mlxarch.quantize.calibration.gradient_records import MAX_OUTPUTS
+
+
+def bytes_per_token(resolved: Resolved) -> int:
+    """Estimate the bytes that ``OutputGradients`` stores per token.
+
+    Two for each output of each matrix. Of expert matrices only those count that a token is routed
+    to.
+    """
+    active_experts = getattr(resolved.architecture.config, "num_experts_per_tok", 1)
+    outputs = 1
+    for path in resolved.matrices:
+        *stack, out_features, _ = resolved.parameters[path].shape
+        if out_features <= MAX_OUTPUTS:
+            outputs += min(prod(stack), active_experts) * out_features
+    return 2 * outputs
+
+
+class OutputGradients:
+    """Per-token gradients of the loss with respect to matrix outputs, in a binary file.
+
+    Stored in bfloat16, which is precise enough because only averages over tokens are used.
+
+    Args:
+        file: open binary file, readable and writable; gradients are appended to it.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._blocks: dict[str, list[list[tuple[int, tuple[int, int]]]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file in bytes."""
+        return self._file.seek(0, 2)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._blocks
+
+    def append(self, path: str, gradients: list[np.ndarray]) -> None:
+        """Store the gradients of further tokens.
+
+        Args:
+            path: parameter path of the matrix.
+            gradients: one array (T, out) for a single matrix, or one per expert; T may differ
+                between experts.
+        """
+        blocks = self._blocks.setdefault(path, [[] for _ in gradients])
+        for expert_blocks, gradient in zip(blocks, gradients, strict=True):
+            expert_blocks.append((self._file.seek(0, 2), gradient.shape))
+            bits = np.ascontiguousarray(gradient, np.float32).view(np.uint32)
+            self._file.write((bits >> 16).astype(np.uint16).data)
+
+    def read(self, path: str, index: int, start: int, stop: int) -> np.ndarray:
+        """Return the gradients (T, stop − start) of outputs ``start`` to ``stop`` in float32.
+
+        Args:
+            path: parameter path of the matrix; T is 0 if nothing was stored for it.
+            index: expert, or 0 for a single matrix.
+            start: first output.
+            stop: one past the last output.
+        """
+        parts = [np.zeros((0, stop - start), np.float32)]
+        for offset, shape in self._blocks[path][index] if path in self._blocks else ():
+            self._file.seek(offset)
+            data = self._file.read(2 * shape[0] * shape[1])
+            block = np.frombuffer(data, np.uint16).reshape(shape)
+            parts.append((block[:, start:stop].astype(np.uint32) << 16).view(np.float32))
+        return np.concatenate(parts)

@@ -1,0 +1,1 @@
+"""Output of a conversion: weights written crash-safely, receipt and model card."""
