@@ -60,10 +60,7 @@ def prepare(
         origin = origin or origin_from_folder(Path(source))
     if output is None:
         output = default_output_name(origin.name.rpartition("/")[2], quantization, dtype)
-    output = Path(os.path.abspath(Path(output).expanduser()))
-    for folder in folders:
-        if folder.resolve().is_relative_to(output.resolve()):
-            raise OutputError(f"{output} holds the source; name another output")
+    output = _absolute_output(output, folders)
     resolved = resolve(opened)
     layout = plan_layout(
         resolved.published,
@@ -87,6 +84,15 @@ def prepare(
         calibration=_prepare_calibration(chosen_method, calibration, opened, resolved),
         texts=texts,
     )
+
+
+def _absolute_output(output: str | Path, source_folders: set[Path]) -> Path:
+    """The absolute path of the output; it must not contain the source."""
+    path = Path(os.path.abspath(Path(output).expanduser()))
+    for folder in source_folders:
+        if folder.resolve().is_relative_to(path.resolve()):
+            raise OutputError(f"{path} holds the source; name another output")
+    return path
 
 
 def _prepare_calibration(

@@ -185,7 +185,11 @@ class _CalibratedSchedule:
                 yield self._schedule(path, inputs, clusters=clusters)
 
     def layers(self, progress: Progress) -> Iterator[ScheduledParameter]:
-        """Yield the parameters layer by layer, then those outside the layers."""
+        """Yield each parameter with the method to quantize it, layer by layer, then those outside.
+
+        Args:
+            progress: called with the bytes of weights read so far.
+        """
         feedback = self._read_quantized is not None
         collector = InputCollector(self._resolved, self._tokens.inputs, keep=feedback)
         asymmetric = None

@@ -40,10 +40,11 @@ class InputStats:
 
     @classmethod
     def from_inputs(cls, *inputs: np.ndarray, keep: bool = False) -> "InputStats":
-        """Compute the statistics of input vectors (N, in), one array for each expert.
+        """Compute the mean square of each channel of a matrix's calibration inputs.
 
         Args:
-            keep: keep the vectors themselves as well, which error feedback needs.
+            inputs: input vectors (N, in) of the matrix, or one array for each of its experts.
+            keep: keep the vectors as well, from which GPTQ-like error feedback computes H = E[x xᵀ].
         """
         sum_squares = np.stack([np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in inputs])
         counts = np.array([len(x) for x in inputs])
@@ -100,10 +101,16 @@ class InputCollector:
     def collect(
         self, progress: Progress = silent
     ) -> Iterator[tuple[list[str], dict[str, InputStats]]]:
-        """Yield the parameter paths of each layer with the input statistics of its matrices.
+        """Run the calibration tokens through the model layer by layer, and yield input statistics.
 
-        The last item holds the parameters outside the layers. Statistics already yielded are not
-        kept here. ``progress`` receives the bytes of the weights read.
+        Statistics are dropped after they are yielded.
+
+        Args:
+            progress: called with the bytes of weights read so far.
+
+        Yields:
+            For each layer the names of its parameters, and the statistics of the inputs of each of
+            its matrices by name. The last item is for the parameters outside the layers.
         """
         layers = range(len(self.layerwise.model.layers))
         layer_bytes = [self._weight_bytes(index) for index in layers]

@@ -213,10 +213,13 @@ class LazyMatmul:
         return self._multiply(cotangent, self.tensor.shape[-1], transpose=False)
 
     def _multiply(self, x: mx.array, width: int, transpose: bool) -> mx.array:
-        """Return x @ weight.T (``transpose``) or x @ weight, which has ``width`` columns.
+        """Multiply x with a weight matrix whose rows are read from the disk in chunks.
 
-        The rows of the matrix that are read together yield some columns of x @ weight.T, or a
-        summand of x @ weight.
+        Args:
+            x: (…, in), or (…, out) without ``transpose``.
+            width: columns of the result.
+            transpose: compute x @ weight.T, of which each chunk gives some columns; otherwise
+                x @ weight, of which each chunk gives a summand.
         """
         on_cpu = mx.default_device() == mx.cpu
         flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)

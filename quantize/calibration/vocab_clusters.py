@@ -133,13 +133,15 @@ def cluster_vocabulary(
 def _mean_state_directions(
     states: np.ndarray, rows: np.ndarray, fisher: np.ndarray, row_count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the direction in which each row's mean hidden state differs from the overall mean.
+    """Describe each vocabulary entry by the hidden states that predict it, for clustering.
 
-    Means are weighted by Fisher information and computed in a random projection.
+    For each row of the output head, the hidden states of the tokens that rank it among their top
+    tokens are averaged, weighted by Fisher information. The result is the direction of this mean
+    from the mean of all rows, computed in a random projection.
 
     Args:
         states: hidden states (T, in).
-        rows: index of each top token among the rows, (T, n).
+        rows: row of the output head of each top token, (T, n).
         fisher: Fisher information of the top tokens' logits, (T, n).
         row_count: number of rows R.
 

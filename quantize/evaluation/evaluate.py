@@ -162,12 +162,11 @@ def evaluate(
         reference, comparison = run.compare(subject, original)
         metrics = [_metrics_of_rows(comparison, reference, rows) for rows in row_ranges]
         worst = _worst_tokens(comparison, reference, read, subject.tokenizer)
-    names = [passage.text.name for passage in read]
     return Evaluation(
         model=subject.name,
         against=original.name if original else None,
         all=metrics[0],
-        domains=dict(zip(names, metrics[1:], strict=True)),
+        domains=dict(zip([each.text.name for each in read], metrics[1:], strict=True)),
         worst=worst,
         size=subject.size,
         original_size=original.size if original else None,

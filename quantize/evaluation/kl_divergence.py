@@ -174,10 +174,12 @@ def compare_with_reference(
 
 
 def kl_error_bound(comparison: Comparison) -> float:
-    """Bound the sampling error of the mean KL divergence, in nats.
+    """Bound the error of the mean KL divergence from sampling the vocabulary, in nats.
 
-    It is four standard errors of the mean plus the distance of the mean ``ratio_error`` from its
-    expectation, 0; and 0 where the reference distributions are complete.
+    Distributions of the reference are stored as their most likely tokens and a sample of the rest.
+    The bound is four standard errors of the mean, plus the mean of ``ratio_error``: a quantity
+    whose expectation is 0, so that its mean shows the error of the sample. It is 0 if the
+    reference distributions are stored completely.
     """
     standard_error = np.sqrt(comparison.kl_variance.sum()) / len(comparison.kl)
     return float(BOUND_STANDARD_ERRORS * standard_error + abs(comparison.ratio_error.mean()))

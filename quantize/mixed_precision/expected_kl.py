@@ -90,11 +90,7 @@ def allocate_for_target(
     def stored_bytes(path: str, quantization: Quantization) -> int:
         return _stored_bytes(resolved.parameters[path], quantization, dtype)
 
-    matrices = {
-        path
-        for path in resolved.matrices & resolved.parameters.keys()
-        if fit_group_size(candidates[0], resolved.parameters[path].shape[-1]) is not None
-    }
+    matrices = _divisible_matrices(resolved, candidates[0])
     elements = sum(prod(resolved.parameters[path].shape) for path in matrices)
     if target.bits is not None:
         byte_budget = int(target.bits * elements / 8)
@@ -108,10 +104,8 @@ def allocate_for_target(
     options = group_options(groups, kl_costs, stored_bytes)
     allocation = allocate_bits(options, byte_budget, target.kl)
     published = resolved.architecture.published_name
-    return replace(
-        allocation,
-        quantizations={published(path): to for path, to in allocation.quantizations.items()},
-    )
+    quantizations = {published(path): to for path, to in allocation.quantizations.items()}
+    return replace(allocation, quantizations=quantizations)
 
 
 def estimate_kl_costs(
@@ -222,6 +216,15 @@ def _dequantize(parts: dict[str, mx.array], quantization: Quantization) -> mx.ar
     return mx.dequantize(
         parts["weight"], scales, biases, quantization.group_size, quantization.bits
     )
+
+
+def _divisible_matrices(resolved: Resolved, quantization: Quantization) -> set[str]:
+    """Paths of the matrices whose row length a supported group size divides."""
+    return {
+        path
+        for path in resolved.matrices & resolved.parameters.keys()
+        if fit_group_size(quantization, resolved.parameters[path].shape[-1]) is not None
+    }
 
 
 def _stored_bytes(tensor: LazyTensor, quantization: Quantization, dtype: mx.Dtype | None) -> int:

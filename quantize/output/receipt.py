@@ -102,17 +102,6 @@ def build_receipt(
         versions: package -> version.
         files: name of every other file in the output -> its SHA-256.
     """
-    tensors = {}
-    for path, entry in layout.entries.items():
-        if entry.quantization is None:
-            continue
-        result = results.get(path)
-        tensors[path] = {
-            **quantization_to_config(entry.quantization),
-            "bits_per_weight": 8 * entry.nbytes / entry.elements,
-            "error": result.error if result else None,
-            "against_rounding": result.against_rounding if result else None,
-        }
     forecast = None
     if expected_kl is not None:
         forecast = {"kl": expected_kl, "measured": _measured_kl(evaluation)}
@@ -128,7 +117,7 @@ def build_receipt(
         },
         "versions": dict(versions),
         "bits_per_weight": 8 * layout.weight_bytes / max(layout.elements, 1),
-        "tensors": tensors,
+        "tensors": _quantized_tensors(layout, results),
         "forecast": forecast,
         "evaluation": None if failed else report.evaluation_to_json(evaluation),
         "not_evaluated": evaluation if failed else None,
@@ -136,6 +125,24 @@ def build_receipt(
     }
     text = json.dumps(_round_floats(contents), indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
+
+
+def _quantized_tensors(
+    layout: OutputLayout, results: Mapping[str, ParameterResult]
+) -> dict[str, dict[str, Any]]:
+    """Path -> quantization, bits per weight and errors of each quantized parameter."""
+    tensors = {}
+    for path, entry in layout.entries.items():
+        if entry.quantization is None:
+            continue
+        result = results.get(path)
+        tensors[path] = {
+            **quantization_to_config(entry.quantization),
+            "bits_per_weight": 8 * entry.nbytes / entry.elements,
+            "error": result.error if result else None,
+            "against_rounding": result.against_rounding if result else None,
+        }
+    return tensors
 
 
 def _measured_kl(evaluation: Evaluation | str) -> float | None:

@@ -72,7 +72,12 @@ class RowTableWriter:
 
     @property
     def tensor_positions(self) -> set[tuple[Path, int]]:
-        """File and first byte of each tensor that the table is stored as now."""
+        """Place of each tensor that holds the embedding table before repacking.
+
+        Returns:
+            (file, offset of the first byte in the file) of the weight and, if the table is quantized,
+            of its scales and biases.
+        """
         return {(field.stored.shard.path, field.stored.info.start) for field in self.file.fields}
 
     def write(self, disk: Disk, descriptor: int, progress: Callable[[int], None]) -> None:

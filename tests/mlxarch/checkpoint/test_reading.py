@@ -109,7 +109,10 @@ def test_a_failing_disk_is_named_with_file_and_tensor(shard, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    message = r"model\.safetensors: tensor 'matrix': reading 48 bytes at \d+ failed: Input/output error\. Check the disk"
+    message = (
+        r"model\.safetensors: tensor 'matrix': reading 48 bytes at \d+ failed: "
+        r"Input/output error\. Check the disk"
+    )
     with pytest.raises(CheckpointError, match=message):
         shard.read_into(shard.tensors["matrix"], bytearray(48))
 

@@ -85,6 +85,16 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(settings: dict[str, Any]) -> 
         assert together(rows)[1].item() == alone(rows[1:2])[0].item()
 
 
+def test_without_a_seed_each_row_has_its_own_random_stream() -> None:
+    def rows(seed: int | None) -> list[list[int]]:
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed), 64, [[]] * 8)
+        logits = mx.zeros((8, 64))
+        return np.array([np.array(sampler(logits)) for _ in range(12)]).T.tolist()
+
+    assert len({tuple(row) for row in rows(None)}) == 8
+    assert len({tuple(row) for row in rows(5)}) == 1, "one seed, one stream"
+
+
 def test_the_penalty_counts_the_prompt_and_what_was_drawn() -> None:
     logits = mx.array([[2.0, 1.9, 1.8, -0.1, -1.0]])
     sampler = Sampler(Sampling(repetition_penalty=1.5), 5, [[1]])
