@@ -20,5 +20,5 @@ if not TYPE_CHECKING:  # a type checker would take every name of the package for
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+            raise AttributeError(f"module 'mlxarch.generation' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"mlxarch.generation.{_HOME[name]}"), name)

@@ -16,7 +16,7 @@ import mlxarch
 import parity
 from mlxarch import LanguageModel, Sampling
 from mlxarch.errors import CheckpointError, ConfigError, InvalidInput, ModelNotFound, TokenizerError
-from mlxarch.loading.load import load_model
+from mlxarch.loading.load import load_model, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_name_is_obtained_at_the_bits_asked_for(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "mlxarch.store.obtain.obtain",
+        "mlxarch.language_model.obtain",
         lambda name, *, bits, **_: asked.append((name, bits)) or talker,
     )
     mlxarch.load("smollm2-135m")
@@ -184,7 +184,8 @@ def test_a_broken_tokenizer_fails_before_the_weights_are_read(
 ) -> None:
     read = []
     monkeypatch.setattr(
-        "mlxarch.language_model.load_model", lambda *a, **k: read.append(a) or load_model(*a, **k)
+        "mlxarch.language_model.load_weights",
+        lambda *a, **k: read.append(a) or load_weights(*a, **k),
     )
     mlxarch.load(talker)
     assert len(read) == 1

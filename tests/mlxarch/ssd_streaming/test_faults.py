@@ -213,7 +213,7 @@ def test_without_checksums_a_flipped_bit_changes_answers_unseen(
     folders: dict[str, Path], strike: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        experts, "THREADS", 1
+        experts, "READER_THREADS", 1
     )  # another reader might look at the file's times before they are put back
     wanted = logits(load(folders["packed"]))
     for trial in range(3):
@@ -295,7 +295,7 @@ def test_an_interruption_anywhere_leaves_the_slots_sound(
 ) -> None:
     model = load(folders["packed"])
     wanted = ask(model)
-    for name in ("_take_slot", "_read", "_rows", "_at_once"):
+    for name in ("_take_slot", "_read", "_product", "_compute_at_once"):
         for moment in range(1, 6):
             real, left = getattr(StreamedExperts, name), [moment]
 
