@@ -307,7 +307,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def ratio(rows: dict[str, Any], one: str, other: str) -> dict[str, float]:
-    """Of the mean KL of two variants, by text."""
+    """Ratio of the mean KL divergences of two variants, by text."""
     if one not in rows or other not in rows:
         return {}
     texts = rows[one]["texts"]

@@ -33,7 +33,7 @@ OPTIONS = [
 
 
 def faults(option: click.Option) -> list[str]:
-    """What is wrong with the help of an option; empty if it has the house's form.
+    """Describe what breaks the form of an option's help; empty if nothing does.
 
     A value: "Noun phrase (default: what happens without it)". A flag: a sentence.
     """
