@@ -77,7 +77,7 @@ def test_a_prompt_of_many_chunks_gives_the_same_bits(kind: str, tmp_path: Path) 
 def test_a_prompt_in_segments_gives_the_same_bits_and_reads_once_a_segment(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_layers, "HELD", 64 * 4 * 7 * 50)  # 50 tokens
+    monkeypatch.setattr(by_layers, "SEGMENT_BYTES", 64 * 4 * 7 * 50)  # 50 tokens
     model = load(folder, 3)
     reads = count_reads(model)
     assert fingerprint(model, prompt=150, tokens=1) == fingerprint(

@@ -78,7 +78,7 @@ def test_the_bank_takes_what_its_slots_take(folder: Path) -> None:
 def test_a_person_and_a_program_see_it(folder: Path) -> None:
     model = load(folder, 4)
     generate(model, 6)
-    plan = SimpleNamespace(peak=5_000_000_000, mlx=4_000_000_000)
+    plan = SimpleNamespace(process_peak=5_000_000_000, mlx_peak=4_000_000_000)
     shown: Any = SimpleNamespace(streaming=attached(model), plan=plan)
     line, found = streaming_line(shown), streaming_stats(shown)
     assert line and found
@@ -91,7 +91,7 @@ def test_a_person_and_a_program_see_it(folder: Path) -> None:
     taken = memory_stats(shown)
     assert (taken["peak_bytes"] or 0) > (taken["peak_mlx_bytes"] or 0) > 0 and taken[
         "planned_mlx_bytes"
-    ] == plan.mlx
+    ] == plan.mlx_peak
     shown.plan = None
     assert "planned" not in memory_line(shown) and memory_stats(shown)["planned_bytes"] is None
     shown.streaming = shown.streamed_rows = None
