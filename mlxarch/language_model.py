@@ -125,10 +125,9 @@ class LanguageModel:
     """Loaded model with its tokenizer.
 
     Any thread may generate, whichever loaded the model. A session, or an iterator of ``stream``,
-    may pass from one
-    thread to another between two pieces: no array of MLX is left unevaluated then, since
-        unevaluated arrays belong to
-    the thread that made them. Two threads must not use one session at the same time.
+    may pass from one thread to another between two pieces: no array of MLX is left unevaluated
+    then, since unevaluated arrays belong to the thread that made them. Two threads must not use
+    one session at the same time.
 
     Attributes:
         path: folder of the model.

@@ -75,8 +75,7 @@ class Session:
         """Drop all held tokens but the longest prefix shared with ``prompt``, and return its length.
 
         A sliding window has overwritten its past: it goes back to a snapshot, or else to the
-            beginning.
-        The last token of the prompt is never reused, because its logits are needed.
+        beginning. The last token of the prompt is never reused, because its logits are needed.
         """
         common = 0
         for held, wanted in zip(self.tokens, prompt[:-1], strict=False):

@@ -139,7 +139,7 @@ def _fill(
     """Read all weights but those that are ``offloaded``.
 
     Weights are read layer by layer: while the projections of a layer are fused, only that layer is
-        held twice.
+    held twice.
     """
     modules = dict(resolved.model.named_modules())
     groups: dict[str, dict[str, LazyTensor]] = {}

@@ -219,7 +219,7 @@ def writes_in_place(device: mx.Device) -> bool:
     """Whether MLX computes with values written directly to the memory of an array; determined by a test.
 
     Never on CUDA: MLX would move the array to memory shared with the host and compute with it
-        there.
+    there.
     """
     return (
         device == mx.cpu

@@ -11,12 +11,8 @@ from mlxarch.blocks.layer import Layer
 from mlxarch.kv_cache import Cache, last_cached_layer, update_cache_only
 from mlxarch.ssd_streaming.experts import ExpertStreaming, StreamedExperts
 
-SEGMENT_BYTES = (
-    256 << 20
-)  # memory for hidden states and outputs of experts of the tokens of a segment
-HIDDEN_ARRAYS = (
-    3  # arrays of the hidden size for each token: state, attention output, input of the experts
-)
+SEGMENT_BYTES = 256 << 20  # of hidden states and outputs of experts, for the tokens of a segment
+HIDDEN_ARRAYS = 3  # of each token: state, attention output, input of the experts
 
 
 def segment_token_bytes(chosen: int, hidden: int, float_bytes: int) -> int:
@@ -32,8 +28,8 @@ def segments(
     """Group the chunks (B, L) of a prompt into segments that pass a layer together.
 
     A segment has as many tokens as planned, or as fit into ``SEGMENT_BYTES``, and at least one
-    chunk. The division does
-    not change any result: no product of experts depends on the other chunks of its segment.
+    chunk. The division does not change any result: no product of experts depends on the other
+    chunks of its segment.
     """
     most = streaming.segment
     if most is None:
@@ -120,9 +116,8 @@ def _run_experts_once(
     """Run the layer on the chunks from ``first`` on, reading each expert once for all of them.
 
     The layer runs twice on each chunk: up to the experts, to learn which are chosen, and from there
-        on. The output of
-    attention is kept from the first run for the second; nothing else that costs time is computed
-    twice.
+    on. The output of attention is kept from the first run for the second; nothing else that costs
+    time is computed twice.
     """
     with experts.shared.lock, _cached_attention(layer) as kept:
         with experts.collecting() as calls:

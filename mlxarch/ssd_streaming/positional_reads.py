@@ -21,9 +21,8 @@ class RecordFile:
     """Open file of a checkpoint. Several threads may read at once.
 
     The file is held open, so that another file under the same name is never read by mistake. It is
-    not mapped into
-    memory: reading a truncated file raises an error, while a mapping would end the process with a
-        signal.
+    not mapped into memory: reading a truncated file raises an error, while a mapping would end the
+    process with a signal.
     """
 
     def __init__(self, shard: Shard) -> None:

@@ -1,8 +1,8 @@
 """GPTQ: quantize column by column; later columns compensate the error of earlier ones.
 
 Source: arXiv:2210.17323. With H = E[x xᵀ], the second moments of the inputs x, an error d of a row
-    costs d H dᵀ, the expected
-squared error of its product. This implementation differs from the paper in these points:
+costs d H dᵀ, the expected squared error of its product. This implementation differs from the paper
+in these points:
 
 - Columns with large inputs are quantized first ("act order"): their errors cost most, and more
   columns are left to compensate them. The order is by groups and within groups, so that groups stay
@@ -28,9 +28,8 @@ from mlxarch.quantize.methods.scale_search import Grid, nearest_values, search_g
 
 BLOCK_WIDTH = 1024  # columns per block with static groups, which bounds the memory of H
 DESCENT_PASSES = 2  # over all groups: the first reduces the error by 4 %, the second by 1 %
-MIN_DETERMINANT = (
-    1e-5  # relative to the product of the diagonal; below it, the scale stays as it is
-)
+# Determinant relative to the product of the diagonal, below which the scale stays as it is
+MIN_DETERMINANT = 1e-5
 
 
 class ColumnFeedback:

@@ -33,9 +33,8 @@ STEP_FACTORS = (3, 3, 2, 1)
 # Offsets of 8-bit grids in bfloat16: scales by units in the last place, biases by levels
 STORED_OFFSETS = (-1, 0, 1)
 BFLOAT16_ULP = 2**-8  # largest relative distance of neighboring bfloat16 numbers
-MIN_WEIGHT = (
-    1e-6  # relative to the mean: a channel without input in calibration may have some later
-)
+# Weight of a channel without input in calibration, relative to the mean: it may have some later
+MIN_WEIGHT = 1e-6
 CPU_BLOCK_ELEMENTS = 1 << 17  # elements per step on a CPU, where they stay in its cache
 BLOCK_ELEMENTS = 1 << 24  # elements per step on a GPU
 

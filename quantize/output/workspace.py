@@ -2,9 +2,10 @@
 
 For the output ``out`` it is
 
-    out.partial/ lock       locked while a process works here journal    line 1: identity of the
-        work; then one line per sync: the parameters that are on the medium,
-                   each with its measurements
+    out.partial/
+        lock       locked while a process works here
+        journal    line 1: identity of the work; then one line per sync: the parameters that are
+                   on the medium, each with its measurements
         model/     renamed to out when it is complete
         replaced/  the former out, from just before that rename until just after it
 """
