@@ -1,4 +1,4 @@
-"""What `pip install mlxarch` brings: packages, megabytes, import times; fails if torch or transformers is among them.
+"""Size of `pip install mlxarch`: packages, megabytes, import times; fails if torch or transformers is among them.
 
     python benchmarks/install_size.py dist/mlxarch-*.whl [--extras cpu,gguf]
 

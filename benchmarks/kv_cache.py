@@ -1,4 +1,4 @@
-"""What packed keys and values cost and save: divergence of the logits, peak memory and speed at 16, 8 and 4 bits.
+"""Quantized KV caches: divergence of the logits, peak memory and speed at 16, 8 and 4 bits.
 
     python benchmarks/kv_cache.py quality FOLDER [--text FILE] [--tokens 2000]
     python benchmarks/kv_cache.py memory [--shape small|llama3-8b] [--contexts 4096 …] [--layers 4]

@@ -1,4 +1,4 @@
-"""What others make of the same original, as folders that ``quality.py`` can score: mlx-lm's quantizers and llama.cpp.
+"""Quantized models of peers, as folders that ``quality.py`` can score: mlx-lm's quantizers and llama.cpp.
 
     python benchmarks/quality_peers.py gguf FOLDER FILE                         # a trained model as llama.cpp wants it
     python benchmarks/quality_peers.py llama.cpp FOLDER OUTPUT [--library FILE]  # Q4_K_M, dequantized again

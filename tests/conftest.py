@@ -1,4 +1,4 @@
-"""What the whole suite shares: one real model, obtained once."""
+"""Fixtures of the whole suite: one real model, obtained once."""
 
 import gc
 import os

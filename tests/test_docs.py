@@ -1,4 +1,4 @@
-"""What README and docs show is what the code does."""
+"""Commands and examples of README and docs, compared with the code."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a model that loads in a moment, and ways to run the command."""
+"""Fixtures of the command-line tests: a model that loads in a moment, and ways to run the command."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a terminal shows of an answer while it grows."""
+"""Rendering of an answer in a terminal while it grows."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""What --stats and /stats tell of memory, and of what is read from the disk."""
+"""--stats and /stats: memory, and reads from the disk."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the tests of generation and loading share."""
+"""Fixtures shared by the tests of generation and loading."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What mlxarch.load returns: prompts, answers, stops, limits."""
+"""LanguageModel: prompts, answers, stop strings, limits."""
 
 import contextlib
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the caches of published shapes hold at 32k tokens: windows are capped, MLA keeps latents, borrowers nothing."""
+"""Cache sizes of published shapes at 32k tokens: windows are capped, MLA keeps latents, KV-shared layers nothing."""
 
 import json
 from collections.abc import Callable

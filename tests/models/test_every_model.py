@@ -1,4 +1,4 @@
-"""What holds for every architecture: left-padded batches, and quantized copies of every reference checkpoint."""
+"""Properties of every architecture: left-padded batches, and quantized copies of every reference checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Of a pass that is for the caches alone, the last layer computes keys and values and no more; the numbers stay."""
+"""Prefill without logits: the last layer computes keys and values only, and the numbers stay the same."""
 
 from collections import Counter
 from collections.abc import Sequence

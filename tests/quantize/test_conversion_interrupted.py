@@ -88,7 +88,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(source: Path) -> dict[str, str]:
-    """What an undisturbed run makes."""
+    """Output of an undisturbed run."""
     output = source.parent / "reference"
     prepare(source, output, limits=LIMITS).run()
     return contents(output)

@@ -1,4 +1,4 @@
-"""What a change of a vector within a model does to its answers."""
+"""Effect of a change of one vector within a model on its answers."""
 
 from collections.abc import Callable
 

@@ -189,7 +189,7 @@ class FakeHub:
 
 
 class Refused(Exception):
-    """What the code under test raised: ``kind`` is the name of its class."""
+    """Exception of the code under test; ``kind`` is the name of its class."""
 
     def __init__(self, kind: str, message: str, code: int | None) -> None:
         super().__init__(f"{kind}: {message}")

@@ -1,4 +1,4 @@
-"""What several tests of the repository itself need."""
+"""Helpers for tests of the repository itself."""
 
 import os
 import re

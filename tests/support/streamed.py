@@ -38,7 +38,7 @@ def load(folder: Path, count: int | None = None) -> CausalLM:
 
 
 def fingerprint(model: CausalLM, prompt: int = 70, tokens: int = 6) -> str:
-    """Of the logits of a long pass, of a pass on top of it, of single steps, and of the tokens that are generated."""
+    """Hash of the logits of a long pass, of a pass after it and of single steps, and of the generated tokens."""
     ids = np.random.default_rng(1).integers(0, model.vocab_size, prompt)
     seen, caches = hashlib.sha256(), model.make_caches()
     for some in (ids[: prompt // 2], ids[prompt // 2 : -3], *ids[-3:, None]):

@@ -62,7 +62,7 @@ def load(folder: Path, execution: Execution = MEMORY, **arguments: Any) -> Causa
 
 
 def table_of(model: CausalLM) -> StreamedEmbedding:
-    """That is on the disk."""
+    """Embedding table that is read from the disk."""
     [table] = [module for module in model.modules() if isinstance(module, StreamedEmbedding)]
     return table
 
@@ -73,6 +73,6 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def generated(model: CausalLM, tokens: list[int], count: int = 12, **sampling: Any) -> list[int]:
-    """What the model says, greedily unless told otherwise."""
+    """Answer of the model, greedy by default."""
     session = Session(model.make_caches())
     return [token for token, _ in decode(model, session, tokens, Sampling(**sampling), count)]

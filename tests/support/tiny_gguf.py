@@ -15,7 +15,7 @@ VOCABULARY = [chr(code) for code in range(0x100, 0x100 + 61)] + [
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to the rows of Llama's q and k: halves of a head become neighbours."""
+    """Row order of Llama's q and k as llama.cpp's converter writes it: halves of a head become neighbours."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

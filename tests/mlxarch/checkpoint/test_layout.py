@@ -1,4 +1,4 @@
-"""What becomes of each tensor, and where it will stand in which file."""
+"""Output format of each tensor, and its place in the output files."""
 
 import json
 from collections.abc import Mapping

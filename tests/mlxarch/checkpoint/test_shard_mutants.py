@@ -255,7 +255,7 @@ def mutant(seed: int) -> bytes:
 
 
 def ours(path: Path) -> dict[str, tuple] | str:
-    """What the file holds, or why it is refused."""
+    """Contents of the file, or the reason of its refusal."""
     try:
         with Shard.open(path) as shard:
             held = {}

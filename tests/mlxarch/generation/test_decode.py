@@ -74,7 +74,7 @@ def taken(steps: Iterator[tuple[int, Timings]], count: int) -> list[int]:
 
 
 def deviation(model: CausalLM, session: Session) -> float:
-    """Of the logits behind what the caches hold from those behind ``session.tokens``; nothing is left changed."""
+    """Largest difference between the logits after the caches' tokens and after ``session.tokens``; changes nothing."""
     lengths = {cache.length for cache in session.caches if cache}
     if lengths != {len(session.tokens)}:
         return float("inf")

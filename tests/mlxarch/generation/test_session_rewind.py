@@ -53,7 +53,7 @@ def answer(
 
 
 def deviation(model: CausalLM, session: Session, kv: Quantization | None = None) -> float:
-    """Of the logits behind the session from those of fresh caches; the session is not to be used afterwards."""
+    """Largest difference between logits after the session and after fresh caches; the session is used up."""
     fresh = model.make_caches(kv=kv)
     model(mx.array([session.tokens]), fresh)
     found, wanted = (model(mx.array([[7]]), caches)[0, -1] for caches in (session.caches, fresh))

@@ -161,7 +161,7 @@ def test_json_holds_numbers():
 
 
 def boxes(svg: str) -> list[list[tuple[float, float, float, float, str]]]:
-    """Of each column: left, top, width, height of its boxes, and the first line in each."""
+    """Boxes of each column: left, top, width, height, and the first line of text."""
     found = []
     for column in ElementTree.fromstring(svg).findall(f"{SVG}g"):
         inside, children = [], list(column)

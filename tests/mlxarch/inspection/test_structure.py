@@ -1,4 +1,4 @@
-"""What a model is found to be made of: checked against published counts, formulas, and what is really written."""
+"""Structure of a model, checked against published counts, formulas and the files that are written."""
 
 import json
 import subprocess

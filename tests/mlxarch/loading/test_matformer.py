@@ -47,7 +47,7 @@ def logits(folder: Path, cut: Slice | None = None) -> np.ndarray:
 
 
 def digest(model: Any) -> str:
-    """Of all weights and their names."""
+    """Hash of all weights and their names."""
     sums = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(model.parameters())).items()):
         sums.update(

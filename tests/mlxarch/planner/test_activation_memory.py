@@ -1,4 +1,4 @@
-"""What a step takes, read off its operations."""
+"""Memory of a forward pass, derived from its operations."""
 
 from collections.abc import Callable
 from typing import Any

@@ -21,7 +21,7 @@ MB = 10**6
 
 
 def limits() -> tuple[int, int]:
-    """Of memory and of what is kept, as they are."""
+    """Present limits of MLX's memory and of its buffer cache."""
     memory, kept = mx.set_memory_limit(10**9), mx.set_cache_limit(MB)
     mx.set_memory_limit(memory)
     mx.set_cache_limit(kept)

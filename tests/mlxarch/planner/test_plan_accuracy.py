@@ -52,7 +52,7 @@ def sparse(accuracy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def measured(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]:
-    """What ``measure`` of the benchmark finds in a process of its own."""
+    """Result of the benchmark's ``measure`` in a separate process."""
     code = (
         f"import json, pathlib, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import plan_accuracy; "
         f"print(json.dumps(plan_accuracy.measure(pathlib.Path({str(folder)!r}), {context}, {asked!r})))"

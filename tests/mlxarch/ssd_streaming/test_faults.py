@@ -228,7 +228,7 @@ def test_without_checksums_a_flipped_bit_changes_answers_unseen(
 def test_when_a_checksum_is_compared(
     verify: Literal["first", "always", "never"], kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Of a bit that flips after the first read: always, or never again. Before it, only the maker's checksum tells."""
+    """A bit flips after the first read, for good or once; before it, only the published checksum tells."""
     seen = []
     for before in (True, False):
         model = load(Path(shutil.copytree(folders[kind], tmp_path / f"{before}")), verify)

@@ -1,4 +1,4 @@
-"""What MLX on a GPU chooses a kernel by is the same for every number of slots, and for all experts in memory."""
+"""Shapes by which MLX chooses GPU kernels: equal for every number of slots, and with all experts in memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ def in_chunks(model: CausalLM) -> None:
 def products(
     model: CausalLM, run: Callable[[CausalLM], None], monkeypatch: pytest.MonkeyPatch
 ) -> set[Product]:
-    """Of experts: whether rows were said to be in order, how many there were (for each matrix if so), and of what."""
+    """Products with experts in ``run``: whether rows are sorted, their number, and the shapes."""
     found: set[Product] = set()
 
     def noting(name: str) -> Callable[..., mx.array]:
@@ -136,7 +136,7 @@ def test_chunks_keep_their_products_in_one_prompt(
 
 
 def kernel(product: Product) -> str:
-    """Of packed experts on a GPU (mlx/backend/metal/quantized.cpp, mlx/backend/cuda/quantized/quantized.cpp, 0.32)."""
+    """Kernel for quantized experts on a GPU (mlx/backend/{metal,cuda/quantized}/quantized.cpp, 0.32)."""
     _, ordered, rows, *_ = product
     if not ordered or rows < 4:
         return "a few vectors" if rows < 8 else "vectors"

@@ -1,4 +1,4 @@
-"""What is counted while a model streams is what happens."""
+"""Counters of streaming, compared with the reads that happen."""
 
 import gc
 from pathlib import Path

@@ -35,7 +35,7 @@ def difference(found: Sequence[mx.array], wanted: Sequence[mx.array]) -> float:
 
 
 def differences(name: str, skip: int | None = None) -> list[float]:
-    """Of the states behind each layer, and of the logits; ``skip`` leaves a layer out."""
+    """Hidden states after each layer, and the logits; ``skip`` leaves a layer out."""
     model, _ = load_model(GOLDEN / name)
     tokens = some_tokens(model.vocab_size)
     contexts = [ForwardContext(LENGTH) for _ in tokens]

@@ -1,4 +1,4 @@
-"""What a model writes to be quantized by is what it would write."""
+"""Self-generated calibration tokens, compared with the model's own samples."""
 
 import mlx.core as mx
 import numpy as np

@@ -82,7 +82,7 @@ def test_a_cluster_of_few_positions_weighs_nearly_as_all_do(
 
 
 def divergence(packed: dict[str, mx.array]) -> float:
-    """Of the logits, nats per place."""
+    """KL divergence of the logits, in nats per position."""
     weights, states = head()
     own = np.array(
         mx.dequantize(packed["weight"], packed["scales"], packed["biases"], TO.group_size, TO.bits)

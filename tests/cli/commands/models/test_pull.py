@@ -1,4 +1,4 @@
-"""What pull says of memory before it downloads, with a server that answers as the Hub does."""
+"""Memory check of ``pull`` before it downloads, with a server that answers as the Hub does."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What latent attention takes of memory."""
+"""Memory of latent attention."""
 
 import mlx.core as mx
 import pytest

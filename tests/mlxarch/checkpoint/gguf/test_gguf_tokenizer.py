@@ -231,7 +231,7 @@ def sentencepiece_model(byte_fallback: bool) -> bytes:
 
 
 def of_sentencepiece(model: sentencepiece.SentencePieceProcessor, **keys) -> dict:
-    """What llama.cpp's converter writes for a SentencePiece model."""
+    """Metadata that llama.cpp's converter writes for a SentencePiece model."""
     kinds = [model.IsUnknown, model.IsControl, model.IsUnused, model.IsByte]
     numbers = [2, 3, 5, 6]
     types = []
