@@ -50,9 +50,9 @@ class Limits:
     """Sizes in bytes that bound a conversion's memory and the work lost when it is killed.
 
     Attributes:
-        chunk_bytes: of rows converted at once, in float32.
-        sync_bytes: written between two syncs, after each of which the journal is extended.
-        shard_bytes: of an output file.
+        chunk_bytes: size of the rows converted at once, in float32.
+        sync_bytes: bytes written between two syncs, after each of which the journal is extended.
+        shard_bytes: maximum size of an output file.
     """
 
     chunk_bytes: int = 8 << 20
@@ -67,17 +67,17 @@ class Conversion:
     Attributes:
         source: checkpoint to convert.
         resolved: the same, resolved to a model.
-        origin: of the source, for the model card.
+        origin: repository and licence of the source, for the model card.
         output: folder to make.
         layout: treatment of every parameter, and its place in the output files.
-        quantization: of matrices unless the layout says otherwise; None copies or casts the
-            weights.
-        dtype: of unquantized weights, scales and biases, by name; None keeps the source's.
-        limits: on memory and file sizes.
-        disk: through which the output is written.
-        method: of quantization.
+        quantization: default quantization of matrices, if the layout has no other; None copies or
+            casts the weights.
+        dtype: dtype of unquantized weights, scales and biases; None keeps the source's.
+        limits: limits on memory and file sizes.
+        disk: file operations that write the output.
+        method: name of the quantization method.
         calibration: tokens that the method uses; None for rounding.
-        texts: that the output is evaluated on; None takes the texts of the package.
+        texts: evaluation texts; None takes those of the package.
         expected_kl: forecast of the KL divergence in nats per token; None if the bits were not
             chosen by one.
         results: path of the parameter -> measurements, filled in by ``run``.

@@ -147,7 +147,7 @@ def convert(
             matrix's row length. None takes "search" in mode affine, else "round".
         calibration: text file, the beginning of which is the calibration text. None takes tokens
             that the model generates itself; for "gptq" a text of the package is added.
-        origin: of the source, for the model card; None reads it from the folder.
+        origin: origin of the source, for the model card; None reads it from the folder.
         force: replace an existing output, once the new one is complete.
         evaluate: measure the KL divergence of the output from the source, which is read once more.
             The result is written to receipt.json and to the model card; if the evaluation fails,

@@ -38,7 +38,7 @@ class Staging:
 
     Attributes:
         output: path of the packed model.
-        disk: through which files are written.
+        disk: file operations that write the output.
     """
 
     output: Path

@@ -76,7 +76,7 @@ def check_tp_slices(
     """Check that the files of each number hold slices of the same tensors.
 
     Args:
-        folder: for the message.
+        folder: folder of the files, for the message.
         tensors: file -> names of its tensors.
         ranks: file -> rank, as ``find_tp_files`` returns it.
 

@@ -138,7 +138,7 @@ class ModelReference:
     """A parsed model name.
 
     Attributes:
-        kind: which of ``entry``, ``repo`` and ``path`` is set.
+        kind: name of the field that is set: ``entry``, ``repo`` or ``path``.
         name: canonical short name, or the text as given.
         entry: model of the catalog.
         repo: repository of the Hub.

@@ -46,7 +46,7 @@ class Submodule:
         name: attribute name in the layer.
         kind: role of the module.
         num_experts: experts in it; 0 without experts.
-        intermediate_size: of a feed-forward network, of one expert in an MoE; 0 for other modules.
+        intermediate_size: width of a feed-forward network, of one expert in an MoE; 0 otherwise.
     """
 
     name: str

@@ -51,7 +51,7 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An entry of machines.toml.
 
     Attributes:
-        bandwidth: of the memory, GB/s.
+        bandwidth: memory bandwidth, GB/s.
         ssd: bandwidth of the SSD, GB/s.
         sizes: memory sizes sold, GB.
     """

@@ -40,7 +40,7 @@ class TokenByteDecoder:
         """Return the bytes of a token.
 
         Args:
-            token: as the vocabulary spells it.
+            token: token in the spelling of the vocabulary.
             first: whether it is the first token of the text.
         """
         if self._byte_alphabet is not None:

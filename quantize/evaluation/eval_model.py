@@ -43,9 +43,9 @@ class EvalModel:
 
     Attributes:
         name: shown in reports.
-        size: of its weight files and parameters.
+        size: size of its weight files, and number of parameters.
         vocab_size: number of logits per token; ``tokenizer`` may know fewer tokens.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         open_weights: returns a context manager that opens the checkpoint and closes it again.
         content_hash: computes a hash that changes with any byte of the weights or of the config.
     """

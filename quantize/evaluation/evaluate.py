@@ -52,7 +52,7 @@ class EvaluationSettings:
     Attributes:
         tokens: maximum number of tokens read of each text.
         context: tokens per window; windows are read independently.
-        seed: of the tokens sampled from the original's distributions.
+        seed: random seed of the tokens sampled from the original's distributions.
         kept: number of most likely tokens kept of each of the original's distributions; an
             evaluation increases it until the mean KL is precise enough.
         draws: number of tokens sampled from the rest of each distribution.
@@ -71,7 +71,7 @@ class WorstToken:
 
     Attributes:
         text: name of the text.
-        position: of the token, counted in tokens from the beginning of the text.
+        position: number of tokens before it in the text.
         before, token, after: the token and the text around it.
         kl: KL(original || model) of the distributions that predict it, in nats.
         expected, original_expected: the most likely token of the model and of the original.
@@ -96,10 +96,10 @@ class Evaluation:
         all: metrics over the tokens of all texts.
         domains: the same metrics for each text by name.
         worst: the tokens with the largest KL divergence, largest first; empty without an original.
-        size, original_size: of the weights of both.
+        size, original_size: sizes of the weights of both.
         texts: SHA-256 of each text by name.
-        settings: as used; ``kept`` may be larger than what was asked for.
-        versions: of the packages that computed the metrics.
+        settings: settings as used; ``kept`` may be larger than requested.
+        versions: versions of the packages that computed the metrics.
     """
 
     model: str
@@ -132,7 +132,7 @@ def evaluate(
     Args:
         model: folder that ``load_model`` accepts.
         against: folder of the original; None measures perplexity only.
-        texts: to evaluate on; None takes the texts of this package.
+        texts: evaluation texts; None takes those of this package.
         settings: numbers of tokens and precision; None takes the defaults.
         batch: windows computed at once; affects speed and memory, not the result.
         progress: called with the bytes of weights read so far.

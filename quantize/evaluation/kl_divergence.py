@@ -106,7 +106,7 @@ def summarize_reference(
         kept: K, the number of most likely tokens to keep; with V or more, all are kept and none is
             sampled.
         draws: M, the number of tokens to sample from the tail.
-        seed: of the samples.
+        seed: random seed of the samples.
         first_row: position of the first of the N rows among all rows; it selects their random
             numbers, so the result does not depend on how the rows are split into calls.
     """

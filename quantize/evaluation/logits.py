@@ -48,7 +48,7 @@ def passage_logits(
         passages: texts cut into windows of tokens.
         batch_size: windows computed at once; the weights are read once for each batch.
         progress: called with ``label`` and the bytes of weights read so far.
-        label: of the progress.
+        label: label of the progress report.
 
     Raises:
         InvalidInput: a window is longer than the model's context, or a token id exceeds its

@@ -82,8 +82,8 @@ def draw_plots(
     """Draw the KL divergence of all evaluations, and the weight errors of each model.
 
     Args:
-        file: to write, .svg or .png.
-        evaluations: of models against one original.
+        file: output file, .svg or .png.
+        evaluations: evaluations of models against one original.
         weight_errors: names of models, each with its ``relative_weight_errors``.
 
     Raises:

@@ -47,7 +47,7 @@ def evaluation_to_markdown(evaluation: Evaluation, expected_kl: float | None = N
     """Format an evaluation for a model card: the table of metrics, then how they were measured.
 
     Args:
-        evaluation: to format.
+        evaluation: evaluation to format.
         expected_kl: the mean KL divergence that was forecast, in nats per token; None leaves the
             comparison out.
     """
@@ -74,7 +74,7 @@ def format_estimate(estimate: Estimate, metric: str) -> str:
     """Format a metric's value and its standard error, such as ``0.0312 ±0.0008``.
 
     Args:
-        estimate: to format.
+        estimate: estimate to format.
         metric: name of its field in ``Metrics``, which decides the number of digits.
     """
     if metric == "top1_agreement":
@@ -113,7 +113,7 @@ def describe_kl_precision(metrics: Metrics, kept: int) -> str:
     """Describe the error of the mean KL that comes from keeping part of each distribution.
 
     Args:
-        metrics: of an evaluation against an original.
+        metrics: metrics of an evaluation against an original.
         kept: number of most likely tokens kept of each distribution.
     """
     if not metrics.kl_bound:

@@ -113,7 +113,7 @@ def quantile_estimate(values: Array, fraction: float) -> Estimate:
     statistics that lie so many ranks below and above it.
 
     Args:
-        fraction: which quantile, from 0 to 1; 0.5 is the median.
+        fraction: rank of the quantile, from 0 to 1; 0.5 is the median.
     """
     ordered = np.sort(values)
     ranks = np.arange(len(values))

@@ -66,7 +66,7 @@ def check_byte_budget(
     """Refuse a target of size or of bits per weight that leaves no choice of bits.
 
     Args:
-        target: as requested, for the message.
+        target: requested target, for the message.
         byte_budget: bytes that the target leaves for the matrices.
         smallest, largest: bytes of all matrices at the fewest and at the most candidate bits,
             scales and biases included.
@@ -133,7 +133,7 @@ def shared_input_groups(model: CausalLM, paths: Iterable[str]) -> list[tuple[str
 
     Args:
         model: whose modules say which projections share an input.
-        paths: of the matrices to group, such as ``model.layers.0.mlp.up_proj.weight``.
+        paths: paths of the matrices, such as ``model.layers.0.mlp.up_proj.weight``.
 
     Returns:
         Groups of paths, most of them of a single path, in the order of ``paths``.

@@ -66,9 +66,9 @@ def allocate_for_target(
         resolved: the same, resolved to a model.
         target: limit on size, bits per weight or KL divergence.
         byte_budget: bytes that the matrices may take; used if the target is a size.
-        method: that will quantize the matrices.
+        method: method that will quantize the matrices.
         group_size: weights that share a scale.
-        dtype: of scales and biases; None keeps the source's.
+        dtype: dtype of scales and biases; None keeps the source's.
         calibration: tokens that the method will use.
         texts: over which the divergence is forecast; None takes the texts of this package. Their
             second halves are read, because ``evaluate`` measures on their beginnings.
@@ -132,8 +132,8 @@ def estimate_kl_costs(
         resolved: the original model, with its weights open.
         tokens: held-out token ids (B, L), over which the divergence is estimated.
         candidates: quantizations to estimate.
-        method: that will quantize the matrices.
-        dtype: of scales and biases; None keeps the source's.
+        method: method that will quantize the matrices.
+        dtype: dtype of scales and biases; None keeps the source's.
         calibration: tokens that the method will use; only "search" needs them.
         progress: called with the work done.
 
@@ -175,10 +175,10 @@ def make_round_trip(
 
     Args:
         resolved: the original model, with its weights open.
-        method: that will quantize the matrices.
+        method: method that will quantize the matrices.
         calibration_batches: token ids (B, L) by which a search chooses scales; empty for other
             methods.
-        dtype: of scales and biases; None keeps the source's.
+        dtype: dtype of scales and biases; None keeps the source's.
         progress: called with the work done while calibration statistics are gathered.
     """
     matrices = resolved.published_matrices
@@ -252,8 +252,8 @@ def held_out_windows(texts: Sequence[Text], tokenizer: Tokenizer, context_length
     ``evaluate`` measures on the beginnings of the texts, so these windows are held out from it.
 
     Args:
-        texts: from each, the same number of windows is taken.
-        tokenizer: of the model.
+        texts: texts, from each of which the same number of windows is taken.
+        tokenizer: tokenizer of the model.
         context_length: maximum number of tokens of a window.
 
     Returns:

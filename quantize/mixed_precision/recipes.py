@@ -29,7 +29,7 @@ class Recipe:
     """Bits of each matrix by its name.
 
     Attributes:
-        name: of the recipe's file, without suffix.
+        name: name of the recipe's file, without suffix.
         default: quantization of the matrices that no pattern matches; all of them have its group
             size.
         patterns: pairs of a shell pattern for matrix names without ``.weight`` and the bits; the
@@ -132,8 +132,8 @@ def by_recipe(conversion: Conversion, recipe: Recipe, group_size: int | None = N
     """Return the conversion with the bits that a recipe gives to each matrix.
 
     Args:
-        conversion: to affine quantization; its method stays.
-        recipe: of bits.
+        conversion: conversion in affine mode; its method stays.
+        recipe: recipe that gives the bits.
         group_size: weights that share a scale; None takes the recipe's.
 
     Raises:
@@ -159,7 +159,7 @@ def replace_quantizations(
     """Return the conversion with a quantization for each matrix, and a note about it.
 
     Args:
-        conversion: to change.
+        conversion: conversion to change.
         quantizations: published path of the matrix -> its quantization; other matrices get the
             conversion's own.
         note: put before the conversion's other notes.

@@ -19,7 +19,7 @@ def toward(conversion: Conversion, target: Target, progress: Progress = silent) 
     from the source that is forecast for it, in nats per token; a note says so too.
 
     Args:
-        conversion: to affine quantization; its group size and method stay.
+        conversion: conversion in affine mode; its group size and method stay.
         target: the limit to meet.
         progress: called with the work done.
 

@@ -25,8 +25,8 @@ def companion_files(
         source: whose config, tokenizer files and other small files are taken over.
         resolved: the same, resolved to a model.
         origin: whose licence files are copied.
-        layout: of the weights.
-        dtype: of the unquantized weights, as named in config.json; None keeps the source's.
+        layout: layout of the weights.
+        dtype: dtype of unquantized weights, as in config.json; None keeps the source's.
 
     Returns:
         File name -> contents, or the path of the file to copy.

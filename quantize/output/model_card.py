@@ -22,7 +22,7 @@ class Origin:
     """Source of a quantized model, as stated on its model card.
 
     Attributes:
-        name: of the repository or the folder.
+        name: name of the repository or the folder.
         revision: commit of the repository; empty if unknown.
         fields: (key, value) pairs copied from the front matter of the source's card, such as its
             licence.
@@ -90,8 +90,8 @@ def render_model_card(
     It holds no date and no path, so the same arguments give the same text.
 
     Args:
-        title: of the model.
-        origin: of its source.
+        title: name of the model.
+        origin: origin of its source.
         method: how it was made, in words.
         notes: sentences to list.
         versions: package -> version.

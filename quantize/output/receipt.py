@@ -44,12 +44,12 @@ def evaluate_output(
     The conversion is complete by then and must not be lost, so every exception is caught.
 
     Args:
-        folder: of the converted model.
+        folder: folder of the converted model.
         title: its name in the evaluation.
-        source: that it was converted from.
+        source: checkpoint that it was converted from.
         resolved: the same, resolved to a model with its weights open.
         origin: whose name the source has in the evaluation.
-        texts: to evaluate on; None takes the texts of the package.
+        texts: evaluation texts; None takes those of the package.
         progress: called with the bytes of weights read so far.
     """
     try:
@@ -91,14 +91,14 @@ def build_receipt(
 
     Args:
         method: in words.
-        origin: of the source.
+        origin: origin of the source.
         source_files: name of each weight file of the source -> its SHA-256.
-        layout: of the output.
+        layout: layout of the output.
         results: path of the parameter -> its measurements.
         notes: sentences about anything unexpected.
         expected_kl: KL divergence in nats per token that was forecast; None if there was no
             forecast.
-        evaluation: of the output, or the reason why there is none.
+        evaluation: evaluation of the output, or the reason why there is none.
         versions: package -> version.
         files: name of every other file in the output -> its SHA-256.
     """

@@ -16,9 +16,9 @@ class SafetensorsWriter:
     """Writes the files of an output layout into a folder. Its methods raise OSError.
 
     Args:
-        layout: of the files: parameters, headers and positions.
-        folder: that the files are written to.
-        disk: through which they are written.
+        layout: parameters, headers and positions in the files.
+        folder: destination of the files.
+        disk: file operations that write them.
     """
 
     def __init__(self, layout: OutputLayout, folder: Path, disk: Disk) -> None:
@@ -41,7 +41,7 @@ class SafetensorsWriter:
         """Write rows of one of the tensors that a parameter is stored as.
 
         Args:
-            path: of the parameter.
+            path: path of the parameter.
             item: its tensor: the weight, the scales or the biases.
             first_row: position of the first of ``rows`` in the tensor.
             rows: (R, columns) of the tensor's dtype.

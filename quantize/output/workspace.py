@@ -35,7 +35,7 @@ class Workspace:
 
     Args:
         output: path of the finished folder.
-        disk: through which files are written.
+        disk: file operations that write the output.
 
     Attributes:
         model: folder in which the output is built.

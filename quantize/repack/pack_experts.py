@@ -59,13 +59,13 @@ class PackSummary:
     """Sizes of a packed model.
 
     Attributes:
-        output: its folder.
+        output: output folder.
         layers: number of layers with experts.
         experts: number of experts in all layers together.
-        expert_bytes: of the experts' arrays.
-        filled_bytes: of padding that fills up each expert's record to the next page.
-        row_bytes: of the file of per-layer embeddings.
-        other_bytes: of all other tensors.
+        expert_bytes: size of the experts' arrays.
+        filled_bytes: padding that extends each expert's record to whole pages.
+        row_bytes: size of the file of per-layer embeddings.
+        other_bytes: size of all other tensors.
     """
 
     output: Path
@@ -84,9 +84,9 @@ class Packing:
     Attributes:
         source: the opened folder.
         resolved: the same, resolved to a model.
-        folder: to pack.
+        folder: folder to pack.
         output: folder to make.
-        disk: through which the output is written.
+        disk: file operations that write the output.
     """
 
     source: CheckpointSource

@@ -28,7 +28,7 @@ class RowTableWriter:
     """Writes an embedding table as a file of records, one per row.
 
     Args:
-        path: of the table, as a checkpoint names it.
+        path: path of the table in the checkpoint.
         tensor: its weight.
 
     Attributes:
@@ -84,8 +84,8 @@ class RowTableWriter:
         """Write the whole file.
 
         Args:
-            disk: through which it is written.
-            descriptor: of the file, open for writing.
+            disk: file operations that write it.
+            descriptor: descriptor of the file, open for writing.
             progress: called with the bytes of records written so far.
 
         Raises:

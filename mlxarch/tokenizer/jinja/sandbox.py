@@ -122,7 +122,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Render a template of this environment.
 
         Args:
-            template: from ``compile_template``.
+            template: result of ``compile_template``.
             variables: name -> plain JSON value.
 
         Raises:
