@@ -22,7 +22,10 @@
         ├── StreamError         reading offloaded weights from the disk failed
         │   ├── EmbeddingReadError
         │   └── ExpertReadError
-        └── NonFiniteLogits
+        ├── NonFiniteLogits
+        ├── QueueFull           the engine has as many requests as it accepts
+        ├── DoesNotFit          a request needs more memory than the engine has for all
+        └── EngineStopped       the engine was closed, or a failure ended it
 
 ``exit_code`` is the exit status of the command line for each.
 """
@@ -128,3 +131,24 @@ class ExpertReadError(StreamError):
 
 class NonFiniteLogits(GenerationError):
     """The logits contain NaN or infinity, because of damaged weights or insufficient precision."""
+
+
+class QueueFull(GenerationError):
+    """The engine has as many waiting requests as it accepts.
+
+    Args:
+        message: text of the error.
+        retry_after: estimated seconds until a place is free.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DoesNotFit(GenerationError):
+    """A request can never run: it needs more memory than there is; the message has the arithmetic."""
+
+
+class EngineStopped(GenerationError):
+    """The engine does not run: it was closed, or a failure ended it."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 
 from mlxarch.blocks import Cache, CausalLM
+from mlxarch.engine import Engine
 from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
 from mlxarch.generation.answer import AnswerReader, BatchRow, Piece, Result
 from mlxarch.generation.context_shift import (
@@ -173,6 +174,17 @@ class LanguageModel:
     def _session(self, **options: Any) -> Session:
         chunk = self.plan.execution.chunk if self.plan else None
         return Session(self.make_caches(), renew=self.make_caches, prefill_chunk=chunk, **options)
+
+    def engine(self, **options: Any) -> Engine:
+        """Start an engine that runs many requests at once; close it after use, or use ``with``.
+
+        Args:
+            **options: arguments of ``Engine`` that replace those of the memory plan.
+        """
+        settings: dict[str, Any] = {"context_length": self.context_length, "kv": self.kv}
+        if self.plan is not None:
+            settings["chunk"] = self.plan.execution.chunk
+        return Engine(self.model, **(settings | options))
 
     @property
     def streaming(self) -> ExpertStreaming | None:

@@ -34,6 +34,7 @@ from mlxarch.blocks import (
     Quantization,
     RMSNorm,
     RoPE,
+    by_row,
 )
 from mlxarch.blocks.attention.layer_types import LocalRoPEConfig
 from mlxarch.blocks.config import Positive, Size
@@ -208,7 +209,8 @@ class SharingAttention(Attention):
                 k, v = cache.append(k, v)
             context.shared[self.span] = (k, v, mask)
         k, v, mask = context.shared[self.span]
-        return self.o_proj(self.attend(q, k, v, mask, context).swapaxes(1, 2).flatten(-2))
+        out = by_row(self.attend, q, k, v, mask, context.by_row)
+        return self.o_proj(out.swapaxes(1, 2).flatten(-2))
 
 
 class DecoderLayer(nn.Module):

@@ -11,6 +11,7 @@ Source: openai-community/gpt2/config.json and transformers' GPT2Config; Radford 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ from mlxarch.blocks import (
     Linear,
     Positive,
     ResidualOutput,
+    by_row,
     gelu,
 )
 from mlxarch.blocks.attention.attention import attend
@@ -88,7 +90,7 @@ class Attention(nn.Module):
         mask = context.mask(self.span, cache)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = attend(q, k, v, mask, scale=self.head_size**-0.5)
+        out = by_row(partial(attend, scale=self.head_size**-0.5), q, k, v, mask)
         return self.c_proj(out.swapaxes(1, 2).flatten(-2))
 
 

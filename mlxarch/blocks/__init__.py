@@ -26,7 +26,7 @@ from mlxarch.blocks.moe.moe import Experts, MoE
 from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from mlxarch.blocks.rope import NoRoPE, RoPE, RoPEConfig
-from mlxarch.kv_cache import Cache, KVArray
+from mlxarch.kv_cache import Cache, KVArray, by_row
 from mlxarch.quantization.scheme import Quantization
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "SoftmaxTopK",
     "Span",
     "ZeroCenteredRMSNorm",
+    "by_row",
     "causal_lm",
     "fuse",
     "geglu",

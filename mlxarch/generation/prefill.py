@@ -68,11 +68,7 @@ def feed(
     groups = segments(model, streaming, chunks) if streaming else ([chunk] for chunk in chunks)
     *before, last = groups
     for group in before:
-        if streaming and len(group) > 1:
-            prefill_by_layers(model, streaming, group, caches, only_caches=True)
-        else:
-            _fill_caches(model, group[0], caches)
-        evaluate_caches(caches)
+        fill_caches(model, group, caches, streaming)
         on_progress(sum(chunk.shape[1] for chunk in group))
     if streaming and len(last) > 1:
         state = prefill_by_layers(model, streaming, last, caches)
@@ -82,8 +78,25 @@ def feed(
     return state
 
 
-def _fill_caches(model: CausalLM, chunk: mx.array, caches: Sequence[Cache | None]) -> None:
-    """Append a chunk (B, L) to the caches and compute nothing after the last of them."""
+def fill_caches(
+    model: CausalLM,
+    group: Sequence[mx.array],
+    caches: Sequence[Cache | None],
+    streaming: ExpertStreaming | None,
+) -> None:
+    """Append chunks (B, L) to the caches, and compute nothing after the last of them.
+
+    Args:
+        group: one chunk, or with offloaded experts the chunks of a segment.
+    """
+    if streaming and len(group) > 1:
+        prefill_by_layers(model, streaming, group, caches, only_caches=True)
+    else:
+        _fill_with_chunk(model, group[0], caches)
+    evaluate_caches(caches)
+
+
+def _fill_with_chunk(model: CausalLM, chunk: mx.array, caches: Sequence[Cache | None]) -> None:
     last = last_cached_layer(caches)
     context = ForwardContext(chunk.shape[1], caches)
     state = model.embed(chunk, context)

@@ -5,6 +5,7 @@ full            every token
 sliding         the newest tokens of a sliding window, in a ring buffer
 latent          one latent vector per token (multi-head latent attention)
 quantized       vectors in 8 or 4 bits, rotated before they are quantized
+rows            caches of several rows with different numbers of tokens
 prefill_only    update a cache without computing the rest of its layer
 """
 
@@ -13,6 +14,7 @@ from mlxarch.kv_cache.full import FullCache
 from mlxarch.kv_cache.latent import LatentCache
 from mlxarch.kv_cache.prefill_only import last_cached_layer, update_cache_only
 from mlxarch.kv_cache.quantized import QuantizedVectors, UpProjectedLatents
+from mlxarch.kv_cache.rows import PerRow, RowCaches, by_row, join_rows
 from mlxarch.kv_cache.sliding import SlidingCache
 
 __all__ = [
@@ -20,9 +22,13 @@ __all__ = [
     "FullCache",
     "KVArray",
     "LatentCache",
+    "PerRow",
     "QuantizedVectors",
+    "RowCaches",
     "SlidingCache",
     "UpProjectedLatents",
+    "by_row",
+    "join_rows",
     "last_cached_layer",
     "update_cache_only",
 ]

@@ -12,7 +12,7 @@ from mlxarch.blocks.attention.span import Full, Span
 from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.linear import FusableProjections, Linear
 from mlxarch.blocks.rope import NoRoPE, RoPE
-from mlxarch.kv_cache import Cache, KVArray
+from mlxarch.kv_cache import Cache, KVArray, by_row
 from mlxarch.quantization.scheme import Quantization
 
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         mask = context.mask(self.span, cache)  # before the new keys are appended to the cache
         if cache is not None:
             k, v = cache.append(k, v)
-        out = self.attend(q, k, v, mask, context)
+        out = by_row(self.attend, q, k, v, mask, context.by_row)
         return self.o_proj(out.swapaxes(1, 2).flatten(-2))
 
 

@@ -1,13 +1,13 @@
 """State that all layers share in one forward pass: positions of the queries, and masks."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from mlxarch.blocks.attention.blockwise import Mask
 from mlxarch.blocks.attention.span import Span
-from mlxarch.kv_cache import Cache
+from mlxarch.kv_cache import Cache, PerRow, RowCaches
 
 
 class ForwardContext:
@@ -16,18 +16,32 @@ class ForwardContext:
     Attributes:
         length: L.
         padding: tokens of padding on the left of each row (B,); None without padding.
-        offset: position of the first query; one for each row (B,) in a padded batch.
+        offset: position of the first query; one for each row (B,) in a padded or ragged batch.
         shared: values that a layer passes on to later layers, under a key that both know.
     """
 
     def __init__(self, length: int, caches: Sequence[Cache | None] | None = None) -> None:
         first = next((cache for cache in caches or () if cache is not None), None)
-        cached = first.length if first else 0
         self.length = length
-        self.padding = first.padding if first else None
-        self.offset: int | mx.array = cached if self.padding is None else cached - self.padding
         self.shared: dict[Hashable, Any] = {}
         self._masks: dict[tuple[Span, type[Cache] | None], Mask] = {}
+        self._rows: PerRow[ForwardContext] | None = None
+        if isinstance(first, RowCaches):
+            rows = tuple(ForwardContext(length, [cache]) for cache in first.rows)
+            self._rows = PerRow(rows, first.batch)
+            self.padding = None
+            offsets = [cache.length for cache in first.rows]
+            offsets += offsets[-1:] * (first.batch - len(rows))
+            self.offset: int | mx.array = mx.array(offsets)
+            return
+        cached = first.length if first else 0
+        self.padding = first.padding if first else None
+        self.offset = cached if self.padding is None else cached - self.padding
+
+    @property
+    def by_row(self) -> "ForwardContext | PerRow[ForwardContext]":
+        """This context, or in a ragged batch one for each row."""
+        return self._rows or self
 
     @property
     def positions(self) -> mx.array:
@@ -44,8 +58,12 @@ class ForwardContext:
 
         Shape:
             (L, S), or (B, 1, L, S) in a padded batch; "causal" or None where attention needs no
-            array
+            array; in a ragged batch one of these for each row
         """
+        if isinstance(cache, RowCaches) and self._rows:
+            pairs = zip(self._rows.rows, cache.rows, strict=True)
+            masks = tuple(context.mask(span, own) for context, own in pairs)
+            return cast(Mask, PerRow(masks, cache.batch))
         key = (span, type(cache) if cache else None)
         if key not in self._masks:
             self._masks[key] = self._make_mask(span, cache)

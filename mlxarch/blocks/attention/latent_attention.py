@@ -15,7 +15,7 @@ from mlxarch.blocks.linear import FusableProjections, Linear
 from mlxarch.blocks.norms import RMSNorm
 from mlxarch.blocks.per_head_linear import PerHeadLinear
 from mlxarch.blocks.rope import RoPE
-from mlxarch.kv_cache import Cache, KVArray, UpProjectedLatents
+from mlxarch.kv_cache import Cache, KVArray, UpProjectedLatents, by_row
 from mlxarch.quantization.scheme import Quantization
 
 MAX_SCORES = 2**25  # computed at once, 128 MB in float32; at least those of one head
@@ -178,5 +178,5 @@ class LatentAttention(nn.Module):
         if cache is not None:
             latent_keys, latents = cache.append(latent_keys, latents)
         q_rope = self.rope(q_rope, context.offset)
-        out = self.attend(q_nope, q_rope, latent_keys, latents, mask)
+        out = by_row(self.attend, q_nope, q_rope, latent_keys, latents, mask)
         return self.o_proj(out.swapaxes(1, 2).flatten(-2))

@@ -1,0 +1,32 @@
+"""Many requests at once on one model: token ids in, token ids out.
+
+request     a request, and the outputs that it gets
+engine      the thread that owns the model, and its interface to other threads
+scheduler   which rows run in the next step, and which part of a prompt is read
+row         state of one running request
+steps       one decoding step for all rows, and one chunk of a prompt
+"""
+
+from mlxarch.engine.engine import Engine
+from mlxarch.engine.request import (
+    EngineStatus,
+    GenerationRequest,
+    PromptReport,
+    RequestHandle,
+    RequestTimings,
+    RowOutput,
+    TokenLogprobs,
+    TokenMatcher,
+)
+
+__all__ = [
+    "Engine",
+    "EngineStatus",
+    "GenerationRequest",
+    "PromptReport",
+    "RequestHandle",
+    "RequestTimings",
+    "RowOutput",
+    "TokenLogprobs",
+    "TokenMatcher",
+]

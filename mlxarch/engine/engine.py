@@ -1,0 +1,228 @@
+"""The engine: a thread that owns a model, and runs the requests of other threads on it.
+
+Unevaluated arrays of MLX belong to the thread that made them. The model, the caches and the
+samplers are therefore touched by the engine's thread only; other threads submit requests and
+receive tokens.
+"""
+
+import itertools
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from mlxarch.blocks import Cache, CausalLM
+from mlxarch.engine.request import (
+    EngineStatus,
+    GenerationRequest,
+    RequestHandle,
+    RowOutput,
+)
+from mlxarch.engine.row import Deliver, Row
+from mlxarch.engine.scheduler import Scheduler
+from mlxarch.engine.steps import PromptReader
+from mlxarch.errors import EngineStopped, InvalidInput, QueueFull
+from mlxarch.generation.decode import check_tokens, remaining_tokens
+from mlxarch.quantization.scheme import Quantization
+
+logger = logging.getLogger(__name__)
+
+
+class _Worker:
+    """What the engine's thread runs; it does not refer to the ``Engine``, which may be collected."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.wake = threading.Condition()
+        self.arrivals: deque[Row] = deque()
+        self.accepts = True
+        self.deadline: float | None = None  # from then on, requests are cancelled
+        self.error: BaseException | None = None
+        self.on_death: Callable[[BaseException], None] | None = None
+
+    def notify(self) -> None:
+        """Wake the thread if it waits for work."""
+        with self.wake:
+            self.wake.notify()
+
+    def stop(self, timeout: float | None) -> None:
+        """Accept nothing more, and end when no request is left, or after ``timeout`` seconds."""
+        with self.wake:
+            self.accepts = False
+            deadline = time.monotonic() + (timeout or 0)
+            self.deadline = min(self.deadline or deadline, deadline)
+            self.wake.notify()
+
+    def run(self) -> None:
+        """Run requests until ``stop``."""
+        try:
+            while self._take_arrivals():
+                self.scheduler.turn()
+            self.scheduler.finish_all("cancelled")
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self._die(error)
+
+    def _take_arrivals(self) -> bool:
+        """Move new requests to the scheduler, and wait where there is none; False ends the thread."""
+        scheduler = self.scheduler
+        with self.wake:
+            while True:
+                scheduler.waiting.extend(self.arrivals)
+                self.arrivals.clear()
+                if not self.accepts:
+                    late = self.deadline is not None and time.monotonic() >= self.deadline
+                    return not (scheduler.is_idle or late)
+                if not scheduler.is_idle:
+                    return True
+                self.wake.wait()
+
+    def _die(self, error: BaseException) -> None:
+        with self.wake:
+            self.accepts = False
+            self.error = error
+            self.scheduler.waiting.extend(self.arrivals)
+            self.arrivals.clear()
+        self.scheduler.finish_all("error", EngineStopped(f"the engine failed: {error!r}"))
+        if self.on_death is not None:
+            self.on_death(error)
+
+
+def _stop_and_join(worker: _Worker, thread: threading.Thread) -> None:
+    worker.stop(None)
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+class Engine:
+    """Many requests at once on one model.
+
+    Rows join and leave between steps, and each has its own sampling parameters, random stream and
+    limit. Submitting and cancelling are safe from every thread.
+
+    Args:
+        model: network with weights.
+        context_length: tokens of a prompt and its answer together; None takes the model's.
+        max_rows: requests that run at the same time.
+        max_waiting: further requests that may wait.
+        kv: quantization of keys and values; None keeps them as they are.
+        chunk: tokens of a prompt per pass; None takes the default of the machine.
+        on_death: called on the engine's thread after a failure that ended it.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        context_length: int | None = None,
+        max_rows: int = 16,
+        max_waiting: int = 64,
+        kv: Quantization | None = None,
+        chunk: int | None = None,
+        on_death: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        def make_caches() -> list[Cache | None]:
+            return model.make_caches(kv=kv)
+
+        self.vocab_size = model.vocab_size
+        self.context_length = context_length or model.context_length
+        self.max_rows = max_rows
+        self.max_waiting = max_waiting
+        reader = PromptReader(model, chunk)
+        scheduler = Scheduler(model, make_caches, reader, max_rows, lambda rows: rows)
+        self._worker = _Worker(scheduler)
+        self._worker.on_death = on_death
+        self._numbers = itertools.count(1)
+        self._thread = threading.Thread(target=self._worker.run, name="mlxarch-engine", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, _stop_and_join, self._worker, self._thread)
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> RequestHandle:
+        """Queue a request.
+
+        Args:
+            deliver: called on the engine's thread with each output; it must not block.
+
+        Raises:
+            InvalidInput: a token or a parameter is out of range.
+            ContextLengthError: prompt and answer do not fit into the context.
+            QueueFull: too many requests wait.
+            EngineStopped: the engine was closed or has failed.
+        """
+        check_tokens(request.prompt, self.vocab_size)
+        remaining_tokens(len(request.prompt), request.max_tokens or None, self.context_length)
+        if bias := [t for t in request.sampling.logit_bias if t >= self.vocab_size]:
+            raise InvalidInput(
+                f"logit_bias names token {bias[0]}; the vocabulary ends at {self.vocab_size - 1}"
+            )
+        worker = self._worker
+        with worker.wake:
+            if not worker.accepts:
+                reason = f"it failed: {worker.error!r}" if worker.error else "it was closed"
+                raise EngineStopped(f"the engine does not run: {reason}")
+            scheduler = worker.scheduler
+            queued = len(worker.arrivals) + len(scheduler.waiting)
+            free = self.max_rows - len(scheduler.rows)
+            if queued >= self.max_waiting + max(free, 0):
+                raise QueueFull(
+                    f"{queued} requests wait already, the most that this engine lets wait; try "
+                    "again later"
+                )
+            handle = RequestHandle(f"request-{next(self._numbers)}", worker.notify)
+            worker.arrivals.append(Row(request, handle, deliver))
+            worker.wake.notify()
+        return handle
+
+    def stream(self, request: GenerationRequest) -> Iterator[RowOutput]:
+        """Run a request and yield its outputs; closing the iterator cancels it.
+
+        Raises:
+            MlxArchError: as for ``submit``, or the error that ended the request.
+        """
+        outputs: queue.SimpleQueue[RowOutput] = queue.SimpleQueue()
+        handle = self.submit(request, outputs.put)
+        try:
+            while True:
+                output = outputs.get()
+                if output.error is not None:
+                    raise output.error
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            handle.cancel()
+
+    def status(self) -> EngineStatus:
+        """State of the engine; may be called from any thread."""
+        worker = self._worker
+        scheduler = worker.scheduler
+        return EngineStatus(
+            alive=worker.accepts and self._thread.is_alive(),
+            running=len(scheduler.running),
+            reading=len(scheduler.reading),
+            waiting=len(scheduler.waiting) + len(worker.arrivals),
+            row_bytes=sum(row.nbytes for row in scheduler.rows),
+            room_bytes=None,
+            prefix_bytes=0,
+            counters=dict(scheduler.counters),
+        )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Accept no more requests, and wait until the engine's thread has ended.
+
+        Args:
+            timeout: seconds that running requests get to finish; then, or at once with None, they
+                are cancelled.
+        """
+        self._worker.stop(timeout)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,142 @@
+"""State of one request while it runs: its caches, its sampler, its tokens."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlxarch.blocks import Cache
+from mlxarch.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    PromptReport,
+    RequestHandle,
+    RequestTimings,
+    RowOutput,
+    TokenLogprobs,
+)
+from mlxarch.errors import MlxArchError
+from mlxarch.generation.sampling import RowSampler
+
+logger = logging.getLogger(__name__)
+Deliver = Callable[[RowOutput], None]
+
+
+class Row:
+    """A request from its arrival to its last output.
+
+    Attributes:
+        caches: KV cache of each layer.
+        sampler: state of its sampling; None until its prompt is read.
+        fed: tokens of the prompt that the caches hold.
+        tokens: generated tokens that have been delivered.
+        chosen: newest chosen token (1,), which the host may not know yet.
+        chosen_count: tokens chosen so far, delivered or not.
+        reason: why the row has ended; None before.
+        prompt_logprobs: of the tokens of the prompt read so far.
+    """
+
+    def __init__(self, request: GenerationRequest, handle: RequestHandle, deliver: Deliver) -> None:
+        self.request = request
+        self.handle = handle
+        self._deliver = deliver
+        self.caches: list[Cache | None] = []
+        self.sampler: RowSampler | None = None
+        self.fed = 0
+        self.cached_tokens = 0
+        self.first_difference: int | None = None
+        self.tokens: list[int] = []
+        self.chosen: mx.array | None = None
+        self.chosen_count = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.reason: FinishReason | None = None
+        self._reported = False
+        self._arrived = time.perf_counter()
+        self._admitted: float | None = None
+        self._first_token: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last output has been delivered."""
+        return self.handle.done.is_set()
+
+    @property
+    def prompt_is_read(self) -> bool:
+        """Whether the caches hold the whole prompt."""
+        return self.fed == len(self.request.prompt)
+
+    @property
+    def may_choose(self) -> bool:
+        """Whether another token is within the limit, counting those that are not delivered yet."""
+        return self.chosen_count < self.request.max_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of its caches."""
+        return sum(cache.nbytes for cache in self.caches if cache is not None)
+
+    def admit(self, caches: list[Cache | None]) -> None:
+        """Take the caches with which the row begins to run."""
+        self.caches = caches
+        self._admitted = time.perf_counter()
+
+    def report_progress(self) -> None:
+        """Deliver how much of the prompt has been read."""
+        self._send(RowOutput(progress=(self.fed, len(self.request.prompt))))
+
+    def add(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Deliver a chosen token, and end the row if it was the last."""
+        if self._first_token is None:
+            self._first_token = time.perf_counter()
+        self.tokens.append(token)
+        matcher = self.request.matcher
+        if matcher is not None and token not in self.request.end_tokens:
+            matcher.consume(token)
+        reason: FinishReason | None = None
+        if token in self.request.end_tokens or (matcher is not None and matcher.stopped):
+            reason = "stop"
+        elif len(self.tokens) >= self.request.max_tokens:
+            reason = "length"
+        self._output((token,), () if logprobs is None else (logprobs,), reason)
+
+    def finish(self, reason: FinishReason, error: MlxArchError | None = None) -> None:
+        """Deliver the last output, without a token."""
+        if not self.finished:
+            self._output((), (), reason, error)
+
+    def _output(
+        self,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason | None,
+        error: MlxArchError | None = None,
+    ) -> None:
+        prompt = None
+        if not self._reported and self.prompt_is_read:
+            self._reported = True
+            prompt = PromptReport(
+                len(self.request.prompt),
+                self.cached_tokens,
+                self.first_difference,
+                tuple(self.prompt_logprobs),
+            )
+        timings = None if reason is None else self._timings()
+        self._send(RowOutput(tokens, logprobs, reason, error, None, prompt, timings))
+        if reason is not None:
+            self.reason = reason
+            self.caches = []
+            self.handle.done.set()
+
+    def _timings(self) -> RequestTimings:
+        end = time.perf_counter()
+        admitted = self._admitted or end
+        first = self._first_token or end
+        return RequestTimings(admitted - self._arrived, first - admitted, end - first)
+
+    def _send(self, output: RowOutput) -> None:
+        try:
+            self._deliver(output)
+        except Exception:  # the receiver's fault must not reach the other rows
+            logger.exception("the receiver of request %s failed; the request ends", self.handle.id)
+            self.handle.cancel()

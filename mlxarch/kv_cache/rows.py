@@ -1,0 +1,84 @@
+"""Caches of several rows with different numbers of tokens (a ragged batch), and calls row by row.
+
+The rows of a batch run through linear layers and experts together, and each attends to a cache of
+its own. No row needs padding or masks for the others, and rows join and leave without a copy.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import mlx.core as mx
+
+from mlxarch.kv_cache.base import Cache, KVArray
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PerRow(Generic[T]):
+    """One value for each row of a ragged batch, in place of one for all rows.
+
+    Attributes:
+        rows: the values.
+        batch: rows of the arrays that they belong to; those beyond ``rows`` are copies of the last
+            one, which only fill up the batch.
+    """
+
+    rows: tuple[T, ...]
+    batch: int
+
+
+class RowCaches:
+    """Caches of one layer for the rows of a ragged batch; takes the place of a ``Cache``.
+
+    Attributes:
+        rows: cache of each row, of batch size 1.
+        batch: rows of the batch; those beyond ``rows`` are copies of the last one.
+    """
+
+    def __init__(self, rows: Sequence[Cache], batch: int) -> None:
+        self.rows = tuple(rows)
+        self.batch = batch
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
+        """Append the new tokens of each row to its cache.
+
+        Shape:
+            keys, values: (B, K, L, D) -> for each row (1, K, S, D)
+        """
+        new = zip(self.rows, mx.split(keys, self.batch), mx.split(values, self.batch), strict=False)
+        pairs = [cache.append(k, v) for cache, k, v in new]
+        visible = (PerRow(tuple(arrays), self.batch) for arrays in zip(*pairs, strict=True))
+        return cast("tuple[KVArray, KVArray]", tuple(visible))
+
+
+def join_rows(rows: Sequence[Sequence[Cache | None]], batch: int) -> list[Cache | None]:
+    """Join the caches of several rows, each with one cache for each layer, to those of a batch.
+
+    Args:
+        batch: rows of the batch, at least as many as ``rows``.
+    """
+    layers: list[Cache | None] = []
+    for caches in zip(*rows, strict=True):
+        own = [cache for cache in caches if cache is not None]
+        layers.append(cast(Cache, RowCaches(own, batch)) if own else None)
+    return layers
+
+
+def by_row(function: Callable[..., mx.array], *arguments: Any) -> mx.array:
+    """Call a function once for each row if an argument is ``PerRow``, and join the results.
+
+    Args:
+        arguments: arrays, of which each call gets one row, and values that differ by row.
+    """
+    first = next((value for value in arguments if isinstance(value, PerRow)), None)
+    if first is None:
+        return function(*arguments)
+    columns = [
+        value.rows if isinstance(value, PerRow) else mx.split(value, first.batch)
+        for value in arguments
+    ]
+    results = [function(*row) for row in zip(*columns, strict=False)]
+    results += results[-1:] * (first.batch - len(results))
+    return results[0] if len(results) == 1 else mx.concatenate(results)
