@@ -4,6 +4,7 @@ request     a request, and the outputs that it gets
 engine      the thread that owns the model, and its interface to other threads
 scheduler   which rows run in the next step, and which part of a prompt is read
 row         state of one running request
+probe       numbers of rows for which a row does not depend on its neighbours
 steps       one decoding step for all rows, and one chunk of a prompt
 """
 

@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 class _Worker:
     """What the engine's thread runs; it does not refer to the ``Engine``, which may be collected."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, deterministic: bool) -> None:
         self.scheduler = scheduler
+        self._deterministic = deterministic
         self.wake = threading.Condition()
         self.arrivals: deque[Row] = deque()
         self.accepts = True
@@ -59,6 +60,7 @@ class _Worker:
     def run(self) -> None:
         """Run requests until ``stop``."""
         try:
+            self.scheduler.probe(self._deterministic)
             while self._take_arrivals():
                 self.scheduler.turn()
             self.scheduler.finish_all("cancelled")
@@ -110,6 +112,7 @@ class Engine:
         max_waiting: further requests that may wait.
         kv: quantization of keys and values; None keeps them as they are.
         chunk: tokens of a prompt per pass; None takes the default of the machine.
+        deterministic: make the bits of a row independent of the other rows even if that costs time.
         on_death: called on the engine's thread after a failure that ended it.
     """
 
@@ -122,6 +125,7 @@ class Engine:
         max_waiting: int = 64,
         kv: Quantization | None = None,
         chunk: int | None = None,
+        deterministic: bool = False,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         def make_caches() -> list[Cache | None]:
@@ -132,8 +136,8 @@ class Engine:
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         reader = PromptReader(model, chunk)
-        scheduler = Scheduler(model, make_caches, reader, max_rows, lambda rows: rows)
-        self._worker = _Worker(scheduler)
+        scheduler = Scheduler(model, make_caches, reader, max_rows)
+        self._worker = _Worker(scheduler, deterministic)
         self._worker.on_death = on_death
         self._numbers = itertools.count(1)
         self._thread = threading.Thread(target=self._worker.run, name="mlxarch-engine", daemon=True)
@@ -207,6 +211,7 @@ class Engine:
             row_bytes=sum(row.nbytes for row in scheduler.rows),
             room_bytes=None,
             prefix_bytes=0,
+            rows_independent=scheduler.batch_sizes.independent,
             counters=dict(scheduler.counters),
         )
 

@@ -169,6 +169,8 @@ class EngineStatus:
         row_bytes: bytes of the caches of all running requests.
         room_bytes: bytes that rows and prefix cache may take; None without a limit.
         prefix_bytes: bytes of the prefix cache in memory.
+        rows_independent: whether a probe at the start found that the bits of a row do not depend on
+            the rows beside it; False until it has run.
         counters: totals since the start, by name.
     """
 
@@ -179,4 +181,5 @@ class EngineStatus:
     row_bytes: int
     room_bytes: int | None
     prefix_bytes: int
+    rows_independent: bool
     counters: Mapping[str, int] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlxarch.blocks import Cache, CausalLM
+from mlxarch.engine.probe import BatchSizes, probe_batch_sizes
 from mlxarch.engine.request import FinishReason
 from mlxarch.engine.row import Row
 from mlxarch.engine.steps import NOT_FINITE, Choice, PromptReader, choose, forward
@@ -25,13 +26,13 @@ class Scheduler:
         make_caches: creates the empty caches of a row.
         reader: reader of prompts.
         max_rows: rows that run at the same time.
-        batch_size: number of rows -> rows of the pass that runs them, at least as many.
 
     Attributes:
         waiting: requests that have not begun.
         reading: rows whose prompt is being read, the oldest first.
         running: rows that decode.
         counters: totals since the start, by name.
+        batch_sizes: numbers of rows that a decoding pass may have.
     """
 
     def __init__(
@@ -40,7 +41,6 @@ class Scheduler:
         make_caches: Callable[[], list[Cache | None]],
         reader: PromptReader,
         max_rows: int,
-        batch_size: Callable[[int], int],
     ) -> None:
         self.model = model
         self.reader = reader
@@ -48,9 +48,9 @@ class Scheduler:
         self.reading: list[Row] = []
         self.running: list[Row] = []
         self.counters: Counter[str] = Counter()
+        self.batch_sizes = BatchSizes((), independent=False)
         self._make_caches = make_caches
         self._max_rows = max_rows
-        self._batch_size = batch_size
         self._unread: list[Choice] = []
 
     @property
@@ -62,6 +62,10 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether there is nothing to compute or deliver."""
         return not (self.waiting or self.reading or self.running or self._unread)
+
+    def probe(self, deterministic: bool) -> None:
+        """Find out in which batch sizes a row does not depend on its neighbours."""
+        self.batch_sizes = probe_batch_sizes(self.model, self._max_rows, deterministic)
 
     def turn(self) -> None:
         """Compute one decoding step and one chunk of a prompt, and deliver the step before."""
@@ -119,7 +123,7 @@ class Scheduler:
         self._unread = []
         logits = None
         if rows:
-            logits = forward(self.model, rows, self._batch_size(len(rows)))
+            logits = forward(self.model, rows, self.batch_sizes.at_least(len(rows)))
             if any(row.request.matcher is not None for row in rows):
                 mx.async_eval(logits)
             else:
