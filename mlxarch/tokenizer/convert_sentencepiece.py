@@ -11,7 +11,7 @@ it; the few fields that its Python interface does not offer are parsed here.
 
 import base64
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,32 @@ MAX_FILE_BYTES = 64 << 20
 """Largest file that is read; the largest published ones have 5 MB."""
 _MAX_PIECES = 1 << 21
 _MAX_PIECE_LENGTH = 512  # characters
+_MAX_TOTAL_LENGTH = 1 << 22  # characters of all pieces; Gemma 3's 262,144 pieces have 1.9 million
 
 _SPACE = "▁"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
+
+# The fields of sentencepiece_model.proto that are read: number -> name and wire type.
+_VARINT, _LENGTH_DELIMITED, _FIXED_32 = 0, 2, 5
+_FIXED_SIZES = {1: 8, _FIXED_32: 4}  # wire type -> bytes
+_MODEL_FIELDS = {
+    1: ("pieces", _LENGTH_DELIMITED),
+    2: ("trainer_spec", _LENGTH_DELIMITED),
+    3: ("normalizer_spec", _LENGTH_DELIMITED),
+}
+_PIECE_FIELDS = {1: ("piece", _LENGTH_DELIMITED), 2: ("score", _FIXED_32), 3: ("type", _VARINT)}
+_TRAINER_FIELDS = {
+    3: ("model_type", _VARINT),
+    24: ("treat_whitespace_as_suffix", _VARINT),
+    35: ("byte_fallback", _VARINT),
+}
+_NORMALIZER_FIELDS = {
+    2: ("precompiled_charsmap", _LENGTH_DELIMITED),
+    3: ("add_dummy_prefix", _VARINT),
+    4: ("remove_extra_whitespaces", _VARINT),
+    5: ("escape_whitespaces", _VARINT),
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,7 @@ def convert_sentencepiece(data: bytes, name: str) -> tuple[bytes, dict[str, str]
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         model = _parse_model(data, unk_id=processor.unk_id(), bos_id=processor.bos_id())
-    except (RuntimeError, ValueError, IndexError, struct.error) as problem:
+    except (RuntimeError, ValueError, IndexError) as problem:
         raise TokenizerError(
             f"{name}: this is not a SentencePiece model ({problem}). {REMEDY}"
         ) from problem
@@ -82,11 +104,16 @@ def convert_sentencepiece(data: bytes, name: str) -> tuple[bytes, dict[str, str]
             f"{name}: a SentencePiece model of kind {model.model_type}; "
             "1 (Unigram) and 2 (BPE) are read."
         )
-    longest = max((len(piece.text) for piece in model.pieces), default=0)
-    if len(model.pieces) > _MAX_PIECES or longest > _MAX_PIECE_LENGTH:
+    lengths = [len(piece.text) for piece in model.pieces]
+    if (
+        len(lengths) > _MAX_PIECES
+        or max(lengths) > _MAX_PIECE_LENGTH
+        or sum(lengths) > _MAX_TOTAL_LENGTH
+    ):
         raise TokenizerError(
-            f"{name}: {len(model.pieces)} pieces of up to {longest} characters; {_MAX_PIECES} "
-            f"pieces of {_MAX_PIECE_LENGTH} characters are read. {REMEDY}"
+            f"{name}: {len(lengths)} pieces of up to {max(lengths)} characters, together "
+            f"{sum(lengths)}; read are {_MAX_PIECES} of {_MAX_PIECE_LENGTH}, together "
+            f"{_MAX_TOTAL_LENGTH}. {REMEDY}"
         )
     ids = {"bos_token": model.bos_id, "eos_token": processor.eos_id(), "unk_token": model.unk_id}
     special_tokens = {
@@ -228,58 +255,75 @@ def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
 
 
 def _parse_model(data: bytes, *, unk_id: int, bos_id: int) -> _Model:
-    """Parse a ModelProto; field numbers are those of sentencepiece_model.proto."""
+    """Parse a ModelProto.
+
+    Raises:
+        ValueError, IndexError: it is damaged, a field has another type than the format gives it, or
+            a setting is not supported.
+    """
     pieces: list[_Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    for number, value in _parse_fields(data):
-        if number == 1:
-            fields = dict(_parse_fields(value))
-            score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
-            pieces.append(_Piece(fields.get(1, b"").decode(), score, fields.get(3, _NORMAL)))
-        elif number == 2:
-            trainer = dict(_parse_fields(value))
-        elif number == 3:
-            normalizer = dict(_parse_fields(value))
-    if trainer.get(24, 0):  # treat_whitespace_as_suffix
+    trainer: dict[str, Any] = {}
+    normalizer: dict[str, Any] = {}
+    for name, value in _parse_fields(data, _MODEL_FIELDS):
+        if name == "pieces":
+            piece: dict[str, Any] = dict(_parse_fields(value, _PIECE_FIELDS))
+            (score,) = struct.unpack("<f", piece.get("score", bytes(4)))
+            text = piece.get("piece", b"").decode()
+            pieces.append(_Piece(text, score, piece.get("type", _NORMAL)))
+        elif name == "trainer_spec":
+            trainer |= dict(_parse_fields(value, _TRAINER_FIELDS))
+        else:
+            normalizer |= dict(_parse_fields(value, _NORMALIZER_FIELDS))
+    if trainer.get("treat_whitespace_as_suffix", 0):
         raise ValueError("it marks blanks at the end of a word, which is not supported")
+    if not normalizer.get("escape_whitespaces", 1):
+        raise ValueError("it does not mark blanks, which is not supported")
     if not 0 <= unk_id < len(pieces):
         raise ValueError("it has no piece for what is unknown")
+    if len({piece.text for piece in pieces}) < len(pieces):
+        raise ValueError("a piece occurs twice")
     return _Model(
         pieces=pieces,
-        model_type=trainer.get(3, _UNIGRAM),
-        byte_fallback=bool(trainer.get(35, 0)),
+        model_type=trainer.get("model_type", _UNIGRAM),
+        byte_fallback=bool(trainer.get("byte_fallback", 0)),
         unk_id=unk_id,
         bos_id=bos_id,
-        precompiled_charsmap=normalizer.get(2, b""),
-        add_dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        precompiled_charsmap=normalizer.get("precompiled_charsmap", b""),
+        add_dummy_prefix=bool(normalizer.get("add_dummy_prefix", 1)),
+        remove_extra_whitespaces=bool(normalizer.get("remove_extra_whitespaces", 1)),
     )
 
 
-def _parse_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of each field of a protocol-buffer message.
+def _parse_fields(data: bytes, known: Mapping[int, tuple[str, int]]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of each known field of a protocol-buffer message.
 
-    A value is an int for a varint, bytes for any other wire type.
+    A value is an int for a varint, bytes for any other wire type; other fields are skipped.
+
+    Args:
+        data: the message.
+        known: field number -> name and wire type.
     """
     position = 0
     while position < len(data):
         key, position = _parse_varint(data, position)
-        wire_type = key & 7
-        if wire_type == 0:
+        name, expected = known.get(key >> 3, (None, key & 7))
+        if key & 7 != expected:
+            raise ValueError(f"{name} has the wire type {key & 7}; it must have {expected}")
+        value: int | bytes
+        if expected == _VARINT:
             value, position = _parse_varint(data, position)
-            yield key >> 3, value
-            continue
-        if wire_type == 2:
-            size, position = _parse_varint(data, position)
-        elif wire_type in (1, 5):
-            size = 8 if wire_type == 1 else 4
+        elif expected in _FIXED_SIZES or expected == _LENGTH_DELIMITED:
+            size = _FIXED_SIZES.get(expected)
+            if size is None:
+                size, position = _parse_varint(data, position)
+            if position + size > len(data):
+                raise ValueError(f"a field at byte {position} ends outside its message")
+            value = data[position : position + size]
+            position += size
         else:
-            raise ValueError(f"wire type {wire_type} at byte {position}")
-        if position + size > len(data):
-            raise ValueError(f"a field at byte {position} ends outside its message")
-        yield key >> 3, data[position : position + size]
-        position += size
+            raise ValueError(f"wire type {expected} at byte {position}")
+        if name is not None:
+            yield name, value
 
 
 def _parse_varint(data: bytes, position: int) -> tuple[int, int]:

@@ -133,6 +133,64 @@ def test_random_changes_of_a_model_are_refused_or_load():
     assert 0 < loaded < 300
 
 
+def _field(number: int, wire_type: int, payload: bytes) -> bytes:
+    """A field of a protocol buffer with a number below 16, as bytes."""
+    length = bytes([len(payload)]) if wire_type == 2 else b""
+    return bytes([number << 3 | wire_type]) + length + payload
+
+
+WIRE_TYPES = {0: b"\x01", 1: bytes(8), 2: b"a", 5: bytes(4)}  # wire type -> some content
+FIELDS = {  # name -> number of its message in the model, number of the field, wire type
+    "piece": (1, 1, 2),
+    "score": (1, 2, 5),
+    "type": (1, 3, 0),
+    "model_type": (2, 3, 0),
+    "precompiled_charsmap": (3, 2, 2),
+    "add_dummy_prefix": (3, 3, 0),
+    "remove_extra_whitespaces": (3, 4, 0),
+    "escape_whitespaces": (3, 5, 0),
+}
+
+
+@pytest.mark.parametrize("wire_type", WIRE_TYPES)
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_of_another_wire_type_is_refused_by_name(name: str, wire_type: int):
+    data = (FOLDERS / "mistral" / "tokenizer.model").read_bytes()
+    message, number, expected = FIELDS[name]
+    content = _field(number, wire_type, WIRE_TYPES[wire_type])
+    if message == 1:
+        content = content if name == "piece" else _field(1, 2, b"zz") + content
+    changed = data + _field(message, 2, content)
+    if wire_type != expected:
+        # an empty piece is refused by the library, which takes the field for an unknown one
+        pattern = "must not be empty" if name == "piece" else f"{name} has the wire type"
+        with pytest.raises(TokenizerError, match=pattern):
+            imported(changed)
+    elif name not in ("piece", "model_type", "precompiled_charsmap"):  # no whole change of those
+        assert imported(changed).encode("the")
+
+
+@pytest.mark.parametrize(("number", "name"), [(2, "trainer_spec"), (3, "normalizer_spec")])
+def test_a_section_that_is_a_number_is_refused_by_name(number: int, name: str):
+    data = (FOLDERS / "mistral" / "tokenizer.model").read_bytes()
+    with pytest.raises(TokenizerError, match=f"{name} has the wire type 0"):
+        imported(data + _field(number, 0, b"\x01"))
+
+
+def test_unknown_fields_are_skipped():
+    data = (FOLDERS / "mistral" / "tokenizer.model").read_bytes()
+    for wire_type, content in WIRE_TYPES.items():
+        more = _field(9, wire_type, content)
+        tokenizer = imported(data + more + _field(3, 2, more))
+        assert tokenizer.encode("the") == imported(data).encode("the")
+
+
+def test_a_model_that_does_not_mark_blanks_is_refused():
+    data = (FOLDERS / "mistral" / "tokenizer.model").read_bytes()
+    with pytest.raises(TokenizerError, match="does not mark blanks"):
+        imported(data + _field(3, 2, _field(5, 0, b"\0")))
+
+
 def test_words_and_characters_are_refused_as_kinds():
     with pytest.raises(TokenizerError, match="kind 4"):
         convert_sentencepiece(trained(model_type="char", vocab_size=60), "tokenizer.model")
