@@ -31,7 +31,7 @@ FORMAT_NAMES = {
     "mlxarch/checkpoint/gguf/config.py": "general.architecture in GGUF",
     "mlxarch/checkpoint/gguf/source.py": "general.architecture in GGUF",
     "mlxarch/checkpoint/gguf/tokenizer.py": "tokenizer.ggml.model and .pre in GGUF",
-    "mlxarch/tokenizer/convert_bpe.py": "names of pre-tokenizers",
+    "mlxarch/tokenizer/convert/bpe.py": "names of pre-tokenizers",
 }
 REGISTRY = ("mlxarch/loading/registry.py", "mlxarch/loading/model_types.py")
 

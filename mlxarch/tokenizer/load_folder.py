@@ -7,7 +7,9 @@ from typing import Any
 
 from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import open_regular_file, read_exactly, read_json, safe_path
-from mlxarch.tokenizer import convert_bpe, convert_sentencepiece, load_json
+from mlxarch.tokenizer import load_json
+from mlxarch.tokenizer.convert import bpe as convert_bpe
+from mlxarch.tokenizer.convert import sentencepiece as convert_sentencepiece
 from mlxarch.tokenizer.load_json import LoadedTokenizer
 
 

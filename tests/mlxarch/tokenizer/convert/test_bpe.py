@@ -11,10 +11,11 @@ import pytest
 import tokenizers
 
 from mlxarch.errors import TokenizerError
-from mlxarch.tokenizer import byte_level, convert_bpe
+from mlxarch.tokenizer import byte_level
+from mlxarch.tokenizer.convert import bpe as convert_bpe
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
-FOLDERS = Path(__file__).parents[2] / "fixtures" / "tokenizers"
+FOLDERS = Path(__file__).parents[3] / "fixtures" / "tokenizers"
 NAMES = ["kimi", "grok2", "tekken", "gpt2"]
 TEXTS = json.loads((FOLDERS / "texts.json").read_text(encoding="utf-8"))
 # mistral-common keeps what a person writes apart from special tokens; here, as in transformers, a text may hold them

@@ -11,11 +11,11 @@ import pytest
 import sentencepiece
 
 from mlxarch.errors import TokenizerError
-from mlxarch.tokenizer.convert_sentencepiece import convert_sentencepiece
+from mlxarch.tokenizer.convert.sentencepiece import convert_sentencepiece
 from mlxarch.tokenizer.load_json import load_tokenizer_json
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
-FOLDERS = Path(__file__).parents[2] / "fixtures" / "tokenizers"
+FOLDERS = Path(__file__).parents[3] / "fixtures" / "tokenizers"
 
 CORPUS = """The quick brown fox jumps over the lazy dog, and a model reads what it wrote.
 def main(argv): return [i for i in range(10)] # a comment with  two blanks

@@ -1,0 +1,1 @@
+"""Tokenizer files of publishers, converted to the contents of a tokenizer.json."""
