@@ -2,6 +2,8 @@
 
     MlxArchError
     ├── InvalidInput            an argument out of range (also a ValueError)
+    │   └── InvalidSchema       a JSON schema, regular expression or grammar that is refused
+    │       └── UnsupportedSchema
     ├── ConfigError             config.json: a key is missing, malformed or not understood
     │   └── UnsupportedArchitecture
     ├── CheckpointError         weights: a file, a header, an index or a tensor breaks a rule
@@ -19,6 +21,7 @@
     ├── BackendMissing          MLX or an optional package is not installed
     └── GenerationError         generation failed
         ├── ContextLengthError
+        ├── ConstraintError     a grammar can not be continued
         ├── StreamError         reading offloaded weights from the disk failed
         │   ├── EmbeddingReadError
         │   └── ExpertReadError
@@ -41,6 +44,27 @@ class InvalidInput(MlxArchError, ValueError):
     """An argument is out of its range; the message names the argument, the value and the range."""
 
     exit_code = 2
+
+
+class InvalidSchema(InvalidInput):
+    """A JSON schema, a regular expression or a grammar is not understood, or contradicts itself."""
+
+
+class UnsupportedSchema(InvalidSchema):
+    """A JSON schema has a keyword that no grammar can hold.
+
+    Attributes:
+        path: place of the keyword in the schema, such as "#/properties/tags/uniqueItems".
+        keyword: the keyword.
+    """
+
+    def __init__(self, path: str, keyword: str) -> None:
+        self.path = path
+        self.keyword = keyword
+        super().__init__(
+            f"the schema's {keyword} at {path} cannot be enforced while the model writes; remove "
+            "it, or compile the schema with strict=False, which checks the finished answer"
+        )
 
 
 class ConfigError(MlxArchError):
@@ -115,6 +139,10 @@ class GenerationError(MlxArchError):
 
 class ContextLengthError(GenerationError):
     """Prompt and answer exceed the context window; the message gives the numbers."""
+
+
+class ConstraintError(GenerationError):
+    """The grammar of an answer exceeds its limits, or no token can continue it."""
 
 
 class StreamError(GenerationError):

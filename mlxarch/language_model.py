@@ -5,15 +5,18 @@ Length: the docstrings of the public API are complete, so that ``help()`` is eno
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import mlx.core as mx
+import msgspec
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine import Engine
 from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
 from mlxarch.generation.answer import AnswerReader, BatchRow, Piece, Result
+from mlxarch.generation.answer_form import AnswerForm, constrain
 from mlxarch.generation.context_shift import (
     Overflow,
     check_overflow,
@@ -36,6 +39,9 @@ from mlxarch.ssd_streaming.row_cache import RowCache
 from mlxarch.store.installed import find_catalog_entry
 from mlxarch.store.lookup import plan_checkpoint
 from mlxarch.store.obtain import obtain
+from mlxarch.structured_output.compiler import GrammarCompiler
+from mlxarch.structured_output.matcher import Grammar, Matcher
+from mlxarch.structured_output.python_types import answer_type
 from mlxarch.system.machines import parse_size
 from mlxarch.system.untrusted_files import read_json
 from mlxarch.tokenizer.tokenizer import Tokenizer
@@ -196,6 +202,11 @@ class LanguageModel:
         """Per-layer embeddings that are read from the SSD, with ``stats``; None if all are in memory."""
         return cache_of(self.model)
 
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiler of schemas, regular expressions and grammars for ``stream`` and ``generate``."""
+        return GrammarCompiler(self.tokenizer, self.model.vocab_size)
+
     @property
     def recommended_sampling(self) -> Sampling:
         """Sampling that the model's makers recommend in generation_config.json or, failing that, the catalog.
@@ -270,6 +281,8 @@ class LanguageModel:
         session: Session | None = None,
         template: Mapping[str, Any] | None = None,
         overflow: Overflow = "refuse",
+        schema: Any = None,
+        grammar: Grammar | None = None,
         **settings: Any,
     ) -> Iterator[Piece]:
         """Generate an answer piece by piece. Closing the iterator stops the generation.
@@ -285,9 +298,15 @@ class LanguageModel:
             overflow: policy for a context that is too short: "refuse", or "keep-ends", which drops
                 as many tokens as needed behind the instructions. ``max_tokens`` is then one context
                 by default.
+            schema: form of the answer: a JSON schema (a dict), a ``msgspec.Struct`` or a dataclass.
+                Only tokens that keep it are chosen.
+            grammar: a compiled grammar of ``grammars`` in place of a schema: a regular expression,
+                a Lark grammar, or a JSON schema that is not held strictly.
             **settings: fields of ``Sampling``, which replace those of ``sampling``.
 
         Raises:
+            UnsupportedSchema: a keyword of the schema cannot be enforced; named with its path.
+            ConstraintError: the grammar exceeds its limits, or no token can continue it.
             ContextLengthError: prompt and ``max_tokens`` do not fit into the context.
             InvalidInput: an argument is out of range.
             NonFiniteLogits: the model computed NaN or infinity.
@@ -297,18 +316,21 @@ class LanguageModel:
         chosen = _sampling(sampling, settings)
         tokens = self.tokens_of(prompt, template)
         reader = AnswerReader(self.tokenizer, tokens, stop)
+        form = self._answer_form(schema, grammar)
+        matcher = form and constrain(self.tokenizer, tokens, form.grammar)
         session = session or self._session(rewind=0)  # for this answer alone
         check_overflow(overflow)
         limit = self._limit(tokens, max_tokens, overflow)
         if overflow == "refuse":
-            return self._pieces(decode(self.model, session, tokens, chosen, limit), limit, reader)
+            steps = decode(self.model, session, tokens, chosen, limit, matcher)
+            return self._pieces(steps, limit, reader, matcher)
         protected = protected_tokens(
             prompt, tokens, lambda messages: self.tokens_of(messages, template)
         )
         steps = decode_with_shift(
-            self.model, session, tokens, chosen, limit, self.context_length, protected
+            self.model, session, tokens, chosen, limit, self.context_length, protected, matcher
         )
-        return self._pieces(steps, limit, reader)
+        return self._pieces(steps, limit, reader, matcher)
 
     def _limit(
         self, tokens: Sequence[int], max_tokens: int | None, overflow: Overflow = "refuse"
@@ -320,14 +342,19 @@ class LanguageModel:
         return remaining_tokens(len(tokens), max_tokens, self.context_length)
 
     def _pieces(
-        self, steps: Iterator[tuple[int, Timings]], limit: int, reader: "AnswerReader"
+        self,
+        steps: Iterator[tuple[int, Timings]],
+        limit: int,
+        reader: AnswerReader,
+        matcher: Matcher | None,
     ) -> Iterator[Piece]:
         for count, (token, timings) in enumerate(steps, 1):
             segments = reader.add(token)
             reason = None
-            if reader.ended or count == limit:
+            ended = reader.ended or (matcher is not None and matcher.stopped)
+            if ended or count == limit:
                 segments += reader.finish()
-                reason = "stop" if reader.ended else "length"
+                reason = "stop" if ended or reader.ended else "length"
             *before, (text, thinking) = segments or [("", reader.thinking)]
             for part, kind in before:
                 yield Piece(part, None, None, timings, kind)
@@ -336,7 +363,11 @@ class LanguageModel:
                 return
 
     def generate(self, prompt: Prompt, **arguments: Any) -> Result:
-        """Generate a complete answer; arguments as for ``stream``."""
+        """Generate a complete answer; arguments as for ``stream``.
+
+        With a schema, ``Result.parsed`` is the answer as a value: an instance of the type that was
+        given, or dicts and lists. It is None for an answer that ``max_tokens`` cut off.
+        """
         texts = {False: "", True: ""}  # by whether it is thinking
         tokens: list[int] = []
         last: Piece | None = None
@@ -346,7 +377,20 @@ class LanguageModel:
         assert (
             last is not None and last.finish_reason is not None
         )  # stream() yields at least its last piece
-        return Result(texts[False], tokens, last.finish_reason, last.timings, texts[True])
+        result = Result(texts[False], tokens, last.finish_reason, last.timings, texts[True])
+        form = self._answer_form(arguments.get("schema"), arguments.get("grammar"))
+        return form.read(result) if form else result
+
+    def _answer_form(self, schema: Any, grammar: Grammar | None) -> "AnswerForm | None":
+        """Compiled form of the answer; None for free text."""
+        if schema is not None and grammar is not None:
+            raise InvalidInput("a schema and a grammar are given; one of them is the answer's form")
+        if schema is not None:
+            kind = answer_type(schema)
+            return AnswerForm(self.grammars.json_schema(kind.schema, strict=True), kind.parse)
+        if grammar is None:
+            return None
+        return AnswerForm(grammar, msgspec.json.decode if grammar.is_json else None)
 
     def generate_batch(
         self,
@@ -416,7 +460,16 @@ def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
     if not isinstance(sampling, Sampling | None):
         raise InvalidInput(f"sampling must be a Sampling, found {type(sampling).__name__}")
     if unknown := sorted(settings.keys() - Sampling.__dataclass_fields__.keys()):
-        own = ("max_tokens", "stop", "sampling", "session", "template", "overflow", "batch_size")
-        known = ", ".join((*own, *Sampling.__dataclass_fields__))
+        own = (
+            "max_tokens",
+            "stop",
+            "sampling",
+            "session",
+            "template",
+            "overflow",
+            "schema",
+            "grammar",
+        )
+        known = ", ".join((*own, "batch_size", *Sampling.__dataclass_fields__))
         raise InvalidInput(f"unknown argument {', '.join(unknown)}; known: {known}")
     return replace(sampling or Sampling(), **settings)

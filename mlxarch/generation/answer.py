@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mlxarch.generation.stop_strings import StopStrings
 from mlxarch.generation.thinking import Segment, splitter
@@ -40,6 +41,8 @@ class Result:
         finish_reason: "stop" or "length".
         timings: duration and token counts.
         thinking: the model's thinking before the answer, without its tags.
+        parsed: the answer as a value, if a schema was given and the answer is complete; else None.
+        warnings: a sentence for each part of a request that could not be held.
     """
 
     text: str
@@ -47,6 +50,8 @@ class Result:
     finish_reason: str
     timings: Timings
     thinking: str = ""
+    parsed: Any = None
+    warnings: tuple[str, ...] = ()
 
 
 class AnswerReader:

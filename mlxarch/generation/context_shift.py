@@ -18,6 +18,7 @@ from mlxarch.generation.decode import decode
 from mlxarch.generation.sampling import Sampling
 from mlxarch.generation.session import Session
 from mlxarch.generation.timings import Timings
+from mlxarch.structured_output.matcher import Matcher
 
 logger = logging.getLogger(__name__)
 Overflow = Literal["refuse", "keep-ends"]
@@ -79,6 +80,7 @@ def decode_with_shift(
     limit: int,
     context: int,
     protected: int,
+    matcher: Matcher | None = None,
 ) -> Iterator[tuple[int, Timings]]:
     """Generate like ``decode``; whenever the context is full, shift it, prefill the rest and continue."""
     start = time.perf_counter()
@@ -97,7 +99,7 @@ def decode_with_shift(
             message = "the context of %d tokens is full: %d of %d are left out, behind the opening"
             logger.info(message, context, dropped, len(tokens))
         count = min(len(prompt) + limit - len(tokens), context - len(window))
-        with closing(decode(model, session, window, sampling, count)) as steps:  # pyright: ignore[reportArgumentType]
+        with closing(decode(model, session, window, sampling, count, matcher)) as steps:  # pyright: ignore[reportArgumentType]
             for token, step_timings in steps:
                 turn = session.turn
                 timings = timings or Timings(len(prompt), step_timings.reused_tokens)

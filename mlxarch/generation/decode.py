@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import mlx.core as mx
+import numpy as np
 
 from mlxarch.blocks import CausalLM
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
@@ -15,6 +16,7 @@ from mlxarch.generation.timings import Timings
 from mlxarch.quantization.scheme import Quantization
 from mlxarch.ssd_streaming.embeddings import late_rows
 from mlxarch.ssd_streaming.experts import streaming_of
+from mlxarch.structured_output.matcher import Matcher
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
@@ -50,20 +52,30 @@ def remaining_tokens(prompt_tokens: int, max_tokens: int | None, context: int) -
 
 
 def decode(
-    model: CausalLM, session: Session, prompt: Sequence[int], sampling: Sampling, limit: int
+    model: CausalLM,
+    session: Session,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    limit: int,
+    matcher: Matcher | None = None,
 ) -> Iterator[tuple[int, Timings]]:
     """Generate up to ``limit`` tokens; closing the iterator stops earlier.
 
     The graph of the next step is queued before the current token is read, so that the device never
     waits for the host. Where embedding rows come from the SSD, the graph is built before the token
-    is known and queued as soon as its row is read. ``session.tokens`` are at any time the tokens
-    that its caches hold.
+    is known and queued as soon as its row is read. With a matcher the network runs ahead in the
+    same way, and only the choice of a token waits for the one before. ``session.tokens`` are at any
+    time the tokens that its caches hold.
+
+    Args:
+        matcher: constraint on the answer, which ends when its grammar is complete; None for none.
 
     Yields:
         Each token with the timings so far; one object, updated as it goes.
 
     Raises:
         NonFiniteLogits: NaN or infinity instead of a token.
+        ConstraintError: the grammar cannot be continued.
         InvalidInput: the session belongs to another model, or has begun another turn meanwhile.
     """
     start = time.perf_counter()
@@ -74,23 +86,33 @@ def decode(
     try:
         logits = prefill(model, session, prompt)
         session.save_snapshot()
-        token, checked = _sample(sampler, logits)
+        token, checked = _sample(sampler, logits, mask=_mask(matcher))
         for index in range(limit):
             following = None
-            if index + 1 < limit:
+            if runs_on := index + 1 < limit:
                 with late or nullcontext():
                     state = model.hidden_state(token[None], session.caches)
-                following = _sample(sampler, model.head(state)[:, 0], queue=late is None)
+                logits = model.head(state)[:, 0]
+                if matcher is None:
+                    following = _sample(sampler, logits, queue=late is None)
+                elif late is None:
+                    mx.async_eval(logits)
             [value] = _read(checked, index)
-            if following is not None:
+            if matcher is not None:
+                matcher.consume(value)
+            if runs_on:
                 if late is not None:
                     late.fill([value])
-                    mx.async_eval(following, sampler.state)
+                    mx.async_eval(following or logits, sampler.state)
+                if matcher is not None and not matcher.stopped:
+                    following = _sample(sampler, logits, mask=matcher.mask())
                 session.tokens.append(value)
-                token, checked = following
             timings.record(index, time.perf_counter() - start)
             yield value, timings
             session.check_turn(turn)
+            if following is None:
+                return
+            token, checked = following
     except (Exception, KeyboardInterrupt):
         if session.turn == turn:
             session.recover()
@@ -139,17 +161,24 @@ def decode_batch(
         chunks = [row[:, None]]
 
 
-def _sample(sampler: Sampler, logits: mx.array, queue: bool = True) -> tuple[mx.array, mx.array]:
+def _mask(matcher: Matcher | None) -> np.ndarray | None:
+    return None if matcher is None else matcher.mask()
+
+
+def _sample(
+    sampler: Sampler, logits: mx.array, queue: bool = True, mask: np.ndarray | None = None
+) -> tuple[mx.array, mx.array]:
     """Sample the next tokens, and check the logits in the same graph.
 
     Args:
         queue: start the evaluation now.
+        mask: tokens that may be chosen (V,); None for all.
 
     Returns:
         Tokens (B,), always safe to use as an index; and the same with -1 for a row whose logits
         were not finite, so that a single read from the device gives both.
     """
-    tokens = sampler(logits)
+    tokens = sampler(logits if mask is None else mx.where(mx.array(mask), logits, -mx.inf))
     # The sum is not finite if a logit is NaN or +inf, or if all are -inf
     checked = mx.where(mx.isfinite(mx.logsumexp(logits, axis=-1)), tokens.astype(mx.int32), -1)
     # Unevaluated arrays of MLX belong to the thread that made them, and another thread may draw the

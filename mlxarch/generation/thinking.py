@@ -102,6 +102,22 @@ def _tags(tokenizer: ThinkingTokenizer) -> tuple[str, str] | None:
     return next((pair for pair in TAGS if pair[1] in (tokenizer.chat_template or "")), None)
 
 
+def may_begin_to_think(tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> int | None:
+    """Token with which a model may open its thinking itself.
+
+    None if the prompt opens or closes the thinking already, or if there is no such token.
+    """
+    tags = _tags(tokenizer)
+    if tags is None or _tail_text(tokenizer, prompt).endswith(tags):
+        return None
+    return tokenizer.token_id(tags[0])
+
+
+def _tail_text(tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> str:
+    """Text at the end of a prompt, where a tag may stand."""
+    return tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False).rstrip()
+
+
 class NoThinking:
     """Splitter for a model without thinking: all text is the answer."""
 
@@ -174,7 +190,7 @@ class TagSplitter:
         self._ids = {} if None in ids else {ids[0]: True, ids[1]: False}
         self._tags = {} if self._ids else {tags[0]: True, tags[1]: False}
         self._text = ""  # text that may begin a tag
-        tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False).rstrip()
+        tail = _tail_text(tokenizer, prompt)
         self._segmenter = _Segmenter(tail.endswith(tags[0]), after_mark=tail.endswith(tags))
 
     @property

@@ -4,6 +4,7 @@ Some models list tokens under ``added_tokens_decoder`` that their tokenizer.json
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlxarch.tokenizer.load_json import translate_panics
 logger = logging.getLogger(__name__)
 
 _MAX_ADDED_TOKENS = 1 << 17
+_TAG = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
 
 
 def add_listed_tokens(
@@ -66,6 +68,11 @@ def add_listed_tokens(
             if tokenizer.token_to_id(text) not in {None, *wanted, *present}:
                 tokenizer.add_special_tokens([text])
         return tokenizer.get_added_tokens_decoder()
+
+
+def is_tag(text: str) -> bool:
+    """Whether a token is spelled as a tag, such as "<|call|>", "</tool>" or "[INST]"."""
+    return _TAG.fullmatch(text) is not None
 
 
 def _parse_added_token(fields: dict[str, Any]) -> AddedToken:

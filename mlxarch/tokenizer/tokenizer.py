@@ -17,7 +17,7 @@ from typing import Any, Literal, SupportsIndex, overload
 
 from mlxarch.errors import ChatTemplateError, InvalidInput, TokenizerError
 from mlxarch.system.untrusted_files import short_repr
-from mlxarch.tokenizer.added_tokens import add_listed_tokens
+from mlxarch.tokenizer.added_tokens import add_listed_tokens, is_tag
 from mlxarch.tokenizer.chat_template import (
     ChatTemplate,
     choose_template,
@@ -174,6 +174,28 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Token in the vocabulary's spelling -> id, added tokens included."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of special tokens, and of added tokens that are spelled as tags, such as "<tool>"."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        tags = (index for index, token in added.items() if is_tag(token.content))
+        return self._special_ids.union(tags)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token inside a text; empty for an id that has no token.
+
+        Raises:
+            InvalidInput: not an id of this model.
+            TokenizerError: single tokens of this tokenizer have no bytes of their own.
+        """
+        if not self._token_bytes.streamable:
+            raise TokenizerError(
+                "The tokenizer's decoder is of an unknown kind, so the bytes of a token are not "
+                "known; answers of this model cannot be constrained."
+            )
+        text = self._token_text(token)
+        return b"" if text is None else self._token_bytes(text, False)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Convert a text to token ids.

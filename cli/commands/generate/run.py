@@ -1,5 +1,6 @@
 """``mlxarch run``: answer one prompt."""
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ from mlxarch.generation.thinking import switches
 
 if TYPE_CHECKING:
     from mlxarch.language_model import LanguageModel
+    from mlxarch.structured_output.matcher import Grammar
 
 
 @click.command("run")
@@ -41,6 +43,11 @@ if TYPE_CHECKING:
 @options.thinking_options
 @options.sampling_options
 @options.loading_options
+@click.option(
+    "--schema",
+    metavar="FILE|JSON",
+    help="JSON schema of the answer, as a file or as text that begins with { (default: none)",
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the complete answer as JSON.")
 def run_command(
@@ -59,6 +66,7 @@ def run_command(
     \b
       mlxarch run smollm2-135m "Why is the sky blue?"
       git diff | mlxarch run qwen3-8b "Write a commit message for this."
+      mlxarch run qwen3-4b "Name a planet." --schema '{"properties": {"name": {"type": "string"}}}'
 
     The answer goes to standard output. Sampling options that are not given follow the
     recommendation of the model's makers.
@@ -75,10 +83,14 @@ def run_command(
 
     require_backend()
     sampling = options.given_sampling(given)
+    schema = None if given["schema"] is None else _read_schema(given["schema"])
     model = options.load_model(name, **given)
-    answer = _generate_answer(model, name, text, sampling, as_json, given)
+    grammar = None if schema is None else model.grammars.json_schema(schema)
+    answer = _generate_answer(model, name, text, sampling, as_json, given, grammar)
     if as_json:
         _print_answer_json(model, name, answer)
+    if grammar is not None:
+        _print_schema_notes(grammar, answer)
     _print_notes(model, answer, given)
     if answer.finish_reason == STOPPED:
         raise KeyboardInterrupt
@@ -143,6 +155,35 @@ def _decode_utf8(data: bytes, name: str, end: str = "\n") -> str:
         ) from error
 
 
+def _read_schema(given: str) -> Any:
+    """Read the schema from a file, or from the option itself if it is JSON.
+
+    Raises:
+        InvalidInput: it is not JSON.
+    """
+    text = (
+        given if given.lstrip().startswith("{") else _decode_utf8(Path(given).read_bytes(), given)
+    )
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"--schema is not JSON: {error}") from None
+
+
+def _print_schema_notes(grammar: "Grammar", answer: Answer) -> None:
+    """Print what of the schema was not held while the model wrote, and what the answer breaks."""
+    for warning in grammar.warnings:
+        print_stderr(f"mlxarch: --schema: {warning}")
+    if answer.finish_reason != "stop":
+        return
+    try:
+        broken = grammar.violations(json.loads(answer.text))
+    except ValueError as error:
+        broken = [f"it is not JSON, as it was cut off ({error})"]
+    for each in broken:
+        print_stderr(f"mlxarch: the answer does not match the schema: {each}")
+
+
 def _generate_answer(
     model: "LanguageModel",
     name: str,
@@ -150,6 +191,7 @@ def _generate_answer(
     sampling: dict[str, Any],
     as_json: bool,
     given: dict[str, Any],
+    grammar: "Grammar | None",
 ) -> Answer:
     """Generate the answer and write it, unless it is printed as JSON later."""
     thinking = switches(model.tokenizer, given["think"], given["effort"])
@@ -161,6 +203,7 @@ def _generate_answer(
         max_tokens=given["max_tokens"],
         stop=given["stop"],
         overflow=given["overflow"],
+        grammar=grammar,
         sampling=replace(model.recommended_sampling, **sampling),
     )
     writer = NullWriter() if as_json else make_answer_writer(given["plain"])

@@ -232,3 +232,27 @@ def test_a_base_model_completes_and_takes_no_system_prompt(invoke, tiny_base):
     assert json.loads(result.stdout)["text"] == answer_to("Once upon", tiny_base, max_tokens=8)
     refused = invoke("run", tiny_base, "Once", "-s", "Be brief")
     assert refused.exit_code == 2 and "no chat template" in refused.stderr
+
+
+def test_an_answer_follows_a_schema_from_a_file_or_from_the_option(invoke, tiny, tmp_path):
+    schema = {"type": "array", "items": {"enum": ["a", "bb"]}, "minItems": 2, "maxItems": 2}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    from_file = invoke("run", tiny, "Hi", "--schema", str(tmp_path / "schema.json"))
+    assert from_file.exit_code == 0, from_file.stderr
+    answer = json.loads(from_file.stdout)
+    assert len(answer) == 2 and set(answer) <= {"a", "bb"}
+    wrapped = json.dumps({"allOf": [schema], "not": {"minItems": 2}})
+    inline = invoke("run", tiny, "Hi", "--schema", wrapped)
+    assert json.loads(inline.stdout) == answer
+    assert "#/not is not held" in inline.stderr
+    assert "does not match the schema: $ breaks not" in inline.stderr
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"), [("{", "not JSON"), ('{"type": "x"}', "Invalid type")]
+)
+def test_a_broken_schema_is_refused(invoke, tiny, schema, reason):
+    result = invoke("run", tiny, "Hi", "--schema", schema)
+    assert result.exit_code == 2
+    assert reason in result.stderr
+    assert not result.stdout
