@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -311,17 +312,20 @@ def obtain_model(
 
 
 def obtain_source(source: str, yes: bool) -> tuple[str, Path]:
-    """Obtain a model to convert, as published unless its name asks for bits.
+    """Obtain a model to convert: as published unless its name asks for bits, or another copy is here.
 
     Returns:
         A name for the output, and the folder.
     """
-    from mlxarch.hub import catalog
+    from mlxarch.store.names import find_local_copy, resolve_name
 
-    reference = catalog.parse(source)
+    reference = resolve_name(source)
     if reference.path:
         return reference.path.resolve().name, reference.path
-    folder = obtain_model(source, None if reference.bits else "original", yes)
+    published = replace(reference, bits=reference.bits or "original")
+    folder = find_local_copy(published) or find_local_copy(reference)
+    if folder is None:
+        folder = obtain_model(source, None if reference.bits else "original", yes)
     return reference.name.rsplit("/", 1)[-1].replace("@", "-"), folder
 
 

@@ -2,13 +2,17 @@
 
 A name has the form ``family-size[-variant][-bits]``: ``qwen3-8b``, ``smollm2-135m-4bit``,
 ``llama3.1-8b-original``. Case is ignored, as are a hyphen before a version number, ``:`` or ``_``
-instead of a hyphen and ``@`` before the bits: ``Qwen-3:8b@4bit`` equals ``qwen3-8b-4bit``.
-``org/repo[@revision]`` refers to a repository of the Hub and a path to a folder; both are taken
-literally. The models' data are in ``catalog.toml``.
+instead of a hyphen and ``@`` before the bits: ``Qwen-3:8b@4bit`` equals ``qwen3-8b-4bit``. Names of
+GGUF quantizations, as Ollama writes them, stand for the bits that are nearest:
+``gemma3:27b-it-q4_K_M`` is taken as ``gemma3-27b-4bit``.
+
+``org/repo[@revision]`` or a link to its page refers to a repository of the Hub, and a path to a
+folder. The models' data are in ``catalog.toml``.
 """
 
 import difflib
 import functools
+import logging
 import re
 import tomllib
 from collections.abc import Mapping
@@ -19,18 +23,27 @@ from typing import Any, Literal
 import msgspec
 
 from mlxarch.errors import ConfigError, ModelNotFound
+from mlxarch.hub.links import name_from_link
 from mlxarch.system import paths
+
+logger = logging.getLogger(__name__)
 
 Bits = int | Literal["original"]
 
 _BITS_SUFFIX = re.compile(r"[-@](?:([234568])-?bits?|(original))$")
+# q4-K-M, iq4-xs, q8-0, fp16: names of GGUF quantizations
+_GGUF_SUFFIX = re.compile(
+    r"-(?:i?q([234568])(?:-[0-9]|-k|-xxs|-xs|-s|-m|-l|-xl|-nl)*|(?:b?f|fp)16)$"
+)
 _FAMILY_AND_VERSION = re.compile(r"^([a-z]+(?:-[a-z]+)*)-?(\d+(?:\.\d+)?n?)(?=-|$)")
 _REPOSITORY = re.compile(
     r"^(?!.*\.\.)(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?$",
     re.ASCII,
 )
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
-_DEFAULT_VARIANT_SUFFIX = re.compile(r"-(?:instruct|it|chat)$")
+_DEFAULT_VARIANT_SUFFIX = re.compile(r"-(?:(?:instruct|it|chat)(?:-qat)?|latest)$")
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
+_MODEL_FILES = (*_WEIGHT_FILES, "config.json", ".gguf", ".GGUF")
 
 
 class HubSource(
@@ -169,7 +182,7 @@ def normalize_name(name: str) -> tuple[str, Bits | None]:
     """Split a short name into its canonical spelling without bits, and the bits it ends with."""
     text = re.sub(r"[:_\s]+", "-", name.strip().lower())
     bits: Bits | None = None
-    if found := _BITS_SUFFIX.search(text):
+    if (found := _BITS_SUFFIX.search(text)) or (found := _GGUF_SUFFIX.search(text)):
         bits = int(found[1]) if found[1] else "original"
         text = text[: found.start()]
     return _FAMILY_AND_VERSION.sub(r"\1\2", text), bits
@@ -200,47 +213,104 @@ def parse(name: str) -> ModelReference:
         ModelNotFound: the name is none of these; the message offers the three nearest names.
         ConfigError: the user's config.toml is malformed.
     """
-    return _parse(name, load_aliases())
-
-
-def _parse(name: str, aliases: dict[str, str]) -> ModelReference:
-    text = name.strip()
+    text = follow_aliases(name)
     if not text or "\0" in text:
         raise ModelNotFound(
             "a model's name is empty; `mlxarch list --all` shows the names there are"
         )
     if path := _parse_path(text):
         return ModelReference("path", text, path=path)
-    if target := aliases.get(text.lower()):
-        # an alias is followed once only, so that a cycle ends
-        others = {alias: to for alias, to in aliases.items() if alias != text.lower()}
-        return _parse(target, others)
-    if found := _REPOSITORY.fullmatch(text.removeprefix("hf://")):
+    text = name_from_link(text) or text
+    if found := _REPOSITORY.fullmatch(text.removeprefix("hf://").rstrip("/")):
         revision = found["revision"] or "main"
-        return ModelReference("repo", text, repo=found["repo"], revision=revision)
+        name = text.removeprefix("hf://").rstrip("/")
+        return ModelReference("repo", name, repo=found["repo"], revision=revision)
     canonical, bits = normalize_name(text)
     known = entries()
     entry = known.get(canonical) or known.get(_DEFAULT_VARIANT_SUFFIX.sub("", canonical))
     if entry is None:
-        raise ModelNotFound(_unknown_name_message(text, canonical, [*known, *aliases]))
+        raise ModelNotFound(_unknown_name_message(text, canonical))
+    spelled = re.sub(r"[:_\s]+", "-", text.lower())
+    if _GGUF_SUFFIX.search(spelled) or "-qat" in spelled:
+        ours = entry.name if bits is None else f"{entry.name}-{_bits_label(bits)}"
+        logger.warning("%s is taken as %s, the nearest of the models here", text, ours)
     return replace(ModelReference("catalog", entry.name, entry=entry), bits=bits)
 
 
+def follow_aliases(name: str) -> str:
+    """Return what a name stands for in the user's config.toml, or the name itself.
+
+    An alias is followed once only, so that a cycle ends.
+
+    Raises:
+        ConfigError: the file is malformed or cannot be read.
+    """
+    text = name.strip()
+    aliases = load_aliases()
+    while not _parse_path(text) and (target := aliases.pop(text.lower(), None)):
+        text = target.strip()
+    return text
+
+
+def family(name: str) -> list[CatalogEntry]:
+    """Return the catalog's models of a family: ``qwen3`` names qwen3-0.6b, qwen3-8b and others."""
+    canonical = _DEFAULT_VARIANT_SUFFIX.sub("", normalize_name(name)[0])
+    if not canonical:
+        return []
+    begins = re.compile(re.escape(canonical) + r"(?![a-z.])")
+    return [entry for entry in entries().values() if begins.match(entry.name)]
+
+
+def _bits_label(bits: Bits) -> str:
+    return bits if bits == "original" else f"{bits}bit"
+
+
 def _parse_path(text: str) -> Path | None:
-    """Return the path if the text looks like one or exists as a folder or GGUF file."""
+    """Return the path if the text looks like one, or exists as a folder or a file of a model.
+
+    A weight file stands for its folder, if that has a config.json.
+
+    Raises:
+        ModelNotFound: it is a file that is no model.
+    """
     path = Path(text)
     if text.startswith(("./", "../", "/", "~")) or text in (".", ".."):
         try:
-            return path.expanduser()
+            path = path.expanduser()
         except RuntimeError as error:
             raise ModelNotFound(f"{text!r}: {error}; write the path in full") from error
-    try:
-        return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else None
-    except OSError:  # too long for a file name
+    elif not text or "\0" in text or not _exists(path):
         return None
+    elif path.is_file() and "/" not in text and not path.name.endswith(_MODEL_FILES):
+        return None  # a short name may be that of a file too
+    return path if not path.is_file() else _model_of_file(path)
 
 
-def _unknown_name_message(text: str, canonical: str, names: list[str]) -> str:
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a file name
+        return False
+
+
+def _model_of_file(path: Path) -> Path:
+    if path.suffix.lower() == ".gguf":
+        return path
+    if path.name.endswith(_WEIGHT_FILES) or path.name == "config.json":
+        if (path.parent / "config.json").is_file():
+            return path.parent
+        raise ModelNotFound(
+            f"{path} is a weight file alone; a model is a folder that has its config.json and "
+            "tokenizer too. Download the rest of its repository, and name the folder"
+        )
+    raise ModelNotFound(
+        f"{path} is a file, and no model: name a folder with config.json and safetensors files, or "
+        "a .gguf file"
+    )
+
+
+def _unknown_name_message(text: str, canonical: str) -> str:
+    names = [*entries(), *load_aliases()]
     nearest = difflib.get_close_matches(canonical, names, n=3, cutoff=0.0)
     return (
         f"no model is called {text!r}; the nearest names are {', '.join(nearest)}. "

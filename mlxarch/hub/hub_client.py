@@ -13,12 +13,13 @@ from typing import Any
 
 from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from mlxarch.checkpoint.tp_shards import find_tp_files, tp_group
-from mlxarch.errors import CheckpointError, DownloadError, MlxArchError, ModelNotFound
+from mlxarch.errors import DownloadError, ModelNotFound
 from mlxarch.hub.catalog import COMMIT_HASH
+from mlxarch.hub.hub_cache import shard_names
 from mlxarch.hub.hub_errors import translate_hub_errors
 from mlxarch.progress import Progress, silent
 from mlxarch.system.checksums import sha256_file
-from mlxarch.system.untrusted_files import read_json, safe_path
+from mlxarch.system.untrusted_files import read_json
 
 # Files that a model needs besides its weights. No others are fetched: no *.py, *.bin or *.gguf, no
 # consolidated.*, nothing in original/.
@@ -168,58 +169,6 @@ def _weight_file_names(known: Mapping[str, RemoteFile], index: Path | None) -> l
         if name.endswith(".safetensors") and "/" not in name and not name.startswith("consolidated")
     ]
     return found if len(found) == 1 else []
-
-
-def shard_names(index: Path) -> list[str]:
-    """Return the sorted names of the weight files that a shard index lists.
-
-    Raises:
-        CheckpointError: the index is malformed, or a name could leave the folder (``safe_path``).
-    """
-    table = read_json(
-        index, limit=100_000_000, depth=8, values=2_000_000, error=CheckpointError
-    ).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise CheckpointError(
-            f"{index}: weight_map must name the file of each tensor; take another revision"
-        )
-    names = sorted(set(table.values()))
-    for name in names:
-        safe_path(index.parent, name)
-    return names
-
-
-def find_cached_snapshot(repo: str, revision: str = "main") -> Path | None:
-    """Return the folder of a complete snapshot in the Hub's cache, without network access."""
-    from huggingface_hub import try_to_load_from_cache
-
-    with translate_hub_errors(repo, revision):
-        found = try_to_load_from_cache(repo, "config.json", revision=revision)
-    folder = Path(found).parent if isinstance(found, str) else None
-    return folder if folder and is_complete(folder) else None
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether a folder has a config.json and all of its weight files."""
-    try:
-        if not (folder / "config.json").is_file():
-            return False
-        index = folder / INDEX_FILE
-        if index.is_file():
-            return all((folder / name).is_file() for name in shard_names(index))
-        names = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
-        if SINGLE_FILE not in names:
-            find_tp_files(folder, names)  # raises if a slice is missing
-        return bool(names)
-    except (OSError, MlxArchError):
-        return False
-
-
-def cache_folder() -> Path:
-    """Return the folder of the Hub's cache (HF_HUB_CACHE, HF_HOME)."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 def missing_bytes(repository: Repository) -> int:

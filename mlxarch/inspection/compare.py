@@ -8,7 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from mlxarch.hub import catalog, hub_client
+from mlxarch.errors import InvalidInput
+from mlxarch.hub import catalog, hub_cache, hub_client
 from mlxarch.hub.catalog import CatalogEntry
 from mlxarch.inspection.diagram import draw_svg
 from mlxarch.inspection.structure import (
@@ -46,14 +47,19 @@ def inspect_model(name: str | os.PathLike[str]) -> InspectedModel:
         UnsupportedArchitecture, ConfigError: the architecture is not supported.
     """
     text = os.fspath(name)
-    if Path(text).is_file():
+    if Path(text).is_file() and Path(text).suffix == ".json":
         return InspectedModel(text, Path(text).name, structure_from_config(read_json(text)))
     reference = catalog.parse(text)
     if entry := reference.entry:
         structure = structure_from_config(read_json(entry.config_path))
         return InspectedModel(entry.name, entry.title, structure, entry)
+    if reference.path is not None and reference.path.suffix.lower() == ".gguf":
+        raise InvalidInput(
+            f"{text} is a GGUF file: `mlxarch pull {text}` imports it into a folder, which can be "
+            "compared"
+        )
     if reference.path is not None:
-        title = reference.path.name
+        title = hub_cache.model_title(reference.path)
         config = reference.path / "config.json"
     else:
         repo = str(reference.repo)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlxarch.errors import BackendMissing, OutputError
-from mlxarch.hub import hub_client, pypi
+from mlxarch.hub import hub_cache, hub_client, pypi
 from mlxarch.hub.catalog import Bits, HubSource, WheelSource
 from mlxarch.hub.hub_client import Repository
 from mlxarch.progress import Progress, format_size
@@ -81,16 +81,6 @@ class Download:
     online: bool = True
     _repository: Repository | None = None
 
-    def cached_folder(self, refresh: bool = False) -> Path | None:
-        """Return the complete copy in the Hub's cache, or None.
-
-        Args:
-            refresh: return it only if its revision can never change.
-        """
-        if refresh and not self.source.pinned:
-            return None
-        return hub_client.find_cached_snapshot(self.source.repo, self.source.revision)
-
     def plan(self) -> Acquisition:
         """Look up the repository and the bytes that are missing on this machine."""
         repository = _fetch_supported_repository(self.source)
@@ -98,7 +88,7 @@ class Download:
         missing = hub_client.missing_bytes(repository)
         description = f"download {repository.repo}, {format_size(missing)}"
         return Acquisition(
-            self.name, description, missing, missing, hub_client.cache_folder(), repository.config
+            self.name, description, missing, missing, hub_cache.cache_folder(), repository.config
         )
 
     def run(self, progress: Progress, evaluate: bool = False) -> Path:
@@ -121,7 +111,7 @@ class DownloadAndQuantize:
 
     def __post_init__(self) -> None:
         self.target = paths.models() / folder_name(self.name, self.bits)
-        self._cached = hub_client.find_cached_snapshot(self.source.repo, self.source.revision)
+        self._cached = hub_cache.find_cached_snapshot(self.source.repo, self.source.revision)
         self.online = self._cached is None
 
     def plan(self) -> Acquisition:
@@ -279,7 +269,7 @@ def _convert(
             **options,
         )
     except OutputError:
-        if not hub_client.is_complete(target):  # else another process made it meanwhile
+        if not hub_cache.is_complete(target):  # else another process made it meanwhile
             raise
     return target
 

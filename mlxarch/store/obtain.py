@@ -1,6 +1,7 @@
 """Obtain a model by name: find it here, download it, or quantize it while it downloads."""
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -19,10 +20,8 @@ from mlxarch.errors import (
     ModelNotFound,
     OfflineError,
 )
-from mlxarch.hub import catalog
 from mlxarch.hub.catalog import Bits, CatalogEntry, HubSource, ModelReference, WheelSource
 from mlxarch.progress import Progress, format_size, silent
-from mlxarch.quantization.formats import DEFAULT_BITS
 from mlxarch.store.acquire import (
     Acquisition,
     AcquisitionMethod,
@@ -30,15 +29,17 @@ from mlxarch.store.acquire import (
     DownloadAndQuantize,
     ImportGguf,
 )
+from mlxarch.store.describe import describe
 from mlxarch.store.installed import (
     InstalledModel,
-    describe,
     find_model,
     folder_name,
     list_installed,
     list_unfinished,
+    local_name,
     stored_bits,
 )
+from mlxarch.store.names import find_local_copy, resolve_name
 from mlxarch.store.remove import remove
 from mlxarch.system.untrusted_files import read_json
 
@@ -57,9 +58,9 @@ __all__ = [
     "remove",
 ]
 
+logger = logging.getLogger(__name__)
+
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8, "original")
-# Weights below this fraction of the memory budget surely leave room for caches and activations
-SAFE_WEIGHT_FRACTION = 0.5
 Confirm = Callable[[Acquisition], bool]
 
 
@@ -97,24 +98,18 @@ def obtain(
         DiskSpaceError: there is not enough disk space; nothing was downloaded.
         InvalidInput: bits that are not supported, or that contradict the name.
     """
-    reference = catalog.parse(os.fspath(name))
-    if isinstance(name, os.PathLike):
-        reference = ModelReference("path", os.fspath(name), path=Path(name).expanduser())
+    reference = resolve_name(name)
     resolved_bits = _resolve_bits(reference, bits)
     if reference.path is not None:
         return _obtain_path(reference.path, resolved_bits, progress, confirm, evaluate)
+    wanted = replace(reference, bits=resolved_bits)
+    if local := find_local_copy(wanted, request, refresh=refresh):
+        return local
     if reference.entry is not None and resolved_bits is None:
-        if local := _find_fitting_copy(reference.entry, request):
-            return local
         resolved_bits = largest_fitting_bits(reference.entry, request)
-    if resolved_bits is not None:
-        local_name = reference.entry.name if reference.entry else _local_name(reference)
-        if local := find_model(local_name, resolved_bits):
+        if local := find_local_copy(replace(wanted, bits=resolved_bits), refresh=refresh):
             return local
     methods = _acquisition_methods(reference, resolved_bits)
-    for method in methods:
-        if isinstance(method, Download) and (cached := method.cached_folder(refresh)):
-            return cached
     if request is not None and reference.entry is not None and isinstance(resolved_bits, int):
         _best_plan(reference.entry, request, resolved_bits).require()
 
@@ -124,27 +119,16 @@ def obtain(
         verdict = _plan_summary(reference.entry, acquisition, request, resolved_bits)
         return confirm(replace(acquisition, verdict=verdict))
 
-    return _run_first_available(methods, progress, confirm_with_verdict, reference.name, evaluate)
-
-
-def _find_fitting_copy(entry: CatalogEntry, request: "Request | None") -> Path | None:
-    """Return the largest local copy at the default bits if it fits without the need for a plan.
-
-    If memory is not ample, or a context was requested, return None: the plan decides.
-    """
-    from mlxarch.system import machines
-
-    if request is not None and request.context is not None:
-        return None
-    budget = machines.this_machine().memory
-    if request is not None and request.memory is not None:
-        budget = request.memory
-    for bits in DEFAULT_BITS:
-        folder = find_model(entry.name, bits)
-        if folder is not None:
-            weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            return folder if weights < SAFE_WEIGHT_FRACTION * budget else None
-    return None
+    try:
+        return _run_first_available(
+            methods, progress, confirm_with_verdict, reference.name, evaluate
+        )
+    except OfflineError:
+        local = find_local_copy(replace(wanted, bits=resolved_bits)) if refresh else None
+        if local is None:
+            raise
+        logger.warning("%s: the Hub cannot be asked for a newer revision", reference.name)
+        return local
 
 
 def largest_fitting_bits(entry: CatalogEntry, request: "Request | None" = None) -> int:
@@ -211,7 +195,7 @@ def _acquisition_methods(reference: ModelReference, bits: Bits | None) -> list[A
         source = HubSource(str(reference.repo), reference.revision or "main")
         if bits is None or bits == "original":
             return [Download(reference.name, source)]
-        return [DownloadAndQuantize(_local_name(reference), bits, source)]
+        return [DownloadAndQuantize(local_name(reference), bits, source)]
     if bits is None:
         bits = largest_fitting_bits(entry)
     methods: list[AcquisitionMethod] = [
@@ -230,18 +214,10 @@ def _acquisition_methods(reference: ModelReference, bits: Bits | None) -> list[A
     return methods
 
 
-def _local_name(reference: ModelReference) -> str:
-    """Name of a repository, with its revision unless that is the main branch."""
-    revision = reference.revision or "main"
-    if revision == "main":
-        return str(reference.repo)
-    return f"{reference.repo}@{revision[:12].replace('/', '-')}"
-
-
 def _obtain_path(
     path: Path, bits: Bits | None, progress: Progress, confirm: Confirm | None, evaluate: bool
 ) -> Path:
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         status = path.stat()
         identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"

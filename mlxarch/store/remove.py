@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Callable
 
 from mlxarch.errors import Declined, InvalidInput, ModelNotFound, OutputError
-from mlxarch.store.installed import InstalledModel, bytes_below, find_copies, list_unfinished
+from mlxarch.store.installed import InstalledModel, bytes_below, list_unfinished
+from mlxarch.store.names import find_copies
 from mlxarch.system import paths
 
 

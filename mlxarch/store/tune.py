@@ -17,6 +17,7 @@ from mlxarch.errors import InvalidInput, OutputError
 from mlxarch.generation.decode import check_tokens, decode
 from mlxarch.generation.sampling import Sampling
 from mlxarch.generation.session import Session
+from mlxarch.hub.hub_cache import model_title
 from mlxarch.loading.load import load_model
 from mlxarch.planner.mlx_limits import set_limits
 from mlxarch.planner.plan import Plan, Request
@@ -74,7 +75,7 @@ def tune(folder: Path, request: Request, tokens: int = 64) -> Iterator[Trial]:
     largest = plan_folder(folder, replace(request, expert_cache_bytes=_UNLIMITED)).require()
     if largest.execution.slots is None:
         raise InvalidInput(
-            f"{folder.name} fits into memory as a whole: there is nothing to tune. "
+            f"{model_title(folder)} fits into memory as a whole: there is nothing to tune. "
             f"{largest.summary}"
         )
     _write_tuning_results(read_tuning_results())  # fails now rather than after minutes

@@ -14,6 +14,7 @@ from mlxarch.checkpoint.lazy_tensor import LazyTensor
 from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.checkpoint.shards import Shard
 from mlxarch.checkpoint.source import open_checkpoint
+from mlxarch.hub.hub_cache import model_title
 from mlxarch.loading.resolve import Resolved, resolve
 from mlxarch.system.checksums import sha256_files
 from mlxarch.tokenizer.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ class EvalModel:
         for shard in source.shards:
             shard.close()
         return cls(
-            name=folder.resolve().name,
+            name=model_title(folder),
             size=measure_size(resolved.parameters.values(), source.shards),
             vocab_size=resolved.model.vocab_size,
             tokenizer=tokenizer,

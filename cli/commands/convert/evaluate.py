@@ -191,6 +191,6 @@ def _check_max_kl(results: "list[Evaluation]", max_kl: float) -> None:
 
 def _obtain_original(name: str, yes: bool) -> Path:
     """Obtain a model as published, unless the name asks for bits."""
-    from mlxarch.hub import catalog
+    from mlxarch.store.names import resolve_name
 
-    return options.obtain_model(name, None if catalog.parse(name).bits else "original", yes)
+    return options.obtain_model(name, None if resolve_name(name).bits else "original", yes)

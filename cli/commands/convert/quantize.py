@@ -338,13 +338,13 @@ def _evaluates(given: QuantizeOptions, choice: QuantizationChoice) -> bool:
 
 def _open_source(source: str, yes: bool) -> "tuple[str, Path | CheckpointSource]":
     """Return a name for the output and the checkpoint, downloaded as published if necessary."""
-    from mlxarch.hub import catalog
+    from mlxarch.store.names import resolve_name
 
-    reference = catalog.parse(source)
+    reference = resolve_name(source)
     if reference.path is None:
         name = reference.name.rsplit("/", 1)[-1].replace("@", "-")
-        return name, options.obtain_model(source, "original", yes)
-    if reference.path.suffix == ".gguf" and reference.path.is_file():
+        return name, options.obtain_model(source, None if reference.bits else "original", yes)
+    if reference.path.suffix.lower() == ".gguf" and reference.path.is_file():
         from mlxarch.checkpoint.gguf.source import open_gguf
 
         return reference.path.stem, open_gguf(reference.path)

@@ -21,7 +21,7 @@ from mlxarch.cli.stats import (
     timings_line,
     timings_stats,
 )
-from mlxarch.errors import InvalidInput, ModelNotFound
+from mlxarch.errors import InvalidInput
 from mlxarch.generation.thinking import switches
 
 if TYPE_CHECKING:
@@ -105,20 +105,12 @@ def _split_model_and_prompt(
     """
     if model_flag or not words:
         return options.resolve_model_name(model_flag, None), words
+    from mlxarch.store.names import is_name
+
     default = os.environ.get("MLXARCH_MODEL")
-    if default and not has_prompt and not _is_model(words[0]):
+    if default and not has_prompt and not is_name(words[0]):
         return default, words
     return words[0], words[1:]
-
-
-def _is_model(word: str) -> bool:
-    from mlxarch.hub import catalog
-
-    try:
-        catalog.parse(word)
-    except ModelNotFound:
-        return False
-    return True
 
 
 def _read_prompt(words: tuple[str, ...], prompt: str | None, file: str | None) -> str:

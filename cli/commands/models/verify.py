@@ -40,7 +40,7 @@ def _find_folder(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    from mlxarch.store.installed import find_copies
+    from mlxarch.store.names import find_copies
 
     copies = find_copies(name)
     if not copies:

@@ -1,12 +1,17 @@
 """``mlxarch compare``: architectures side by side, from their configs."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlxarch.cli.options import json_option
 from mlxarch.cli.output import print_json, print_line, print_stderr, print_table
+
+if TYPE_CHECKING:
+    from mlxarch.inspection.compare import InspectedModel
 
 
 @click.command("compare")
@@ -34,7 +39,9 @@ def compare_command(
     from mlxarch.hub import catalog
     from mlxarch.inspection import compare
 
-    inspected = [compare.inspect_model(name) for name in models or catalog.entries()]
+    inspected = [_inspect(name) for name in models] or [
+        *map(compare.inspect_model, catalog.entries())
+    ]
     if svg:
         svg.write_text(compare.to_svg(inspected), encoding="utf-8")
         print_stderr(f"{svg}: {len(inspected)} drawn")
@@ -51,6 +58,21 @@ def compare_command(
         for model in inspected:
             for note in compare.published_differences(model):
                 print_stderr(note, dim=True)
+
+
+def _inspect(name: str) -> "InspectedModel":
+    """Inspect a model by any name; a copy on this machine is looked at before the Hub is asked."""
+    from mlxarch.inspection import compare
+    from mlxarch.store.names import find_local_copy, resolve_name
+
+    if name.endswith(".json") and Path(name).is_file():
+        return compare.inspect_model(name)
+    reference = resolve_name(name)
+    if reference.entry is not None:
+        return compare.inspect_model(reference.entry.name)
+    folder = reference.path or find_local_copy(reference)
+    inspected = compare.inspect_model(folder or f"{reference.repo}@{reference.revision}")
+    return replace(inspected, name=name)
 
 
 def _split_columns(rows: list[list[str]], width: int) -> list[list[list[str]]]:

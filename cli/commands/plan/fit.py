@@ -59,7 +59,7 @@ def fit_command(
 
     require_backend()
     from mlxarch.planner.planner import best_plan, plan
-    from mlxarch.store.lookup import blueprint_from_name
+    from mlxarch.store.named_blueprint import blueprint_from_name
     from mlxarch.system import machines
 
     name = options.resolve_model_name(model_flag, model)

@@ -44,6 +44,7 @@ def tune_command(
     from mlxarch.system.backend import require_backend
 
     require_backend()
+    from mlxarch.hub.hub_cache import model_title
     from mlxarch.store.tune import tune
 
     request = options.make_request(**given)
@@ -62,4 +63,4 @@ def tune_command(
         print_json({"best": best.to_json(), "trials": [trial.to_json() for trial in trials]})
     else:
         size = format_size(best.expert_cache_bytes)
-        print_line(f"{size} for experts is remembered as the best for {folder.name}")
+        print_line(f"{size} for experts is remembered as the best for {model_title(folder)}")

@@ -270,3 +270,25 @@ def test_a_quantized_repository_is_a_source_with_bits() -> None:
     ready = catalog.entries()["qwen3-14b"].ready
     assert all(type(source) is QuantizedHubSource for source in ready)
     assert [(source.bits, source.pinned) for source in ready] == [(8, True), (4, True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "bits"),
+    [
+        ("gemma3:27b-q4_K_M", "gemma3-27b", 4),
+        ("gemma3:27b-it-q8_0", "gemma3-27b", 8),
+        ("gemma3:27b-it-qat", "gemma3-27b", None),
+        ("llama3.1:8b-instruct-fp16", "llama3.1-8b", "original"),
+        ("Qwen3-8B-IQ4_XS", "qwen3-8b", 4),
+        ("qwen3:8b-q3_K_L", "qwen3-8b", 3),
+    ],
+)
+def test_names_of_gguf_quantizations_stand_for_the_nearest_bits(
+    text: str, name: str, bits: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = catalog.parse(text)
+    assert (found.name, found.bits) == (name, bits)
+    assert f"{text} is taken as {name}" in caplog.text
+    caplog.clear()
+    catalog.parse("qwen3-8b-4bit")
+    assert caplog.text == ""

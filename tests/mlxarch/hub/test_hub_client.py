@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, Refused, Repo, Worker, environment
 
-from mlxarch.hub import hub_client
+from mlxarch.hub import hub_cache
 
 CONFIG = b'{"model_type": "llama"}'
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-IMPORT = "from mlxarch.hub import hub_client\n"
-CACHED = IMPORT + "return hub_client.find_cached_snapshot(repo)"
+IMPORT = "from mlxarch.hub import hub_cache, hub_client\n"
+CACHED = IMPORT + "return hub_cache.find_cached_snapshot(repo)"
 LOOK_UP = IMPORT + "return hub_client.fetch_repository_info(repo, revision)"
 DOWNLOAD = IMPORT + "return hub_client.download(hub_client.fetch_repository_info(repo))"
 
@@ -286,6 +286,6 @@ def test_a_repository_without_one_of_its_slices_is_refused(server: FakeHub, work
 def test_a_folder_without_one_of_its_slices_is_not_complete(tmp_path: Path) -> None:
     for name, content in sliced().items():
         (tmp_path / name).write_bytes(content)
-    assert hub_client.is_complete(tmp_path)
+    assert hub_cache.is_complete(tmp_path)
     (tmp_path / "pytorch_model-00001-TP-001.safetensors").unlink()
-    assert not hub_client.is_complete(tmp_path)
+    assert not hub_cache.is_complete(tmp_path)

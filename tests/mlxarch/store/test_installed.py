@@ -10,7 +10,8 @@ import mlxarch
 from mlxarch.generation.sampling import Sampling
 from mlxarch.hub import catalog
 from mlxarch.loading.model_types import RUNNABLE
-from mlxarch.store.installed import describe, find_catalog_entry
+from mlxarch.store.describe import describe
+from mlxarch.store.installed import find_catalog_entry
 from mlxarch.system import paths
 
 
