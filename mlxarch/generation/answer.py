@@ -74,6 +74,11 @@ class AnswerReader:
         """Whether the next text belongs to the thinking."""
         return self._splitter.thinking
 
+    @property
+    def stop_string(self) -> str | None:
+        """Stop string that ended the answer; None if none did."""
+        return self._stops.match
+
     def add(self, token: int) -> list[Segment]:
         """Segments of text that ``token`` completes."""
         if token in self._eos_ids:

@@ -10,6 +10,7 @@ class StopStrings:
 
     Attributes:
         found: whether a stop string has appeared; no text is released afterwards.
+        match: the stop string that has appeared.
     """
 
     def __init__(self, stops: str | Sequence[str]) -> None:
@@ -20,6 +21,7 @@ class StopStrings:
             raise InvalidInput(f"stop must hold texts that are not empty, found {stops!r}")
         self._pending = ""
         self.found = False
+        self.match: str | None = None
 
     def feed(self, text: str) -> str:
         """Add text, and return the text that can no longer be part of a stop string."""
@@ -29,13 +31,13 @@ class StopStrings:
         # The stop string that is complete first wins, so that the result does not depend on how the
         # text was cut
         matches = [
-            (start + len(stop), start)
+            (start + len(stop), start, stop)
             for stop in self._stops
             if (start := self._pending.find(stop)) >= 0
         ]
         if matches:
             self.found = True
-            released = min(matches)[1]
+            _, released, self.match = min(matches)
         else:
             held_back = max((self._partial_match(stop) for stop in self._stops), default=0)
             released = len(self._pending) - held_back

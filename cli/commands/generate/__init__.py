@@ -1,1 +1,1 @@
-"""Commands that generate text: run, chat."""
+"""Commands that generate text: run, chat, serve."""

@@ -1,0 +1,78 @@
+"""From the engine's outputs of one request to the events of its answer."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+from mlxarch.engine.request import RowOutput, TokenLogprobs
+from mlxarch.generation.answer import AnswerReader
+from mlxarch.server.answers.events import Delta, End, Event, PromptRead, Usage
+from mlxarch.tokenizer.tokenizer import Tokenizer
+
+
+class OutputReader:
+    """Conversion of one request's outputs to events.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        prompt: token ids of the prompt; its end says whether the answer begins with thinking.
+        stop: stop strings.
+
+    Attributes:
+        usage: token counts so far.
+        ended: whether the last event has been made.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._answer = AnswerReader(tokenizer, prompt, stop)
+        self._eos_ids: Collection[int] = tokenizer.eos_ids
+        self._held: list[TokenLogprobs] = []  # of tokens whose text is incomplete
+        self.usage = Usage(prompt=len(prompt))
+        self.ended = False
+
+    def read(self, output: RowOutput) -> Iterator[Event]:
+        """Yield the events of one output.
+
+        Raises:
+            MlxArchError: the error that ended the request.
+        """
+        if self.ended:
+            return
+        if output.error is not None:
+            self.ended = True
+            raise output.error
+        if output.prompt is not None:
+            self.usage.cached = output.prompt.cached_tokens
+            yield PromptRead(output.prompt)
+        for index, token in enumerate(output.tokens):
+            entry = output.logprobs[index] if index < len(output.logprobs) else None
+            yield from self._read_token(token, entry)
+            if self._answer.ended:
+                break
+        if self._answer.ended or output.finish_reason is not None:
+            yield from self._finish(output)
+
+    def _read_token(self, token: int, entry: TokenLogprobs | None) -> Iterator[Event]:
+        reader = self._answer
+        was_thinking = reader.thinking
+        segments = reader.add(token)
+        in_answer = not (was_thinking or reader.thinking)
+        self.usage.answer += 1
+        self.usage.thinking += not in_answer
+        if entry is not None and in_answer and token not in self._eos_ids:
+            self._held.append(entry)
+        yield from self._deltas(segments)
+
+    def _deltas(self, segments: list[tuple[str, bool]]) -> Iterator[Delta]:
+        for text, thinking in segments:
+            if thinking:
+                yield Delta(text, thinking=True)
+            else:
+                yield Delta(text, logprobs=tuple(self._held))
+                self._held.clear()
+
+    def _finish(self, output: RowOutput) -> Iterator[Event]:
+        reader = self._answer
+        self.ended = True
+        yield from self._deltas(reader.finish())
+        reason = "stop" if reader.ended else output.finish_reason or "stop"
+        yield End(reason, reader.stop_string, self.usage, output.timings)

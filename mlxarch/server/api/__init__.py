@@ -1,0 +1,1 @@
+"""Wire formats: one module for the endpoints of one API."""

@@ -1,0 +1,194 @@
+"""OpenAI's chat completions: answers, whole and streamed."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlxarch import __version__
+from mlxarch.engine.request import TokenLogprobs
+from mlxarch.errors import MlxArchError
+from mlxarch.server.answers.answers import Answers
+from mlxarch.server.answers.events import Delta, End, Usage, Waiting
+from mlxarch.server.api.chat_request import ChatRequest, to_messages, to_options
+from mlxarch.server.http.context import RequestContext
+from mlxarch.server.http.errors import openai_error, to_api_error
+from mlxarch.server.http.responses import SSE_COMMENT, SSE_DONE, Stream, json_response, sse
+from mlxarch.server.served_models import ServedModel
+from mlxarch.server.server import Server
+from mlxarch.tokenizer.tokenizer import Tokenizer
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer POST /v1/chat/completions."""
+    server = Server.of(request)
+    context = RequestContext.of(request.scope)
+    body = server.read(context, ChatRequest)
+    messages = to_messages(body.messages)
+    served = await server.models.acquire(body.model, context)
+    options = to_options(body, served, context)
+    prompt = await server.render(served, messages, options, context)
+    answers = await server.answer(served, [prompt], options, context)
+    form = _Form(served, context, options.top_logprobs)
+    if body.stream:
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return Stream(form.stream(answers, options.count, usage))
+    return json_response(await form.whole(answers, options.count))
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Usage in the form of chat and text completions."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.answer,
+        "total_tokens": usage.prompt + usage.answer,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.thinking},
+    }
+
+
+def fingerprint(served: ServedModel) -> str:
+    """Name of what computes: answers with a seed are comparable where it is the same."""
+    quantization = served.language_model.config.get("quantization")
+    bits = quantization.get("bits") if isinstance(quantization, dict) else None
+    independent = served.running_engine.status().rows_independent
+    form = f"{bits}bit" if bits else "unquantized"
+    return f"mlxarch-{__version__}-{form}-{'independent' if independent else 'batched'}"
+
+
+def token_object(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """Token with its text, its bytes and its log-probability."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+
+def logprobs_object(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """Log-probabilities in the form of chat completions."""
+    content = [
+        {
+            **token_object(tokenizer, entry.token, entry.logprob),
+            "top_logprobs": [token_object(tokenizer, *each) for each in entry.top],
+        }
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+class _Form:
+    """Answers in the form of chat completions."""
+
+    def __init__(
+        self, served: ServedModel, context: RequestContext, top_logprobs: int | None
+    ) -> None:
+        self._tokenizer = served.language_model.tokenizer
+        self._context = context
+        self._with_logprobs = top_logprobs is not None
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": served.name,
+            "system_fingerprint": fingerprint(served),
+        }
+
+    async def whole(self, answers: Answers, count: int) -> dict[str, Any]:
+        """Response without a stream."""
+        messages = [_Message() for _ in range(count)]
+        async with aclosing(answers.events()) as events:
+            async for index, event in events:
+                messages[index].add(event)
+        choices = [
+            {
+                "index": index,
+                "message": message.object(),
+                "logprobs": self._logprobs(message.logprobs),
+                "finish_reason": message.finish_reason,
+            }
+            for index, message in enumerate(messages)
+        ]
+        response = {"object": "chat.completion", **self._head, "choices": choices}
+        response["usage"] = usage_object(answers.usage)
+        if self._context.warnings:
+            response["warnings"] = self._context.warnings
+        return response
+
+    async def stream(self, answers: Answers, count: int, usage: bool) -> AsyncIterator[bytes]:
+        """Chunks of a streamed response."""
+        for index in range(count):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, usage)
+        try:
+            async with aclosing(answers.events()) as events:
+                async for index, event in events:
+                    if isinstance(event, Waiting):
+                        yield SSE_COMMENT
+                    elif isinstance(event, End):
+                        yield self._chunk(index, {}, usage, event.reason)
+                    elif isinstance(event, Delta):
+                        delta = _delta(event)
+                        yield self._chunk(index, delta, usage, logprobs=event.logprobs)
+        except MlxArchError as error:
+            self._context.log["error"] = type(error).__name__
+            yield sse({"error": openai_error(to_api_error(error))})
+            return
+        if usage:
+            last = {"object": "chat.completion.chunk", **self._head, "choices": []}
+            yield sse({**last, "usage": usage_object(answers.usage)})
+        yield SSE_DONE
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        usage: bool,
+        reason: str | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> bytes:
+        entries = self._logprobs(logprobs) if logprobs else None
+        choice = {"index": index, "delta": delta, "logprobs": entries, "finish_reason": reason}
+        chunk: dict[str, Any] = {"object": "chat.completion.chunk", **self._head}
+        chunk["choices"] = [choice]
+        if usage:
+            chunk["usage"] = None
+        if reason is not None and self._context.warnings:
+            chunk["warnings"] = self._context.warnings
+        return sse(chunk)
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        return logprobs_object(self._tokenizer, entries) if self._with_logprobs else None
+
+
+def _delta(event: Delta) -> dict[str, Any]:
+    if event.thinking:  # two names are in use; clients read either
+        return {"reasoning_content": event.text, "reasoning": event.text}
+    return {"content": event.text}
+
+
+class _Message:
+    """Message of a whole response."""
+
+    def __init__(self) -> None:
+        self._texts: dict[bool, list[str]] = {False: [], True: []}  # by whether it is thinking
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason = ""
+
+    def add(self, event: object) -> None:
+        """Add an event of the answer."""
+        if isinstance(event, Delta):
+            self._texts[event.thinking].append(event.text)
+            self.logprobs += event.logprobs
+        elif isinstance(event, End):
+            self.finish_reason = event.reason
+
+    def object(self) -> dict[str, Any]:
+        """Message in the form of chat completions."""
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(self._texts[False]),
+            "refusal": None,
+        }
+        if thinking := "".join(self._texts[True]):
+            message |= {"reasoning_content": thinking, "reasoning": thinking}
+        return message

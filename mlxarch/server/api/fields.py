@@ -1,0 +1,47 @@
+"""Types of fields that several APIs share."""
+
+from typing import Annotated, Any
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Temperature = Annotated[float, msgspec.Meta(ge=0, le=100)]
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+RepetitionPenalty = Annotated[float, msgspec.Meta(gt=0, le=100)]
+TopLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
+AnswerCount = Annotated[int, msgspec.Meta(ge=1, le=16)]
+JsonObject = dict[str, Any]
+
+
+class Strict(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Object of a request whose unknown fields are refused."""
+
+
+class LogitSampling(Strict):
+    """Sampling fields that OpenAI's endpoints and local clients share."""
+
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Seed | None = None
+    logit_bias: dict[str, float] | None = None
+    top_k: TopK | None = None
+    min_p: Probability | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """Fields of ``Sampling`` that the request names, without the logit bias."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p or (None if self.top_p is None else 1e-9),
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "seed": self.seed,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }

@@ -1,0 +1,1 @@
+"""HTTP below the APIs: connections, admission of requests, bodies, errors and streams."""

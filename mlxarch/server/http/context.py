@@ -1,0 +1,55 @@
+"""State of one HTTP request, shared by the layers that handle it."""
+
+import secrets
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import Scope
+
+from mlxarch.server.http.errors import Dialect, dialect_of
+
+KEY = "mlxarch"
+
+
+@dataclass
+class RequestContext:
+    """State of one request.
+
+    Attributes:
+        dialect: API that the path belongs to.
+        id: name of the request in headers and in the log.
+        started: value of ``time.monotonic`` at its begin.
+        body: body, complete.
+        cleanup: what is released when the response has been sent or the client is gone.
+        log: figures for the line in the log, by name.
+        warnings: parts of the request that could not be followed, a sentence each.
+    """
+
+    dialect: Dialect
+    id: str
+    started: float
+    body: bytes = b""
+    cleanup: ExitStack = field(default_factory=ExitStack)
+    log: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, scope: Scope) -> "RequestContext":
+        """Create the context of a request and attach it to its ASGI scope."""
+        context = cls(
+            dialect_of(scope["path"]), f"req_{secrets.token_hex(12)}", started=time.monotonic()
+        )
+        scope[KEY] = context
+        return context
+
+    @classmethod
+    def of(cls, scope: Scope) -> "RequestContext":
+        """Return the context of a request."""
+        return scope[KEY]
+
+    def warn(self, sentence: str) -> None:
+        """Add a warning, once."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)

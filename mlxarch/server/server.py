@@ -1,0 +1,164 @@
+"""Shared state of a server process, and the common way of a request to its answers."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from mlxarch.engine.request import GenerationRequest
+from mlxarch.errors import ContextLengthError, MlxArchError
+from mlxarch.generation.thinking import switches
+from mlxarch.server.answers.answers import Answers, Job, Mailbox
+from mlxarch.server.answers.options import Options, sampling_for
+from mlxarch.server.answers.reader import OutputReader
+from mlxarch.server.http.body import read_body
+from mlxarch.server.http.context import RequestContext
+from mlxarch.server.served_models import ServedModel, ServedModels
+from mlxarch.server.settings import Settings
+
+T = TypeVar("T")
+
+
+@dataclass
+class Server:
+    """Shared state of a server process.
+
+    Attributes:
+        settings: settings.
+        models: models of the start-up list.
+        mailbox: way of outputs from the engines to the event loop.
+        started: Unix time of the start.
+        death: failure because of which the process ends.
+    """
+
+    settings: Settings
+    models: ServedModels
+    mailbox: Mailbox
+    started: float
+    death: MlxArchError | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> "Server":
+        """Server that handles a request."""
+        return request.app
+
+    def read(self, context: RequestContext, kind: type[T]) -> T:
+        """Decode and validate the body of a request."""
+        return read_body(context, kind, lenient=self.settings.lenient)
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run work on texts outside of the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.models.texts, function, *arguments)
+
+    async def render(
+        self,
+        served: ServedModel,
+        messages: Sequence[Mapping[str, Any]],
+        options: Options,
+        context: RequestContext,
+    ) -> list[int]:
+        """Token ids of a conversation, by the model's chat template.
+
+        Raises:
+            InvalidInput, TokenizerError: the template or the tokenizer refuses the messages.
+        """
+        model = served.language_model
+        thinking = switches(model.tokenizer, options.think, options.effort)
+        for warning in thinking.warnings:
+            context.warn(f"{served.name} {warning}")
+        messages = _with_flag(messages, thinking.flag)
+        variables = {**thinking.variables, **options.variables}
+        return await self.in_thread(model.tokens_of, messages, variables)
+
+    async def answer(
+        self,
+        served: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        options: Options,
+        context: RequestContext,
+    ) -> Answers:
+        """Submit prompts to the model's engine, ``options.count`` answers to each.
+
+        Raises:
+            MlxArchError: the request cannot be answered.
+        """
+        jobs = [
+            self._job(served, tuple(prompt), options, index, context)
+            for prompt in prompts
+            for index in range(options.count)
+        ]
+        answers = Answers(served.running_engine, self.mailbox, jobs)
+        context.cleanup.callback(_note_usage, answers, context, time.monotonic())
+        context.log["in"] = sum(map(len, prompts))
+        return answers
+
+    def _job(
+        self,
+        served: ServedModel,
+        prompt: tuple[int, ...],
+        options: Options,
+        index: int,
+        context: RequestContext,
+    ) -> Job:
+        model = served.language_model
+        request = GenerationRequest(
+            prompt=prompt,
+            max_tokens=self._limit(len(prompt), model.context_length, options, context),
+            sampling=sampling_for(options, served.sampling, index),
+            end_tokens=model.tokenizer.eos_ids,
+            top_logprobs=options.top_logprobs,
+            prompt_logprobs=options.prompt_logprobs,
+            conversation=options.conversation,
+        )
+        return Job(request, OutputReader(model.tokenizer, prompt, options.stop))
+
+    def _limit(
+        self, prompt: int, context_length: int, options: Options, context: RequestContext
+    ) -> int:
+        """Maximum number of tokens of an answer.
+
+        Raises:
+            ContextLengthError: prompt and answer do not fit; the message has both numbers.
+        """
+        room = context_length - prompt
+        asked = options.max_tokens
+        if asked is None:
+            asked = min(room, self.settings.max_tokens or room)
+        if options.clamp and asked > room > 0:
+            context.warn(f"the answer is limited to {room} tokens, what the context leaves")
+            asked = room
+        if asked > room or room < 0 or (room == 0 and asked):
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens and the answer may have {max(asked, 0)}; the "
+                f"context of this model holds {context_length}. Shorten the prompt or the answer"
+            )
+        if asked < 1 and not options.prompt_logprobs:
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens; the context of this model holds "
+                f"{context_length}, so there is no room for an answer"
+            )
+        return asked
+
+
+def _note_usage(answers: Answers, context: RequestContext, started: float) -> None:
+    """Cancel what still runs, and note the figures of a request for its line in the log."""
+    answers.cancel()
+    usage = answers.usage
+    context.log |= {"cached": usage.cached, "out": usage.answer}
+    seconds = time.monotonic() - started
+    if seconds > 0:
+        context.log["rate"] = f"{usage.answer / seconds:.1f}/s"
+
+
+def _with_flag(messages: Sequence[Mapping[str, Any]], flag: str) -> Sequence[Mapping[str, Any]]:
+    """Append a flag such as /no_think to the system message."""
+    if not flag:
+        return messages
+    first = messages[0]
+    if first.get("role") != "system" or not isinstance(first.get("content"), str):
+        return [{"role": "system", "content": flag}, *messages]
+    return [{**first, "content": f"{first['content']}\n{flag}"}, *messages[1:]]

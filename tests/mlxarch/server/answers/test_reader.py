@@ -1,0 +1,60 @@
+"""Events from outputs of the engine, without an engine."""
+
+from pathlib import Path
+
+import pytest
+
+from mlxarch import Tokenizer
+from mlxarch.engine.request import PromptReport, RequestTimings, RowOutput, TokenLogprobs
+from mlxarch.errors import NonFiniteLogits
+from mlxarch.server.answers.events import Delta, End, PromptRead
+from mlxarch.server.answers.reader import OutputReader
+
+
+@pytest.fixture
+def tokenizer(tiny: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tiny)
+
+
+def test_logprobs_wait_for_the_text_of_their_tokens(tokenizer):
+    reader = OutputReader(tokenizer, [1], ["xyz"])
+    events = []
+    for token in tokenizer.encode("axyb"):
+        events += reader.read(RowOutput((token,), (TokenLogprobs(token, -1.0),)))
+    assert [event.text for event in events] == ["a", "xyb"]
+    assert [len(event.logprobs) for event in events] == [1, 3]
+
+
+def test_a_stop_string_is_reported_and_nothing_follows_it(tokenizer):
+    reader = OutputReader(tokenizer, [1], ["xy", "q"])
+    tokens = tuple(tokenizer.encode("axyb"))
+    *deltas, end = reader.read(RowOutput(tokens))
+    assert "".join(each.text for each in deltas) == "a"
+    assert end == End("stop", "xy", reader.usage, None)
+    assert reader.usage.answer == 3
+    assert list(reader.read(RowOutput(tokens, finish_reason="length"))) == []
+
+
+def test_thinking_is_counted_and_has_no_logprobs(tokenizer):
+    reader = OutputReader(tokenizer, tokenizer.encode("<think>"), [])
+    tokens = tokenizer.encode("ab</think>c")
+    entries = tuple(TokenLogprobs(token, -1.0) for token in tokens)
+    timings = RequestTimings(0.0, 0.0, 0.0)
+    report = PromptReport(1, cached_tokens=1)
+    output = RowOutput(tuple(tokens), entries, "length", prompt=report, timings=timings)
+    first, *deltas, end = reader.read(output)
+    assert first == PromptRead(report)
+    assert [(each.text, each.thinking) for each in deltas if isinstance(each, Delta)] == [
+        ("a", True),
+        ("b", True),
+        ("c", False),
+    ]
+    assert [entry.token for entry in deltas[-1].logprobs] == tokens[-1:]
+    assert end == End("length", None, reader.usage, timings)
+    assert (reader.usage.cached, reader.usage.thinking, reader.usage.answer) == (1, 3, 4)
+
+
+def test_an_error_of_the_engine_is_raised(tokenizer):
+    reader = OutputReader(tokenizer, [1], [])
+    with pytest.raises(NonFiniteLogits):
+        list(reader.read(RowOutput(finish_reason="error", error=NonFiniteLogits("nan"))))
