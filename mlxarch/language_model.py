@@ -42,6 +42,7 @@ from mlxarch.store.obtain import obtain
 from mlxarch.structured_output.compiler import GrammarCompiler
 from mlxarch.structured_output.matcher import Grammar, Matcher
 from mlxarch.structured_output.python_types import answer_type
+from mlxarch.system import paths
 from mlxarch.system.machines import parse_size
 from mlxarch.system.untrusted_files import read_json
 from mlxarch.tokenizer.tokenizer import Tokenizer
@@ -187,9 +188,13 @@ class LanguageModel:
         Args:
             **options: arguments of ``Engine`` that replace those of the memory plan.
         """
-        settings: dict[str, Any] = {"context_length": self.context_length, "kv": self.kv}
+        settings: dict[str, Any] = {
+            "context_length": self.context_length,
+            "kv": self.kv,
+            "spill_dir": paths.cache() / "rows",
+        }
         if self.plan is not None:
-            settings["chunk"] = self.plan.execution.chunk
+            settings |= {"chunk": self.plan.execution.chunk, "room_bytes": self.plan.kv_room}
         return Engine(self.model, **(settings | options))
 
     @property

@@ -13,8 +13,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from mlxarch.blocks import Cache, CausalLM
+from mlxarch.engine.admission import MemoryRoom, one_token_caches
 from mlxarch.engine.request import (
     EngineStatus,
     GenerationRequest,
@@ -108,11 +110,14 @@ class Engine:
     Args:
         model: network with weights.
         context_length: tokens of a prompt and its answer together; None takes the model's.
+        room_bytes: memory for the caches of all requests; None without a limit.
         max_rows: requests that run at the same time.
         max_waiting: further requests that may wait.
         kv: quantization of keys and values; None keeps them as they are.
         chunk: tokens of a prompt per pass; None takes the default of the machine.
         deterministic: make the bits of a row independent of the other rows even if that costs time.
+        spill_dir: folder for the caches of requests that are set aside, to make room for older ones;
+            None keeps them in the host's memory.
         on_death: called on the engine's thread after a failure that ended it.
     """
 
@@ -121,11 +126,13 @@ class Engine:
         model: CausalLM,
         *,
         context_length: int | None = None,
+        room_bytes: int | None = None,
         max_rows: int = 16,
         max_waiting: int = 64,
         kv: Quantization | None = None,
         chunk: int | None = None,
         deterministic: bool = False,
+        spill_dir: Path | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         def make_caches() -> list[Cache | None]:
@@ -136,7 +143,8 @@ class Engine:
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         reader = PromptReader(model, chunk)
-        scheduler = Scheduler(model, make_caches, reader, max_rows)
+        self._room = MemoryRoom(room_bytes, one_token_caches(model, make_caches))
+        scheduler = Scheduler(model, make_caches, reader, self._room, max_rows, spill_dir)
         self._worker = _Worker(scheduler, deterministic)
         self._worker.on_death = on_death
         self._numbers = itertools.count(1)
@@ -152,6 +160,7 @@ class Engine:
 
         Raises:
             InvalidInput: a token or a parameter is out of range.
+            DoesNotFit: prompt and answer take more than ``room_bytes``.
             ContextLengthError: prompt and answer do not fit into the context.
             QueueFull: too many requests wait.
             EngineStopped: the engine was closed or has failed.
@@ -162,6 +171,7 @@ class Engine:
             raise InvalidInput(
                 f"logit_bias names token {bias[0]}; the vocabulary ends at {self.vocab_size - 1}"
             )
+        self._room.check(len(request.prompt), request.max_tokens)
         worker = self._worker
         with worker.wake:
             if not worker.accepts:
@@ -169,11 +179,12 @@ class Engine:
                 raise EngineStopped(f"the engine does not run: {reason}")
             scheduler = worker.scheduler
             queued = len(worker.arrivals) + len(scheduler.waiting)
-            free = self.max_rows - len(scheduler.rows)
+            free = self.max_rows - len(scheduler.rows) - len(scheduler.aside)
             if queued >= self.max_waiting + max(free, 0):
                 raise QueueFull(
                     f"{queued} requests wait already, the most that this engine lets wait; try "
-                    "again later"
+                    "again later",
+                    max(1.0, scheduler.seconds_per_request / self.max_rows),
                 )
             handle = RequestHandle(f"request-{next(self._numbers)}", worker.notify)
             worker.arrivals.append(Row(request, handle, deliver))
@@ -207,9 +218,9 @@ class Engine:
             alive=worker.accepts and self._thread.is_alive(),
             running=len(scheduler.running),
             reading=len(scheduler.reading),
-            waiting=len(scheduler.waiting) + len(worker.arrivals),
+            waiting=len(scheduler.waiting) + len(scheduler.aside) + len(worker.arrivals),
             row_bytes=sum(row.nbytes for row in scheduler.rows),
-            room_bytes=None,
+            room_bytes=self._room.total,
             prefix_bytes=0,
             rows_independent=scheduler.batch_sizes.independent,
             counters=dict(scheduler.counters),

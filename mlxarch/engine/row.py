@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlxarch.blocks import Cache
+from mlxarch.engine.parking import ParkedCaches
 from mlxarch.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -30,6 +32,8 @@ class Row:
         caches: KV cache of each layer.
         sampler: state of its sampling; None until its prompt is read.
         fed: tokens of the prompt that the caches hold.
+        reserved: tokens for which it has reserved memory.
+        parked: its caches while it is set aside; None while it runs.
         tokens: generated tokens that have been delivered.
         chosen: newest chosen token (1,), which the host may not know yet.
         chosen_count: tokens chosen so far, delivered or not.
@@ -44,6 +48,8 @@ class Row:
         self.caches: list[Cache | None] = []
         self.sampler: RowSampler | None = None
         self.fed = 0
+        self.reserved = 0
+        self.parked: ParkedCaches | None = None
         self.cached_tokens = 0
         self.first_difference: int | None = None
         self.tokens: list[int] = []
@@ -72,14 +78,48 @@ class Row:
         return self.chosen_count < self.request.max_tokens
 
     @property
+    def arrived(self) -> float:
+        """Time of its arrival; the youngest row has the largest."""
+        return self._arrived
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was admitted."""
+        return 0.0 if self._admitted is None else time.perf_counter() - self._admitted
+
+    @property
+    def held(self) -> int:
+        """Tokens that its caches hold."""
+        return self.fed + max(self.chosen_count - 1, 0)
+
+    @property
     def nbytes(self) -> int:
         """Allocated bytes of its caches."""
         return sum(cache.nbytes for cache in self.caches if cache is not None)
 
-    def admit(self, caches: list[Cache | None]) -> None:
-        """Take the caches with which the row begins to run."""
+    def admit(self, caches: list[Cache | None], reserved: int) -> None:
+        """Take empty caches, with which the row begins to run."""
         self.caches = caches
+        self.reserved = reserved
         self._admitted = time.perf_counter()
+
+    def set_aside(self, folder: Path | None) -> None:
+        """Move the caches out of the way, to a file in ``folder`` or to the host's memory."""
+        self.parked = ParkedCaches(self.caches, folder)
+        self.caches = []
+
+    def resume(self, caches: list[Cache | None]) -> None:
+        """Continue where it was set aside, with caches that are still empty."""
+        if self.parked is not None:
+            self.parked.restore(caches)
+            self.parked = None
+        self.caches = caches
+
+    def next_mask(self) -> mx.array | None:
+        """Tokens (V,) that its matcher allows next; None if it has none or all are allowed."""
+        matcher = self.request.matcher
+        allowed = None if matcher is None else matcher.mask()
+        return None if allowed is None else mx.array(allowed)
 
     def report_progress(self) -> None:
         """Deliver how much of the prompt has been read."""
@@ -126,6 +166,8 @@ class Row:
         if reason is not None:
             self.reason = reason
             self.caches = []
+            if self.parked is not None:
+                self.parked.discard()
             self.handle.done.set()
 
     def _timings(self) -> RequestTimings:

@@ -5,17 +5,21 @@ prompt, of the request that has waited longest. A running answer therefore pause
 most, and a long prompt gets on at every step.
 """
 
+import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 
-from mlxarch.blocks import Cache, CausalLM
+from mlxarch.blocks import CausalLM
+from mlxarch.engine.admission import MakeCaches, MemoryRoom
 from mlxarch.engine.probe import BatchSizes, probe_batch_sizes
 from mlxarch.engine.request import FinishReason
 from mlxarch.engine.row import Row
 from mlxarch.engine.steps import NOT_FINITE, Choice, PromptReader, choose, forward
-from mlxarch.errors import MlxArchError, NonFiniteLogits
+from mlxarch.errors import GenerationError, MlxArchError, NonFiniteLogits
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -25,33 +29,43 @@ class Scheduler:
         model: network.
         make_caches: creates the empty caches of a row.
         reader: reader of prompts.
+        room: memory for the rows.
         max_rows: rows that run at the same time.
+        spill: folder for the caches of rows that are set aside; None keeps them in memory.
 
     Attributes:
         waiting: requests that have not begun.
         reading: rows whose prompt is being read, the oldest first.
         running: rows that decode.
+        aside: rows that were set aside because older ones needed their memory.
         counters: totals since the start, by name.
+        seconds_per_request: moving average of the seconds that a request runs.
         batch_sizes: numbers of rows that a decoding pass may have.
     """
 
     def __init__(
         self,
         model: CausalLM,
-        make_caches: Callable[[], list[Cache | None]],
+        make_caches: MakeCaches,
         reader: PromptReader,
+        room: MemoryRoom,
         max_rows: int,
+        spill: Path | None = None,
     ) -> None:
         self.model = model
         self.reader = reader
+        self.room = room
         self.waiting: deque[Row] = deque()
         self.reading: list[Row] = []
         self.running: list[Row] = []
+        self.aside: list[Row] = []
         self.counters: Counter[str] = Counter()
         self.batch_sizes = BatchSizes((), independent=False)
         self._make_caches = make_caches
         self._max_rows = max_rows
+        self._spill = spill
         self._unread: list[Choice] = []
+        self.seconds_per_request = 0.0
 
     @property
     def rows(self) -> list[Row]:
@@ -61,7 +75,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to compute or deliver."""
-        return not (self.waiting or self.reading or self.running or self._unread)
+        return not (self.waiting or self.aside or self.rows or self._unread)
 
     def probe(self, deterministic: bool) -> None:
         """Find out in which batch sizes a row does not depend on its neighbours."""
@@ -70,47 +84,94 @@ class Scheduler:
     def turn(self) -> None:
         """Compute one decoding step and one chunk of a prompt, and deliver the step before."""
         self._drop_cancelled()
+        self._reserve_for_growth()
+        self._resume()
         self._admit()
         try:
             self._decode()
         except MlxArchError as error:  # such as an expert that cannot be read
             for row in self.running:
-                self.finish(row, "error", error)
+                row.finish("error", error)
             self._unread = []
         self._remove_finished()
         self._read_prompts()
         self._remove_finished()
 
-    def finish(self, row: Row, reason: FinishReason, error: MlxArchError | None = None) -> None:
-        """End a row without another token."""
-        if not row.finished:
-            self.counters[f"finished_{reason}"] += 1
-            row.finish(reason, error)
-
     def finish_all(self, reason: FinishReason, error: MlxArchError | None = None) -> None:
         """End every request."""
-        for row in [*self.rows, *self.waiting]:
-            self.finish(row, reason, error)
-        self.waiting.clear()
+        for row in [*self.rows, *self.aside, *self.waiting]:
+            row.finish(reason, error)
         self._unread = []
         self._remove_finished()
 
     def _drop_cancelled(self) -> None:
-        for row in [*self.rows, *self.waiting]:
+        for row in [*self.rows, *self.aside, *self.waiting]:
             if row.handle.cancelled:
-                self.finish(row, "cancelled")
-        self.waiting = deque(row for row in self.waiting if not row.finished)
+                row.finish("cancelled")
         self._remove_finished()
 
     def _remove_finished(self) -> None:
+        for row in [*self.rows, *self.aside, *self.waiting]:
+            if row.finished:
+                self.counters[f"finished_{row.reason}"] += 1
+                share = 0.1 if self.seconds_per_request else 1.0
+                self.seconds_per_request += share * (row.seconds - self.seconds_per_request)
         self.running = [row for row in self.running if not row.finished]
         self.reading = [row for row in self.reading if not row.finished]
+        self.aside = [row for row in self.aside if not row.finished]
+        self.waiting = deque(row for row in self.waiting if not row.finished)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.rows) < self._max_rows:
+        while self.waiting and not self.aside and len(self.rows) < self._max_rows:
+            request = self.waiting[0].request
+            tokens = self.room.first_reservation(len(request.prompt), request.max_tokens)
+            if not self._make_room(self.room.bytes_for(tokens)):
+                return
             row = self.waiting.popleft()
-            row.admit(self._make_caches())
+            row.admit(self._make_caches(), tokens)
             self.reading.append(row)
+
+    def _resume(self) -> None:
+        """Continue rows that were set aside, the oldest first."""
+        for row in sorted(self.aside, key=lambda row: row.arrived):
+            tokens = max(row.reserved, row.held + 1)
+            if not self._make_room(self.room.bytes_for(tokens)):
+                return
+            row.resume(self._make_caches())
+            row.reserved = tokens
+            self.aside.remove(row)
+            (self.running if row.prompt_is_read else self.reading).append(row)
+
+    def _make_room(self, needed: int) -> bool:
+        """Whether so many bytes are free."""
+        total = self.room.total
+        return total is None or self._reserved_bytes() + needed <= total
+
+    def _reserved_bytes(self) -> int:
+        return sum(self.room.bytes_for(row.reserved) for row in self.rows)
+
+    def _reserve_for_growth(self) -> None:
+        """Reserve more memory for rows that have used up theirs; the youngest make room for older ones.
+
+        The oldest row gets what it needs in the end: a request that does not fit alone was refused.
+        """
+        for row in sorted(self.running, key=lambda row: row.arrived):
+            if row.held < row.reserved or row not in self.running:
+                continue
+            prompt, most = len(row.request.prompt), row.request.max_tokens
+            tokens = self.room.next_reservation(row.reserved, prompt, most)
+            more = self.room.bytes_for(tokens) - self.room.bytes_for(row.reserved)
+            while not self._make_room(more) and row in self.running:
+                self._set_aside(max(self.rows, key=lambda other: other.arrived))
+            row.reserved = tokens
+
+    def _set_aside(self, row: Row) -> None:
+        row.set_aside(self._spill)
+        for rows in (self.running, self.reading):
+            if row in rows:
+                rows.remove(row)
+        self.aside.append(row)
+        self.counters["set_aside"] += 1
 
     def _decode(self) -> None:
         """Queue the next step, deliver the tokens of the one before, and choose the next ones.
@@ -127,14 +188,25 @@ class Scheduler:
             if any(row.request.matcher is not None for row in rows):
                 mx.async_eval(logits)
             else:
-                self._unread.append(choose(rows, logits))
+                self._choose(rows, logits)
         for choice in unread:
             self._deliver(choice)
         if logits is not None and not self._unread:
             left = [index for index, row in enumerate(rows) if not row.finished]
             if left:
                 some = logits if len(left) == len(rows) else logits[mx.array(left)]
-                self._unread.append(choose([rows[index] for index in left], some))
+                self._choose([rows[index] for index in left], some)
+
+    def _choose(self, rows: list[Row], logits: mx.array) -> None:
+        """Choose the next token of each row from logits (B, V); a matcher that fails ends its row."""
+        masks: list[mx.array | None] = []
+        for row in rows:
+            try:
+                masks.append(row.next_mask())
+            except Exception as error:
+                masks.append(None)
+                _end_by_matcher(row, error)
+        self._unread.append(choose(rows, logits, masks))
 
     def _deliver(self, choice: Choice) -> None:
         for row, token, logprobs in choice.read():
@@ -146,12 +218,14 @@ class Scheduler:
                     "weight file is damaged, or the precision too low; download it again, or load "
                     "it with dtype='float32'"
                 )
-                self.finish(row, "error", error)
+                row.finish("error", error)
                 continue
-            row.add(token, logprobs)
+            try:
+                row.add(token, logprobs)
+            except Exception as error:
+                _end_by_matcher(row, error)
+                continue
             self.counters["generated_tokens"] += 1
-            if row.finished:
-                self.counters[f"finished_{row.reason}"] += 1
 
     def _read_prompts(self) -> None:
         """Read one chunk, or the rest of several short prompts that are no longer together."""
@@ -163,7 +237,7 @@ class Scheduler:
             try:
                 done = self._read_chunk(row)
             except MlxArchError as error:
-                self.finish(row, "error", error)
+                row.finish("error", error)
                 continue
             budget -= count
             if not done:
@@ -179,8 +253,16 @@ class Scheduler:
             return False
         self.reading.remove(row)
         if row.may_choose:
-            self._unread.append(choose([row], logits))
             self.running.append(row)
+            self._choose([row], logits)
         else:
-            self.finish(row, "length")
+            row.finish("length")
         return True
+
+
+def _end_by_matcher(row: Row, error: Exception) -> None:
+    """End a row whose matcher raised an error; the other rows go on."""
+    if not isinstance(error, MlxArchError):
+        logger.exception("the matcher of request %s failed", row.handle.id)
+        error = GenerationError(f"the constraint of the answer failed: {error!r}")
+    row.finish("error", error)

@@ -67,10 +67,13 @@ def forward(model: CausalLM, rows: Sequence[Row], batch: int) -> mx.array:
     return model.head(state)[: len(rows), 0]
 
 
-def choose(rows: Sequence[Row], logits: mx.array) -> Choice:
-    """Choose the next token of each row from logits (B, V), and start the computation."""
+def choose(rows: Sequence[Row], logits: mx.array, masks: Sequence[mx.array | None]) -> Choice:
+    """Choose the next token of each row from logits (B, V), and start the computation.
+
+    Args:
+        masks: tokens (V,) that each row may take; None allows all.
+    """
     samplers = [_sampler(row, logits.shape[-1]) for row in rows]
-    masks = [_mask(row) for row in rows]
     tokens = sample(samplers, logits, masks)
     total = mx.logsumexp(logits.astype(mx.float32), axis=-1)
     # The sum is not finite if a logit is NaN or +inf, or if all are -inf
@@ -89,12 +92,6 @@ def _sampler(row: Row, vocab_size: int) -> RowSampler:
     if row.sampler is None:
         row.sampler = RowSampler(row.request.sampling, vocab_size, row.request.prompt)
     return row.sampler
-
-
-def _mask(row: Row) -> mx.array | None:
-    matcher = row.request.matcher
-    allowed = None if matcher is None else matcher.mask()
-    return None if allowed is None else mx.array(allowed)
 
 
 def _logprobs(

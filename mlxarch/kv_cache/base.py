@@ -6,12 +6,14 @@ that in ``_write``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 
 import mlx.core as mx
 
 from mlxarch.kv_cache.quantized import QuantizedVectors, quantize_vectors
 from mlxarch.quantization.scheme import Quantization
 
+QUANTIZED_ARRAYS = 3  # packed codes, scales, biases
 KVArray = mx.array | QuantizedVectors
 """Keys or values of one layer, (B, K, S, D)."""
 
@@ -112,6 +114,43 @@ class Cache(ABC):
     def snapshot_bytes(self) -> int:
         """Size of one snapshot in bytes."""
         return 0
+
+    @property
+    def stores_all(self) -> bool:
+        """Whether every token is stored, so that ``cut`` can copy any range of them."""
+        return False
+
+    def cut(self, start: int, stop: int) -> tuple[mx.array, ...]:
+        """Copy what is stored of the tokens from ``start`` to ``stop``; needs ``stores_all``."""
+        raise NotImplementedError
+
+    def export(self) -> tuple[mx.array, ...]:
+        """Arrays that hold the present state; later tokens do not change them."""
+        return tuple(map(copy, self.arrays()))
+
+    def restore(self, length: int, parts: Sequence[tuple[mx.array, ...]]) -> None:
+        """Take the state after ``length`` tokens.
+
+        Args:
+            parts: a result of ``export``; with ``stores_all`` also results of ``cut`` that follow
+                one another from the first token on.
+        """
+        [arrays] = parts
+        self._buffers = self._group(tuple(map(copy, arrays)))
+        self.length = length
+
+    def _group(self, arrays: tuple[mx.array, ...]) -> dict[int, tuple[mx.array, ...]]:
+        """Arrays of an export, by keys (0) and values (1)."""
+        size = 1 if self.kv is None else QUANTIZED_ARRAYS
+        starts = range(0, len(arrays), size)
+        return {index: arrays[start : start + size] for index, start in enumerate(starts)}
+
+    def bytes_at(self, length: int) -> int:
+        """Bytes that are allocated once ``length`` tokens have been appended one after the other.
+
+        Known from the first append on.
+        """
+        return sum(array.nbytes for array in self.arrays())
 
     def arrays(self) -> list[mx.array]:
         """Arrays to evaluate so that the cache is up to date."""

@@ -1,5 +1,7 @@
 """KV cache that stores every token."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlxarch.kv_cache.base import Cache
@@ -42,6 +44,32 @@ class FullCache(Cache):
             return mx.zeros((batch, heads, capacity, size), like.dtype)
         spare = mx.zeros((batch, heads, capacity - self.length, size), like.dtype)
         return mx.concatenate([buffer[..., : self.length, :], spare], axis=2)
+
+    @property
+    def stores_all(self) -> bool:
+        return True
+
+    def cut(self, start: int, stop: int) -> tuple[mx.array, ...]:
+        # a gather: a slice may share the memory of the buffer, and then neither could be written
+        indices = mx.arange(start, stop)
+        return tuple(mx.take(array, indices, axis=2) for array in self.arrays())
+
+    def export(self) -> tuple[mx.array, ...]:
+        return self.cut(0, self.length)
+
+    def restore(self, length: int, parts: Sequence[tuple[mx.array, ...]]) -> None:
+        spare = self._buffer_length(length + 1, grows=False) - length
+        joined: list[mx.array] = []
+        for arrays in zip(*parts, strict=True):
+            batch, heads, _, size = arrays[0].shape
+            zeros = mx.zeros((batch, heads, spare, size), arrays[0].dtype)
+            joined.append(mx.concatenate([*arrays, zeros], axis=2))
+        self._buffers = self._group(tuple(joined))
+        self.length = length
+
+    def bytes_at(self, length: int) -> int:
+        token = sum(array.nbytes // array.shape[2] for array in self.arrays())
+        return token * self._buffer_length(length, grows=length > GROWTH)
 
     def slots(self, length: int) -> mx.array:
         return mx.arange(self.length + length)

@@ -1,5 +1,6 @@
 """KV cache of a sliding window: stores the newest tokens only, in a ring buffer."""
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -75,6 +76,20 @@ class SlidingCache(FullCache):
         if length == 1:
             return max(0, self.length + 1 - self.window)
         return self.length - self._visible_tokens()
+
+    @property
+    def stores_all(self) -> bool:
+        return False
+
+    def export(self) -> tuple[mx.array, ...]:
+        return tuple(map(copy, self.arrays()))
+
+    def restore(self, length: int, parts: Sequence[tuple[mx.array, ...]]) -> None:
+        [arrays] = parts
+        self._buffers = self._group(tuple(map(copy, arrays)))
+        self._overwritten = max(0, length - self.window)
+        self._snapshots = []
+        self.length = length
 
     def slots(self, length: int) -> mx.array:
         if length > 1 or self.length < self.window:

@@ -65,6 +65,11 @@ class Plan:
         return sum(self.weights.values()) + sum(self.kv.values()) + self.activations
 
     @property
+    def kv_room(self) -> int:
+        """Bytes that KV caches may take: the memory budget without all other terms."""
+        return self.memory - self.total + sum(self.kv.values())
+
+    @property
     def headroom(self) -> int:
         """Reserve for the error of the plan."""
         return round(HEADROOM_FRACTION * self.mlx_peak)

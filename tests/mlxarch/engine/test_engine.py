@@ -15,6 +15,7 @@ from mlxarch.engine import Engine, GenerationRequest, RowOutput
 from mlxarch.errors import (
     ContextLengthError,
     EngineStopped,
+    GenerationError,
     InvalidInput,
     NonFiniteLogits,
     QueueFull,
@@ -138,6 +139,34 @@ def test_a_matcher_restricts_its_own_row_and_ends_it(engine: Engine, model: Caus
     assert outputs[-1].finish_reason == "stop"
     assert all(token % 2 == 0 for token in matcher.taken)
     assert tokens_of(done) == alone(model, free)
+
+
+class FailingMatcher(EvenTokens):
+    """Matcher that fails after a number of tokens, in one method or the other."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def mask(self) -> np.ndarray | None:
+        if self.where == "mask" and self.taken:
+            raise ValueError("no mask")
+        return super().mask()
+
+    def consume(self, token: int) -> None:
+        super().consume(token)
+        if self.where == "consume":
+            raise ValueError("not allowed")
+
+
+@pytest.mark.parametrize("where", ["mask", "consume"])
+def test_a_matcher_that_fails_ends_its_own_row(where: str, engine: Engine, model: CausalLM) -> None:
+    done: list[RowOutput] = []
+    handle = engine.submit(request(9, max_tokens=12), done.append)
+    with pytest.raises(GenerationError, match="constraint"):
+        list(engine.stream(request(matcher=FailingMatcher(where))))
+    assert handle.done.wait(20)
+    assert tokens_of(done) == alone(model, request(9, max_tokens=12))
 
 
 def test_a_cancelled_request_ends_and_its_caches_are_gone(engine: Engine) -> None:

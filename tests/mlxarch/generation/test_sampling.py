@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlxarch.errors import InvalidInput
-from mlxarch.generation.sampling import Sampler, Sampling
+from mlxarch.generation.sampling import RowSampler, Sampler, Sampling, sample
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -1.5, 1.5, -3.0]
 
@@ -147,3 +147,37 @@ def test_refuses_a_bias_outside_of_the_vocabulary() -> None:
     Sampler(Sampling(logit_bias={7: 1.0}), 8, [[]])
     with pytest.raises(InvalidInput, match="ends at 7"):
         Sampler(Sampling(logit_bias={8: 1.0}), 8, [[]])
+
+
+def test_frequency_and_presence_penalties_count_the_answer_and_not_the_prompt() -> None:
+    logits = mx.array([[5.0, 4.0, 0.0]])
+    for settings, wanted in (
+        ({"presence_penalty": 1.5}, [0, 1, 0, 0]),
+        ({"frequency_penalty": 0.4}, [0, 0, 0, 1]),
+        ({"frequency_penalty": -0.4}, [0, 0, 0, 0]),
+    ):
+        sampler = Sampler(Sampling(**settings), 3, [[0, 0, 0, 0]])
+        assert [sampler(logits).item() for _ in range(4)] == wanted, settings
+
+
+def test_rows_with_parameters_of_their_own_draw_as_alone() -> None:
+    parameters = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=1),
+        Sampling(temperature=1.0, seed=2),
+        Sampling(temperature=0.5, top_k=3, seed=3),
+        Sampling(temperature=1.0, seed=4, presence_penalty=2.0),
+        Sampling(logit_bias={3: 100.0}),
+    ]
+    logits = mx.random.normal((len(parameters), 40), key=mx.random.key(0)) * 2
+    masks = [None, None, mx.arange(40) % 2 == 0, None, None, None]
+    together = [RowSampler(each, 40, [1]) for each in parameters]
+    alone = [RowSampler(each, 40, [1]) for each in parameters]
+    for _ in range(5):
+        tokens = sample(together, logits, masks).tolist()
+        single = [
+            sample([row], logits[index : index + 1], [masks[index]]).item()
+            for index, row in enumerate(alone)
+        ]
+        assert tokens == single
+        assert tokens[2] % 2 == 0 and tokens[5] == 3
