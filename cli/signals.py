@@ -1,11 +1,21 @@
-"""Termination signals raise an exception, so that cleanup runs as after Ctrl-C."""
+"""Termination signals: an exception in Python code, and the end of a process that does not react.
 
+``raise_terminated`` raises an exception, so that cleanup runs as after Ctrl-C. Python raises it
+only between two of its instructions. ``end_if_busy`` ends a process that computes for longer, as
+SIGKILL would, which every file that mlxarch writes survives.
+"""
+
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 0.3  # from a signal until a process that has not reacted is ended
+
+_reacted = threading.Event()
 
 
 class Terminated(KeyboardInterrupt):
@@ -20,6 +30,17 @@ class Terminated(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+def interrupt(*_: object) -> None:
+    """Handle SIGINT like Python, and let ``end_if_busy`` know."""
+    note_reaction()
+    raise KeyboardInterrupt
+
+
+def note_reaction() -> None:
+    """Let ``end_if_busy`` know that Python code handles the signal; for handlers of SIGINT."""
+    _reacted.set()
+
+
 @contextmanager
 def raise_terminated() -> Iterator[None]:
     """Raise ``Terminated`` at the first of ``SIGNALS``; later ones do not interrupt the cleanup.
@@ -30,18 +51,82 @@ def raise_terminated() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
-    handled = [number for number, handler in previous.items() if handler == signal.SIG_DFL]
+    usual = {**dict.fromkeys(SIGNALS, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
+    previous = {number: signal.getsignal(number) for number in usual}
+    handled = [number for number, handler in previous.items() if handler == usual[number]]
+    ending = False
 
     def terminate(number: int, _: object) -> None:
-        for each in handled:
-            signal.signal(each, signal.SIG_IGN)
-        raise Terminated(number)
+        nonlocal ending
+        note_reaction()
+        if not ending:
+            ending = True
+            raise Terminated(number)
 
     try:
         for number in handled:
-            signal.signal(number, terminate)
+            signal.signal(number, interrupt if number == signal.SIGINT else terminate)
         yield
     finally:
         for number in handled:
             signal.signal(number, previous[number])
+
+
+@contextmanager
+def end_if_busy(end: Callable[[int], None] = os._exit) -> Iterator[None]:
+    """End the process when a signal stays without reaction, or at a second termination signal.
+
+    A thread waits for signals, because the main thread may be inside a computation of MLX. Where
+    another library replaces the file descriptor that wakes it, as the line editor of a chat does,
+    signals have their usual effect only.
+
+    Args:
+        end: called with the exit code in place of ending the process.
+    """
+    wake, written = os.pipe()
+    os.set_blocking(written, False)
+    previous = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    restore = _terminal_restorer()
+    thread = threading.Thread(target=_watch, args=(wake, restore, end), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        if signal.set_wakeup_fd(previous) not in (written, -1):
+            signal.set_wakeup_fd(previous)
+        os.close(written)  # ends the thread
+
+
+def _watch(wake: int, restore: Callable[[], None], end: Callable[[int], None]) -> None:
+    terminations = 0
+    while received := os.read(wake, 1):
+        number = received[0]
+        if number not in (signal.SIGINT, *SIGNALS):
+            continue
+        terminations += number in SIGNALS
+        if terminations > 1 or not _reacted.wait(GRACE_SECONDS):
+            restore()
+            end(128 + number)
+        _reacted.clear()
+    os.close(wake)
+
+
+def _terminal_restorer() -> Callable[[], None]:
+    """Make a function that gives the terminal back its present settings, and shows the cursor."""
+    import termios
+
+    settings = None
+    with suppress(AttributeError, ValueError, OSError, termios.error):
+        terminal = sys.stdin.fileno()
+        settings = termios.tcgetattr(terminal)
+
+    def restore() -> None:
+        if settings is None:
+            return
+        with suppress(OSError, termios.error):
+            termios.tcsetattr(terminal, termios.TCSANOW, settings)
+        with suppress(OSError, AttributeError, ValueError):
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), b"\x1b[?25h\x1b[0m\r\n")
+
+    return restore

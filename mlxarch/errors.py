@@ -26,6 +26,7 @@
         │   ├── EmbeddingReadError
         │   └── ExpertReadError
         ├── NonFiniteLogits
+        ├── SessionInUse        two threads use one session at the same time
         ├── QueueFull           the engine has as many requests as it accepts
         ├── DoesNotFit          a request needs more memory than the engine has for all
         └── EngineStopped       the engine was closed, or a failure ended it
@@ -155,6 +156,10 @@ class EmbeddingReadError(StreamError):
 
 class ExpertReadError(StreamError):
     """An expert could not be read; the message names layer, expert and file."""
+
+
+class SessionInUse(GenerationError):
+    """A session is used by two threads at the same time."""
 
 
 class NonFiniteLogits(GenerationError):

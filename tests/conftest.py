@@ -28,6 +28,14 @@ def unsynced() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unhurried() -> Iterator[None]:
+    """Passes are as long as on a fast machine, however busy this one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxarch.generation.pace.EVALUATION_SECONDS", 600.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_home(pytestconfig: pytest.Config) -> Path:
     """A folder to be MLXARCH_HOME in which SmolLM2-135M-Instruct is installed as published in the wheel.

@@ -1,7 +1,7 @@
 """Decoding: generation of tokens after a prompt, for one conversation or a padded batch."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 
 import mlx.core as mx
@@ -9,7 +9,8 @@ import numpy as np
 
 from mlxarch.blocks import CausalLM
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
-from mlxarch.generation.prefill import feed, prefill, split_batch
+from mlxarch.generation.pace import compute_state, pace_of
+from mlxarch.generation.prefill import Report, feed, prefill
 from mlxarch.generation.sampling import Sampler, Sampling
 from mlxarch.generation.session import Session
 from mlxarch.generation.timings import Timings
@@ -58,17 +59,20 @@ def decode(
     sampling: Sampling,
     limit: int,
     matcher: Matcher | None = None,
+    report: Report | None = None,
 ) -> Iterator[tuple[int, Timings]]:
     """Generate up to ``limit`` tokens; closing the iterator stops earlier.
 
     The graph of the next step is queued before the current token is read, so that the device never
-    waits for the host. Where embedding rows come from the SSD, the graph is built before the token
-    is known and queued as soon as its row is read. With a matcher the network runs ahead in the
-    same way, and only the choice of a token waits for the one before. ``session.tokens`` are at any
-    time the tokens that its caches hold.
+    waits for the host, unless a step takes so long that it is evaluated in parts. Where embedding
+    rows come from the SSD, the graph is built before the token is known and queued as soon as its
+    row is read. With a matcher the network runs ahead in the same way, and only the choice of a
+    token waits for the one before. ``session.tokens`` are at any time the tokens that its caches
+    hold.
 
     Args:
         matcher: constraint on the answer, which ends when its grammar is complete; None for none.
+        report: called with the tokens of the prompt that are processed, and their number.
 
     Yields:
         Each token with the timings so far; one object, updated as it goes.
@@ -77,19 +81,44 @@ def decode(
         NonFiniteLogits: NaN or infinity instead of a token.
         ConstraintError: the grammar cannot be continued.
         InvalidInput: the session belongs to another model, or has begun another turn meanwhile.
+        SessionInUse: another thread computes with the session.
     """
+    steps = _steps(model, session, prompt, sampling, limit, matcher, report)
+    try:
+        while True:
+            with session.exclusive():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+    finally:
+        steps.close()
+
+
+def _steps(
+    model: CausalLM,
+    session: Session,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    limit: int,
+    matcher: Matcher | None,
+    report: Report | None,
+) -> Generator[tuple[int, Timings]]:
     start = time.perf_counter()
     turn = session.begin_turn(model)
     timings = Timings(len(prompt), session.reuse_prefix(prompt))
     sampler = Sampler(sampling, model.vocab_size, [prompt])
     late = late_rows(model)
+    pace = pace_of(model)
     try:
-        logits = prefill(model, session, prompt)
+        logits = prefill(model, session, prompt, report)
         session.save_snapshot()
         token, checked = _sample(sampler, logits, mask=_mask(matcher))
         for index in range(limit):
             following = None
-            if runs_on := index + 1 < limit:
+            runs_on = index + 1 < limit
+            runs_ahead = runs_on and pace.is_one_evaluation(1)
+            if runs_ahead:
                 with late or nullcontext():
                     state = model.hidden_state(token[None], session.caches)
                 logits = model.head(state)[:, 0]
@@ -97,15 +126,20 @@ def decode(
                     following = _sample(sampler, logits, queue=late is None)
                 elif late is None:
                     mx.async_eval(logits)
+            before = time.perf_counter()
             [value] = _read(checked, index)
+            pace.record_pass(1, time.perf_counter() - before)
             if matcher is not None:
                 matcher.consume(value)
             if runs_on:
-                if late is not None:
+                if not runs_ahead:
+                    state = compute_state(model, mx.array([[value]]), session.caches)
+                    logits = model.head(state)[:, 0]
+                elif late is not None:
                     late.fill([value])
                     mx.async_eval(following or logits, sampler.state)
-                if matcher is not None and not matcher.stopped:
-                    following = _sample(sampler, logits, mask=matcher.mask())
+                if following is None and not (matcher and matcher.stopped):
+                    following = _sample(sampler, logits, mask=_mask(matcher))
                 session.tokens.append(value)
             timings.record(index, time.perf_counter() - start)
             yield value, timings
@@ -150,15 +184,14 @@ def decode_batch(
     tokens = mx.array(
         [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
     )
-    chunks = split_batch(tokens, prefill_chunk)
     streaming = streaming_of(model)
     for index in range(limit):
-        state = feed(model, chunks, caches, streaming)
+        state = feed(model, tokens, caches, streaming, prefill_chunk)
         row, checked = _sample(sampler, model.head(state[:, -1:])[:, 0])
         values = _read(checked, index)
         timings.record(index, time.perf_counter() - start, len(prompts))
         yield values
-        chunks = [row[:, None]]
+        tokens = row[:, None]
 
 
 def _mask(matcher: Matcher | None) -> np.ndarray | None:

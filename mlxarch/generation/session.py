@@ -1,10 +1,12 @@
 """Sessions: KV caches of a conversation that are reused from turn to turn."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mlxarch.blocks import Cache, CausalLM
-from mlxarch.errors import InvalidInput
+from mlxarch.errors import InvalidInput, SessionInUse
 from mlxarch.kv_cache.base import evaluate_caches
 
 SNAPSHOTS = 2  # of sliding windows in each turn: before the prompt and after it
@@ -34,6 +36,24 @@ class Session:
     turn: int = 0
     rewind: int = SNAPSHOT_BYTES
     prefill_chunk: int | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other threads out while the caches change.
+
+        Raises:
+            SessionInUse: another thread is inside. Waiting for it would mix two conversations.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SessionInUse(
+                "another thread generates with this session; a session holds one conversation, so "
+                "take one from session() for each thread, or wait for the answer"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def begin_turn(self, model: CausalLM) -> int:
         """Start a turn and return its number.

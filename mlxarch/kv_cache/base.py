@@ -162,6 +162,6 @@ class Cache(ABC):
         return sum(array.nbytes for array in self.arrays())
 
 
-def evaluate_caches(caches: Sequence[Cache | None]) -> None:
-    """Evaluate the contents of the caches and nothing else, in particular not the output head."""
-    mx.eval([cache.arrays() for cache in caches if cache is not None])
+def evaluate_caches(caches: Sequence[Cache | None], *others: mx.array) -> None:
+    """Evaluate the contents of the caches and ``others``, and nothing else."""
+    mx.eval([cache.arrays() for cache in caches if cache is not None], others)

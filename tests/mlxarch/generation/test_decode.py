@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import parity
 from mlxarch.blocks import CausalLM, ForwardContext
-from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
+from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits, SessionInUse
 from mlxarch.generation import prefill as prefill_module
 from mlxarch.generation.decode import check_tokens, decode, decode_batch, remaining_tokens
 from mlxarch.generation.prefill import prefill
@@ -437,3 +437,18 @@ def test_what_is_unevaluated_belongs_to_its_thread() -> None:
         other.submit(lambda: sums.append(mx.array([1.0]) + 1)).result()
     with pytest.raises(RuntimeError, match="Stream"):
         sums[0].tolist()
+
+
+def test_a_session_in_use_refuses_another_thread_and_is_unharmed(model: CausalLM) -> None:
+    session, whole = begun(model), tokens_of(model, PROMPT, 6)
+    refused: list[BaseException | None] = []
+
+    def meanwhile(_done: int, _total: int) -> None:
+        with ThreadPoolExecutor(1) as other:
+            refused.append(other.submit(tokens_of, model, OTHER, 2, session).exception())
+
+    steps = decode(model, session, PROMPT, Sampling(), 6, report=meanwhile)
+    assert [token for token, _ in steps] == whole
+    assert refused and all(isinstance(error, SessionInUse) for error in refused)
+    # between two tokens nobody is inside: another thread may begin the next turn
+    assert tokens_of(model, OTHER, 2, session) == tokens_of(model, OTHER, 2)
