@@ -18,7 +18,7 @@ import click
 
 from mlxarch import __version__
 from mlxarch.cli.output import configure_streams, print_error, print_stderr
-from mlxarch.cli.signals import Terminated, raise_terminated
+from mlxarch.cli.signals import SIGNALS, Terminated, end_if_busy, raise_terminated
 from mlxarch.errors import MlxArchError
 
 # command: (module below mlxarch.cli.commands, summary: the first line of the command's own help)
@@ -42,10 +42,10 @@ COMMANDS = {
 }
 ALIASES = {"get": "pull", "ls": "list"}
 
-# exit codes as a shell reports a process that SIGPIPE, SIGINT or SIGTERM ended
+# exit codes as a shell reports a process that SIGPIPE or SIGINT ended
 BROKEN_PIPE = 141
 INTERRUPTED = 130
-TERMINATED = 143
+SIGNAL_CODES = (INTERRUPTED, *(128 + number for number in SIGNALS))
 
 EPILOG = """\b
 A model is a short name (smollm2-135m, qwen3-8b-4bit), a repository of the
@@ -59,7 +59,9 @@ Exit codes:
   3    model not found, or access to it not granted
   4    model does not fit into memory
   5    network needed but not reachable
+  129  the terminal was closed (SIGHUP)
   130  interrupted (Ctrl-C)
+  141  the reader of the output ended (SIGPIPE)
   143  terminated (SIGTERM)
 
 \b
@@ -86,6 +88,8 @@ class CommandLine(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command; None if there is no such name."""
         name = ALIASES.get(cmd_name, cmd_name)
+        if name == "help":
+            return _help_command
         if name not in COMMANDS:
             return None
         module = importlib.import_module(f"mlxarch.cli.commands.{COMMANDS[name][0]}")
@@ -131,9 +135,36 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+@click.command("help")
+@click.argument("command", required=False)
+@click.pass_context
+def _help_command(context: click.Context, command: str | None) -> None:
+    """Show the help of a command, or of all."""
+    parent = context.parent
+    assert parent is not None, "help is a command of the group"
+    if command is None:
+        click.echo(parent.get_help())
+        return
+    _, found, _ = cli.resolve_command(parent, [command])
+    assert found is not None, "resolve_command refuses unknown names"
+    with click.Context(found, info_name=command, parent=parent) as own:
+        click.echo(found.get_help(own))
+
+
 def main() -> NoReturn:
-    """Run the command line of this process: the entry point of the package."""
-    cli.main()
+    """Run the command line of this process: the entry point of the package.
+
+    After a signal the process ends without the interpreter's own tidying up, which frees gigabytes
+    and waits for threads.
+    """
+    with end_if_busy():
+        try:
+            cli.main()
+        except SystemExit as end:
+            if end.code in SIGNAL_CODES:
+                sys.stderr.flush()
+                os._exit(end.code)
+            raise
 
 
 def _run_to_exit_code(group: CommandLine, arguments: list[str]) -> int:

@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 0.3  # from a signal until a process that has not reacted is ended
 
+Handler = Callable[[int, FrameType | None], object]
 _reacted = threading.Event()
 
 
@@ -30,15 +32,20 @@ class Terminated(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def interrupt(*_: object) -> None:
-    """Handle SIGINT like Python, and let ``end_if_busy`` know."""
-    note_reaction()
-    raise KeyboardInterrupt
+class Reacting:
+    """Signal handler that lets ``end_if_busy`` know that it runs.
 
+    Args:
+        handler: function that handles the signal.
+    """
 
-def note_reaction() -> None:
-    """Let ``end_if_busy`` know that Python code handles the signal; for handlers of SIGINT."""
-    _reacted.set()
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        _reacted.set()
+        self._handler(number, frame)
 
 
 @contextmanager
@@ -58,14 +65,14 @@ def raise_terminated() -> Iterator[None]:
 
     def terminate(number: int, _: object) -> None:
         nonlocal ending
-        note_reaction()
         if not ending:
             ending = True
             raise Terminated(number)
 
     try:
         for number in handled:
-            signal.signal(number, interrupt if number == signal.SIGINT else terminate)
+            react = signal.default_int_handler if number == signal.SIGINT else terminate
+            signal.signal(number, Reacting(react))
         yield
     finally:
         for number in handled:
@@ -76,9 +83,9 @@ def raise_terminated() -> Iterator[None]:
 def end_if_busy(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     """End the process when a signal stays without reaction, or at a second termination signal.
 
-    A thread waits for signals, because the main thread may be inside a computation of MLX. Where
-    another library replaces the file descriptor that wakes it, as the line editor of a chat does,
-    signals have their usual effect only.
+    A thread waits for signals, because the main thread may be inside a computation of MLX. It acts
+    where the handler of the signal is ``Reacting``. Where another library replaces the file
+    descriptor that wakes the thread, as the line editor of a chat does, it rests.
 
     Args:
         end: called with the exit code in place of ending the process.
@@ -101,7 +108,7 @@ def _watch(wake: int, restore: Callable[[], None], end: Callable[[int], None]) -
     terminations = 0
     while received := os.read(wake, 1):
         number = received[0]
-        if number not in (signal.SIGINT, *SIGNALS):
+        if not isinstance(signal.getsignal(number), Reacting):
             continue
         terminations += number in SIGNALS
         if terminations > 1 or not _reacted.wait(GRACE_SECONDS):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlxarch.cli.output import is_terminal
 from mlxarch.cli.render import NullWriter, Writer
+from mlxarch.cli.signals import Reacting
 
 if TYPE_CHECKING:
     from mlxarch.generation.answer import Piece
@@ -85,7 +86,7 @@ class _Interrupt:
 @contextmanager
 def _deferred_interrupt() -> Iterator[_Interrupt]:
     interrupt = _Interrupt()
-    previous = signal.signal(signal.SIGINT, interrupt.handle)
+    previous = signal.signal(signal.SIGINT, Reacting(interrupt.handle))
     try:
         yield interrupt
     finally:

@@ -10,6 +10,7 @@ import pytest
 from mlxarch import errors
 from mlxarch.cli import main as module
 from mlxarch.cli.main import ALIASES, COMMANDS, cli
+from mlxarch.cli.signals import SIGNALS
 
 
 def command(name: str) -> click.Command:
@@ -31,7 +32,11 @@ def test_help_documents_every_exit_code(invoke):
         for value in vars(errors).values()
         if isinstance(value, type) and hasattr(value, "exit_code")
     ]
-    codes = {kind.exit_code for kind in kinds} | {0, module.INTERRUPTED, module.TERMINATED}
+    codes = (
+        {kind.exit_code for kind in kinds}
+        | {0, module.INTERRUPTED, module.BROKEN_PIPE}
+        | {128 + number for number in SIGNALS}
+    )
     text = invoke("--help").stdout
     listed = text[text.index("Exit codes:") : text.index("Environment:")]
     assert {int(line.split()[0]) for line in listed.splitlines()[1:] if line.strip()} == codes
@@ -186,3 +191,10 @@ def test_looking_around_needs_no_mlx(home, arguments):
     assert (
         "'mlx'" not in done.stderr and "'numpy'" not in done.stderr and "'rich'" not in done.stderr
     )
+
+
+def test_help_is_a_command_too(invoke):
+    assert invoke("help").stdout == invoke("--help").stdout
+    assert "Usage: mlxarch fit" in invoke("help", "fit").stdout
+    wrong = invoke("help", "fits")
+    assert wrong.exit_code == 2 and "did you mean 'fit'" in wrong.stderr

@@ -3,15 +3,31 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from mlxarch.cli import signals
 from mlxarch.cli.signals import SIGNALS, Terminated, raise_terminated
 from mlxarch.quantize import conversion, convert_checkpoint
 
 LIMITS = conversion.Limits(sync_bytes=20_000)  # several notes of what is written, for a tiny model
+
+
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[None]:
+    """Signals have their usual effect, also where the suite was told to ignore them, as by nohup."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    for number in before:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -104,3 +120,65 @@ def test_it_ends_a_chat_where_ctrl_c_ends_an_answer(invoke, tiny, monkeypatch):
         monkeypatch.setattr("mlxarch.cli.chat.conversation.Conversation.ask", stops)
         ended = invoke("chat", tiny, input="Hi\n")
         assert ended.exit_code == code and ("stopped before" in ended.stderr) is (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("received", "reacts", "ended"),
+    [
+        ([signal.SIGTERM], False, [143]),
+        ([signal.SIGINT], False, [130]),
+        ([signal.SIGTERM], True, []),
+        ([signal.SIGTERM, signal.SIGTERM], True, [143]),  # a second one ends it at once
+        ([signal.SIGINT], True, []),
+        ([signal.SIGWINCH], False, []),  # no concern of ours
+    ],
+)
+def test_a_process_without_reaction_is_ended(received, reacts, ended, monkeypatch):
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0)
+    signals._reacted.clear()
+    wake, written = os.pipe()
+    os.write(written, bytes(received))
+    os.close(written)
+    codes = []
+    with raise_terminated():
+        if reacts:
+            signals._reacted.set()
+        signals._watch(wake, lambda: None, codes.append)
+    assert codes == ended
+
+
+def test_a_handler_of_another_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0)
+    wake, written = os.pipe()
+    os.write(written, bytes([signal.SIGTERM]))
+    os.close(written)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        signals._watch(wake, lambda: None, lambda code: pytest.fail(f"ended with {code}"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+LONG_CALL = """
+import hashlib
+from mlxarch.cli.signals import end_if_busy, raise_terminated
+def compute():  # for minutes, in which no Python code runs
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+with end_if_busy(), raise_terminated():
+    print("begun", flush=True)
+    try:
+        compute()
+    except KeyboardInterrupt:  # the signal was quicker than the call
+        compute()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_computation_outside_of_python_does_not_delay_the_end(number):
+    with subprocess.Popen([sys.executable, "-c", LONG_CALL], stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"begun\n"
+        for _ in range(2):
+            process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        assert process.wait(60) == 128 + number
