@@ -30,25 +30,20 @@ from mlxarch.blocks import (
     causal_lm,
     swiglu,
 )
+from mlxarch.blocks.config import PartialRoPEConfig
 from mlxarch.blocks.moe.shared_experts import GroupedExpertsConfig, make_grouped_moe
 from mlxarch.blocks.weight_mapping import IgnoreExtraLayers, Stack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupedExpertsConfig):
-    """Config; transformers 5 writes the rotary factor into ``rope_parameters``."""
+class Config(GroupedExpertsConfig, PartialRoPEConfig):
+    """Config; half of each head has RoPE unless the file says otherwise."""
 
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     use_qk_norm: bool = False
     norm_topk_prob: bool = True
     partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
-
-    @property
-    def rope_dims(self) -> int:
-        """Features of a head with RoPE."""
-        factor = self.rope.number("partial_rotary_factor", self.partial_rotary_factor)
-        return int(self.head_size * factor)
 
 
 class DecoderLayer(nn.Module):

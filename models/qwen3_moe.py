@@ -23,7 +23,6 @@ from mlxarch.blocks import (
     Experts,
     ForwardContext,
     GatedMLP,
-    Linear,
     MoE,
     RMSNorm,
     RoPE,
@@ -32,6 +31,7 @@ from mlxarch.blocks import (
     causal_lm,
     swiglu,
 )
+from mlxarch.blocks.moe.shared_experts import GatedSharedMoE
 from mlxarch.blocks.weight_mapping import Stack
 
 
@@ -55,20 +55,6 @@ class Config(DecoderConfig):
     qkv_bias: bool = True
     use_sliding_window: Literal[False] = False
     sliding_window: int | None = None
-
-
-class GatedSharedMoE(MoE):
-    """Qwen2 MoE: the output of the shared expert is scaled by a sigmoid gate per token."""
-
-    weighted_shared_expert = True
-
-    def __init__(self, c: Config, gate: SoftmaxTopK, switch_mlp: Experts) -> None:
-        super().__init__(gate, switch_mlp)
-        self.shared_expert = GatedMLP(c.hidden_size, c.shared_expert_intermediate_size or 0, swiglu)
-        self.shared_expert_gate = Linear(c.hidden_size, 1)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 
 class DecoderLayer(nn.Module):
@@ -100,7 +86,8 @@ def moe(c: Config) -> MoE:
     gate = SoftmaxTopK(c.hidden_size, experts, c.num_experts_per_tok, renormalise=c.norm_topk_prob)
     switch_mlp = Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu)
     if c.shared_expert_intermediate_size:
-        return GatedSharedMoE(c, gate, switch_mlp)
+        shared = GatedMLP(c.hidden_size, c.shared_expert_intermediate_size, swiglu)
+        return GatedSharedMoE(gate, switch_mlp, shared)
     return MoE(gate, switch_mlp)
 
 

@@ -260,7 +260,7 @@ def test_only_the_registry_reaches_for_an_architecture(path):
 def architecture_names() -> re.Pattern[str]:
     """Names of files in models/, of their model types, and of submodules that one architecture alone has."""
     names = {path.stem for path in model_files()} | {*MODELS, *BY_CLASS.values()}
-    names |= {"altup", "laurel", "post_attn_norm", "shared_expert_gate"}
+    names |= {"altup", "laurel", "post_attn_norm"}
     return re.compile(rf"\b({'|'.join(sorted(names, key=len, reverse=True))})\b")
 
 

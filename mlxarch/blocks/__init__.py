@@ -9,6 +9,7 @@ Letters in shapes:
 from mlxarch.blocks.attention.attention import Attention
 from mlxarch.blocks.attention.blockwise import Mask
 from mlxarch.blocks.attention.forward_context import ForwardContext
+from mlxarch.blocks.attention.gated_attention import GatedAttention
 from mlxarch.blocks.attention.latent_attention import LatentAttention
 from mlxarch.blocks.attention.latent_config import LatentConfig
 from mlxarch.blocks.attention.layer_types import (
@@ -25,6 +26,7 @@ from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, fuse
 from mlxarch.blocks.moe.moe import Experts, MoE
 from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
+from mlxarch.blocks.recurrent.gated_delta_net import GatedDeltaNet
 from mlxarch.blocks.rope import NoRoPE, RoPE, RoPEConfig
 from mlxarch.kv_cache import Cache, KVArray, by_row
 from mlxarch.quantization.scheme import Quantization
@@ -41,6 +43,8 @@ __all__ = [
     "Experts",
     "ForwardContext",
     "Full",
+    "GatedAttention",
+    "GatedDeltaNet",
     "GatedMLP",
     "GroupLimitedSigmoid",
     "GroupLimitedSoftmax",

@@ -170,6 +170,22 @@ class DecoderConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartialRoPEConfig(DecoderConfig):
+    """Config of a decoder whose heads have RoPE on their first features only.
+
+    transformers 5 writes the factor into ``rope_parameters``.
+    """
+
+    partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+
+    @property
+    def rope_dims(self) -> int:
+        """Features of a head with RoPE."""
+        factor = self.rope.number("partial_rotary_factor", self.partial_rotary_factor)
+        return int(self.head_size * factor)
+
+
 def _refuse_other_mathematics(section: Mapping[str, Any], known: set[str], model_type: Any) -> None:
     """Check that keys without a field have a value that does not change the mathematics.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlxarch.blocks.attention.forward_context import ForwardContext
 from mlxarch.blocks.config import DecoderConfig
-from mlxarch.blocks.layer import Layer
+from mlxarch.blocks.layer import Layer, token_mixer
 from mlxarch.blocks.linear import Embedding, Linear
 from mlxarch.blocks.norms import RMSNorm
 from mlxarch.errors import InvalidInput
@@ -112,14 +112,15 @@ class CausalLM(nn.Module):
         padding: Sequence[int] | None = None,
         kv: Quantization | None = None,
     ) -> list[Cache | None]:
-        """Create an empty KV cache per layer; None for a layer that reads another layer's.
+        """Create an empty cache per layer; None for a layer that has none of its own.
 
         Args:
             capacity: tokens to allocate for at once; None grows as needed.
             padding: tokens of padding on the left of each row of a batch.
             kv: quantization of keys and values; None stores them as they are.
         """
-        caches = [layer.self_attn.make_cache(capacity, kv) for layer in self.layers]
+        mixers = [token_mixer(layer) for layer in self.layers]
+        caches = [mixer.make_cache(capacity, kv) if mixer else None for mixer in mixers]
         if padding is not None and any(padding):
             for cache in caches:
                 if cache is not None:

@@ -9,11 +9,11 @@ from mlxarch.kv_cache import Cache
 from mlxarch.quantization.scheme import Quantization
 
 
-class SelfAttention(Protocol):
-    """Attention of a layer, which owns the layer's KV cache."""
+class TokenMixer(Protocol):
+    """Part of a layer in which tokens see earlier ones: attention, a recurrence, a convolution."""
 
     def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache | None:
-        """Create an empty KV cache for the layer; None if the layer reads another layer's.
+        """Create an empty cache for the layer; None if the layer reads another layer's.
 
         Args:
             capacity: tokens to allocate for at once; None grows as needed.
@@ -25,17 +25,24 @@ class SelfAttention(Protocol):
 class Layer(Protocol):
     """A decoder layer of any architecture.
 
-    A layer may have a class attribute ``residual_outputs``, see the function of that name.
+    At most one of its submodules is a ``TokenMixer``. A layer may have a class attribute
+    ``residual_outputs``, see the function of that name.
     """
-
-    @property
-    def self_attn(self) -> SelfAttention:
-        """Attention of the layer, of any kind."""
-        ...
 
     def __call__(self, x: mx.array, /, context: ForwardContext, cache: Cache | None) -> mx.array:
         """Compute the residual stream (B, L, hidden_size) after the layer from that before it."""
         ...
+
+
+def mixer_name(layer: Any) -> str | None:
+    """Name of the submodule of ``layer`` that is a ``TokenMixer``; None without one."""
+    return next((name for name, child in layer.items() if hasattr(child, "make_cache")), None)
+
+
+def token_mixer(layer: Any) -> Any:
+    """Submodule of ``layer`` that is a ``TokenMixer``; None without one."""
+    name = mixer_name(layer)
+    return None if name is None else getattr(layer, name)
 
 
 class ResidualOutput(NamedTuple):
@@ -50,7 +57,7 @@ class ResidualOutput(NamedTuple):
     norm: str | None = None
 
 
-PRE_NORM = (ResidualOutput("self_attn"), ResidualOutput("mlp"))
+PRE_NORM = tuple(map(ResidualOutput, ("self_attn", "linear_attn", "mlp")))
 POST_NORM = (
     ResidualOutput("self_attn", "post_attention_layernorm"),
     ResidualOutput("mlp", "post_feedforward_layernorm"),
@@ -60,7 +67,9 @@ POST_NORM = (
 def residual_outputs(layer: Any) -> tuple[ResidualOutput, ...]:
     """Submodules whose outputs ``layer`` adds to the residual stream, unchanged except for a norm.
 
-    A layer that is not a pre-norm layer declares them in a class attribute of the same name. The
+    A layer that is not a pre-norm layer declares them in a class attribute of the same name; names
+    of submodules that a layer does not have are left out. The
     quantizer uses them to compensate the error of earlier layers.
     """
-    return getattr(layer, "residual_outputs", PRE_NORM)
+    outputs = getattr(layer, "residual_outputs", PRE_NORM)
+    return tuple(output for output in outputs if output.module in layer)

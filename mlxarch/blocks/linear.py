@@ -58,6 +58,12 @@ class Linear(Matrix):
         return y + arrays["bias"] if "bias" in arrays else y
 
 
+class ExactLinear(Linear):
+    """Linear layer that is not quantized here: few rows, whose errors weigh heavily."""
+
+    quantizable = False
+
+
 class Embedding(Matrix):
     """Embedding table with one row per token. Ids are not checked here: see ``CausalLM.__call__``.
 

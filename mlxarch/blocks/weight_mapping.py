@@ -56,6 +56,38 @@ class Transpose:
 
 
 @dataclass(frozen=True)
+class TransposeTo:
+    """Swap the last two axes of tensors whose last axis is not the wanted one.
+
+    Different programs store them in either order.
+
+    Attributes:
+        columns: name of the config's attribute with the wanted size of the last axis.
+        swap_square: whether a tensor whose last two axes are equal is swapped.
+    """
+
+    pattern: str
+    columns: str
+    swap_square: bool = False
+
+
+@dataclass(frozen=True)
+class SubtractOne:
+    """Subtract 1 from tensors, in checkpoints that store norms of 1 + weight as their sum.
+
+    MLX-LM stores them so, and convolutions as (C, kernel, 1), which tells its files from published
+    ones.
+
+    Attributes:
+        pattern: regular expression of the tensors' names.
+        convolutions: regular expression of the names of convolutions.
+    """
+
+    pattern: str
+    convolutions: str
+
+
+@dataclass(frozen=True)
 class Stack:
     """Stack the tensors of single experts into one, (E, out, in).
 
@@ -120,6 +152,8 @@ Rule = (
     | IgnoreExtraLayers
     | IgnoreFrom
     | Transpose
+    | TransposeTo
+    | SubtractOne
     | Stack
     | Join
     | SplitRows

@@ -1,4 +1,4 @@
-"""Views of lazily read tensors: stacked, selected, concatenated, transposed and reshaped."""
+"""Views of lazily read tensors: stacked, selected, concatenated, transposed, shifted, reshaped."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -160,6 +160,19 @@ class Transposed(LazyTensor):
 
     def load(self) -> mx.array:
         return mx.contiguous(self.tensor.load().swapaxes(-1, -2))
+
+
+class Shifted(LazyTensor):
+    """A tensor plus a number, in float32: the sum may have more digits than the stored type."""
+
+    def __init__(self, tensor: LazyTensor, addend: float) -> None:
+        self.tensor = tensor
+        self.addend = addend
+        self.shape = tensor.shape
+        self.dtype = mx.float32
+
+    def read_rows(self, start: int, stop: int) -> mx.array:
+        return self.tensor.read_rows(start, stop).astype(mx.float32) + self.addend
 
 
 class Reshaped(LazyTensor):

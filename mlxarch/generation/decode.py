@@ -112,7 +112,6 @@ def _steps(
     pace = pace_of(model)
     try:
         logits = prefill(model, session, prompt, report)
-        session.save_snapshot()
         token, checked = _sample(sampler, logits, mask=_mask(matcher))
         for index in range(limit):
             following = None

@@ -32,7 +32,10 @@ Report = Callable[[int, int], None]
 def prefill(
     model: CausalLM, session: Session, prompt: Sequence[int], report: Report | None = None
 ) -> mx.array:
-    """Process the part of ``prompt`` that the session does not hold yet.
+    """Process the part of ``prompt`` that the session does not hold yet, and save a snapshot.
+
+    The snapshot is taken after the prompt, or shortly before its end if there are recurrent layers:
+    see ``Session.resume_tokens``.
 
     Args:
         report: called with the tokens of ``prompt`` that are processed, and their number.
@@ -40,7 +43,22 @@ def prefill(
     Returns:
         Logits (1, V) after the last token of the prompt.
     """
-    rest = mx.array([prompt[len(session.tokens) :]])
+    resume = len(prompt) - session.resume_tokens
+    if len(session.tokens) < resume < len(prompt):
+        _read(model, session, prompt, resume, report)
+        session.save_snapshot()
+        state = _read(model, session, prompt, len(prompt), report)
+    else:
+        state = _read(model, session, prompt, len(prompt), report)
+        session.save_snapshot()
+    return model.head(state[:, -1:])[:, 0]
+
+
+def _read(
+    model: CausalLM, session: Session, prompt: Sequence[int], end: int, report: Report | None
+) -> mx.array:
+    """Process tokens of ``prompt`` up to ``end``; gives the hidden states of the last chunk."""
+    rest = mx.array([prompt[len(session.tokens) : end]])
 
     def on_tokens(count: int) -> None:
         session.tokens += prompt[len(session.tokens) :][:count]
@@ -50,8 +68,7 @@ def prefill(
             report(len(session.tokens) + int(count), len(prompt))
 
     chunk = session.prefill_chunk
-    state = feed(model, rest, session.caches, streaming_of(model), chunk, on_tokens, on_part)
-    return model.head(state[:, -1:])[:, 0]
+    return feed(model, rest, session.caches, streaming_of(model), chunk, on_tokens, on_part)
 
 
 def feed(

@@ -7,10 +7,25 @@ from dataclasses import dataclass, field
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.errors import InvalidInput, SessionInUse
+from mlxarch.kv_cache import StateCache
 from mlxarch.kv_cache.base import evaluate_caches
 
-SNAPSHOTS = 2  # of sliding windows in each turn: before the prompt and after it
+SNAPSHOTS = 2  # of windows and states in each turn: before the prompt and after it
 SNAPSHOT_BYTES = 2**27  # memory for these snapshots
+RESUME_TOKENS = 16  # more than chat templates write at the head of an answer
+
+
+def snapshot_count(size: int, has_states: bool, limit: int = SNAPSHOT_BYTES) -> int:
+    """Number of snapshots of ``size`` bytes that a session keeps.
+
+    Args:
+        has_states: whether there are recurrent layers. Without a snapshot, a conversation would be
+            read from its beginning whenever a turn changes a token; one is kept at any size.
+        limit: bytes for all of them.
+    """
+    if not size or not limit:
+        return 0
+    return min(SNAPSHOTS, max(limit // size, int(has_states)))
 
 
 @dataclass
@@ -109,10 +124,24 @@ class Session:
             self.save_snapshot()
         return common
 
+    @property
+    def has_states(self) -> bool:
+        """Whether there are recurrent layers, which return to a snapshot only."""
+        return any(isinstance(cache, StateCache) for cache in self.caches)
+
+    @property
+    def resume_tokens(self) -> int:
+        """Tokens at the end of a prompt before which a snapshot is taken.
+
+        A chat template ends a prompt with the head of the answer, and the next prompt may write it
+        in another way. Keys and values can be cut there, but not a state.
+        """
+        return RESUME_TOKENS if self.has_states and self.rewind else 0
+
     def save_snapshot(self) -> None:
         """Let later prompts go back to the present tokens, as far as ``rewind`` bytes allow."""
         size = sum(cache.snapshot_bytes for cache in self.caches if cache is not None)
-        count = min(SNAPSHOTS, self.rewind // size) if size else 0
+        count = snapshot_count(size, self.has_states, self.rewind)
         for cache in self.caches:
             if cache is not None:
                 cache.snapshot(count)

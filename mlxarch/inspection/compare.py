@@ -100,6 +100,7 @@ FACTS: Mapping[str, Fact] = {
         _format_bytes(m.structure.kv_bytes_at_32k)
         + ("*" if m.structure.context < KV_CONTEXT else "")
     ),
+    "state": lambda m: _format_bytes(m.structure.state_bytes) if m.structure.state_bytes else "no",
     "16 bits": _weight_size(16),
     "8 bits": _weight_size(8),
     "4 bits": _weight_size(4),
@@ -176,8 +177,9 @@ DEFINITIONS = """\
 parameters are those read to compute one token: all but the experts that the router does not choose,
 and one row of an embedding table, unless that table is also the output head. *KV* is the size of a
 16-bit KV cache: per token while no window is full, and at 32,768 tokens (\\*: at the maximum
-context, which is shorter), taking windows, latents and shared layers into account. The sizes at 16,
-8 and 4 bits are those of all weights as `mlxarch quantize` writes them, in groups of 64.
+context, which is shorter), taking windows, latents and shared layers into account. *State* is what
+recurrent layers keep for a sequence of any length, in float32 beside 16-bit convolution inputs. The
+sizes at 16, 8 and 4 bits are those of all weights as `mlxarch quantize` writes them, in groups of 64.
 """
 
 

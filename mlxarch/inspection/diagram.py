@@ -19,6 +19,7 @@ STROKE = "#5a6270"
 FILLS = {
     "norm": "#e4e7ee",
     "attention": "#c9dfff",
+    "recurrence": "#c6ecec",
     "feed-forward": "#cfeccf",
     "experts": "#ffe0ad",
     "other": "#ecd8f2",
@@ -229,6 +230,8 @@ def _submodule_box(structure: Structure, block: Block, submodule: Submodule, wid
         return Box([structure.norm], "norm", width)
     if submodule.kind == "attention":
         return Box(_attention_lines(structure), "attention", width)
+    if submodule.kind == "recurrence":
+        return Box([submodule.label[:1].upper() + submodule.label[1:]], "recurrence", width)
     if submodule.kind == "feed-forward":
         activation = format_activation(block.feed_forward.activation)
         if submodule.num_experts:
@@ -273,6 +276,9 @@ def _describe_difference(other: Block, drawn: Block) -> list[str]:
     """Describe how a kind of layers differs from the kind that is drawn."""
     network = other.feed_forward
     layers = describe_layers(other.layers)
+    mixer = _mixer(other)
+    if mixer != _mixer(drawn):
+        return [f"{layers}: {mixer}"]
     if network == drawn.feed_forward:
         return [f"{layers}: other norms or order"]
     if network.num_experts:
@@ -280,6 +286,13 @@ def _describe_difference(other: Block, drawn: Block) -> list[str]:
     else:
         text = format_activation(network.activation)
     return [f"{layers}: {text}, {network.intermediate_size:,} wide"]
+
+
+def _mixer(block: Block) -> str:
+    """Name of the module that mixes tokens."""
+    modules = [module for branch in block.branches for stage in branch for module in stage]
+    mixers = [m for m in modules if m.kind in ("attention", "recurrence")]
+    return " and ".join(m.label or "attention" for m in mixers) or "no attention"
 
 
 def describe_layers(layers: Sequence[int]) -> str:

@@ -22,10 +22,13 @@ from mlxarch.blocks import (
     Router,
     Sliding,
 )
+from mlxarch.blocks.layer import token_mixer
 from mlxarch.blocks.linear import Matrix
+from mlxarch.blocks.recurrent.state_layer import StateLayer
 from mlxarch.checkpoint.layout import plan_layout
 from mlxarch.checkpoint.lazy_tensor import LazyTensor
 from mlxarch.inspection.trace import Block, trace
+from mlxarch.kv_cache import Cache, StateCache
 from mlxarch.loading.registry import architecture
 from mlxarch.quantization.scheme import check_quantization
 
@@ -48,13 +51,15 @@ class Structure:
         attention: "MHA", "GQA", "MQA" or "MLA".
         qk_norm: normalization of queries and keys.
         score_modifiers: what else is done to the attention scores, such as sinks or a soft cap.
-        windows: attention span of the layers, as a repeating pattern.
+        windows: attention span of the layers, or the kind of recurrent ones, as a repeating
+            pattern.
         norm: class of the final norm.
         norm_placement: where norms stand in a residual branch.
         positions: position encoding, as a repeating pattern.
         kv_bytes_per_token: what one token adds to a 16-bit KV cache while no window is full.
         kv_bytes_at_32k: size of a 16-bit KV cache at 32,768 tokens, or at ``context`` if that is
             shorter.
+        state_bytes: size of the states of recurrent layers, whatever the context.
         weight_bytes: bits -> size of all weights, quantized in groups of 64 as
             ``mlxarch quantize`` does it.
         block_classes: names of the classes of ``mlxarch.blocks`` that the model is made of.
@@ -84,6 +89,7 @@ class Structure:
     context: int
     kv_bytes_per_token: int
     kv_bytes_at_32k: int
+    state_bytes: int
     weight_bytes: Mapping[int, int]
     block_classes: tuple[str, ...]
     blocks: tuple[Block, ...]
@@ -104,8 +110,9 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
     quantizable = _quantizable_weights(model)
     block_classes = _block_classes(model)
     traced = trace(model, min(KV_CONTEXT, model.context_length))
-    attentions = [layer.self_attn for layer in model.layers]
-    kv_shapes = [array.shape for cache in traced.caches if cache for array in cache.arrays()]
+    mixers = [token_mixer(layer) for layer in model.layers]
+    attentions = [m for m in mixers if m is not None and not isinstance(m, StateLayer)]
+    kv_shapes = _kv_shapes(traced.caches)
     kv_heads = max((shape[1] for shape in kv_shapes), default=0)
     is_latent = any("embed_q" in cast(nn.Module, attention) for attention in attentions)
     return Structure(
@@ -119,11 +126,9 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
         heads=c.num_attention_heads,
         kv_heads=c.num_attention_heads if is_latent else kv_heads,
         head_size=c.head_size,
-        qk_norm=_describe_qk_norm(attentions[0], c),
-        score_modifiers=_describe_score_modifiers(attentions[0], c),
-        windows=describe_pattern(
-            [_describe_span(getattr(attention, "span", None)) for attention in attentions]
-        ),
+        qk_norm=_describe_qk_norm(attentions[0], c) if attentions else "no",
+        score_modifiers=_describe_score_modifiers(attentions[0], c) if attentions else "",
+        windows=describe_pattern(list(map(_describe_mixer, mixers))),
         norm=type(model.model.norm).__name__,
         norm_placement=_describe_norm_placement(traced.blocks[0]),
         positions=describe_pattern(
@@ -131,6 +136,7 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
                 _describe_rope(getattr(attention, "rope", None), attention)
                 for attention in attentions
             ]
+            or ["none"]
         ),
         feed_forward=_describe_feed_forward(traced.blocks),
         experts=_describe_experts(traced.blocks),
@@ -140,9 +146,24 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
         kv_bytes_per_token=KV_ELEMENT_BYTES
         * sum(math.prod(shape) // shape[-2] for shape in kv_shapes),
         kv_bytes_at_32k=KV_ELEMENT_BYTES * sum(map(math.prod, kv_shapes)),
+        state_bytes=_state_bytes(mixers, traced.caches),
         weight_bytes={bits: _weight_bytes(shapes, quantizable, bits) for bits in (16, 8, 4)},
         block_classes=block_classes,
         blocks=traced.blocks,
+    )
+
+
+def _kv_shapes(caches: Sequence[Cache | None]) -> list[tuple[int, ...]]:
+    """Shapes of keys and values, or latents, of all layers."""
+    own = [cache for cache in caches if cache and not isinstance(cache, StateCache)]
+    return [array.shape for cache in own for array in cache.arrays()]
+
+
+def _state_bytes(mixers: Sequence[Any], caches: Sequence[Cache | None]) -> int:
+    return sum(
+        cache.state_bytes(mixer.float32_states, KV_ELEMENT_BYTES)
+        for mixer, cache in zip(mixers, caches, strict=True)
+        if isinstance(cache, StateCache)
     )
 
 
@@ -154,7 +175,7 @@ def _attention_kind(heads: int, kv_heads: int) -> str:
 
 def _block_classes(model: CausalLM) -> tuple[str, ...]:
     """Names of the classes of ``mlxarch.blocks`` that the model uses, except ``COMMON_BLOCKS``."""
-    spans = [getattr(layer.self_attn, "span", None) for layer in model.layers]
+    spans = [getattr(token_mixer(layer), "span", None) for layer in model.layers]
     used = {cls for part in [*model.modules(), *spans] for cls in type(part).__mro__}
     public = {cls for cls in used if getattr(blocks, cls.__name__, None) is cls}
     return tuple(sorted(cls.__name__ for cls in public - COMMON_BLOCKS))
@@ -231,7 +252,12 @@ def describe_pattern(labels: Sequence[str]) -> str:
     return " : ".join(f"{count} × {label}" for label, count in runs)
 
 
-def _describe_span(span: object) -> str:
+def _describe_mixer(mixer: Any) -> str:
+    if mixer is None:
+        return "none"
+    if isinstance(mixer, StateLayer):
+        return mixer.kind
+    span = getattr(mixer, "span", None)
     if isinstance(span, Sliding):
         return f"window {span.window}"
     return f"chunk {span.size}" if isinstance(span, Chunked) else "full"
@@ -309,8 +335,9 @@ def _describe_feed_forward(blocks: Sequence[Block]) -> str:
     dense = [
         f"{format_activation(network.activation)} {network.intermediate_size}"
         for network in networks
-        if not network.num_experts
+        if network.activation and not network.num_experts
     ]
+    networks = [network for network in networks if network.activation]
     return ", ".join(dict.fromkeys(dense or [format_activation(networks[0].activation)]))
 
 

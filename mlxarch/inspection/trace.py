@@ -12,10 +12,12 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks import Cache, CausalLM, ExpertLinear, Layer, Router
+from mlxarch.blocks import Cache, CausalLM, ExpertLinear, Router
+from mlxarch.blocks.layer import token_mixer
 from mlxarch.blocks.linear import Matrix
+from mlxarch.blocks.recurrent.state_layer import StateLayer
 
-SubmoduleKind = Literal["norm", "attention", "feed-forward", "other"]
+SubmoduleKind = Literal["norm", "attention", "recurrence", "feed-forward", "other"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class FeedForwardShape:
     """Activation and sizes of the feed-forward network of a layer.
 
     Attributes:
-        activation: name of the function between the matrices, for example "swiglu".
+        activation: name of the function between the matrices, for example "swiglu"; empty for a
+            layer without feed-forward network.
         intermediate_size: features between the matrices; of one expert in an MoE layer.
         num_experts: experts of the layer; 0 in a dense layer.
         experts_per_token: experts that the router chooses for each token; 0 in a dense layer.
@@ -38,6 +41,9 @@ class FeedForwardShape:
     shared_intermediate_size: int = 0
 
 
+NO_FEED_FORWARD = FeedForwardShape("", 0)
+
+
 @dataclass(frozen=True)
 class Submodule:
     """A module that a layer calls.
@@ -47,12 +53,14 @@ class Submodule:
         kind: role of the module.
         num_experts: experts in it; 0 without experts.
         intermediate_size: width of a feed-forward network, of one expert in an MoE; 0 otherwise.
+        label: kind of a recurrent layer; empty for other modules.
     """
 
     name: str
     kind: SubmoduleKind
     num_experts: int = 0
     intermediate_size: int = 0
+    label: str = ""
 
 
 Stage = tuple[Submodule, ...]  # modules in parallel, which take the same input
@@ -194,7 +202,9 @@ def _describe_submodule(layer: nn.Module, name: str) -> Submodule:
     module = layer[name]
     if "norm" in type(module).__name__.lower():
         return Submodule(name, "norm")
-    if module is cast(Layer, layer).self_attn:
+    if module is token_mixer(layer):
+        if isinstance(module, StateLayer):
+            return Submodule(name, "recurrence", label=module.kind)
         return Submodule(name, "attention")
     projections = _down_projections(module) if isinstance(module, nn.Module) else []
     if not projections:
@@ -224,6 +234,8 @@ def _feed_forward_shape(layer: nn.Module) -> FeedForwardShape:
         for name in layer.children()
         if _describe_submodule(layer, name).kind == "feed-forward"
     ]
+    if not networks:
+        return NO_FEED_FORWARD
     modules = [module for network in networks for module in network.modules()]
     projections = [matrix for network in networks for matrix in _down_projections(network)]
     activation = _activation_name(modules)

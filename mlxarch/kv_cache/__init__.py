@@ -1,9 +1,10 @@
-"""KV caches: keys and values of earlier tokens, one cache per attention layer.
+"""Caches of earlier tokens, one per layer: keys and values of attention, states of other layers.
 
 base            the interface ``Cache``, and append, truncate and snapshot
 full            every token
 sliding         the newest tokens of a sliding window, in a ring buffer
 latent          one latent vector per token (multi-head latent attention)
+state           a state of fixed size (linear attention, state-space models, convolutions)
 quantized       vectors in 8 or 4 bits, rotated before they are quantized
 rows            caches of several rows with different numbers of tokens
 prefill_only    update a cache without computing the rest of its layer
@@ -16,6 +17,7 @@ from mlxarch.kv_cache.prefill_only import last_cached_layer, update_cache_only
 from mlxarch.kv_cache.quantized import QuantizedVectors, UpProjectedLatents
 from mlxarch.kv_cache.rows import PerRow, RowCaches, by_row, join_rows
 from mlxarch.kv_cache.sliding import SlidingCache
+from mlxarch.kv_cache.state import StateCache
 
 __all__ = [
     "Cache",
@@ -26,6 +28,7 @@ __all__ = [
     "QuantizedVectors",
     "RowCaches",
     "SlidingCache",
+    "StateCache",
     "UpProjectedLatents",
     "by_row",
     "join_rows",

@@ -11,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxarch.kv_cache.base import Cache, KVArray
+from mlxarch.kv_cache.state import StateCache
 
 
 class _CacheUpdated(Exception):
@@ -18,7 +19,7 @@ class _CacheUpdated(Exception):
 
 
 class _StopAfterAppend:
-    """Proxy of a cache that leaves the layer after ``append``."""
+    """Proxy of a cache that leaves the layer after ``append`` or ``update``."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -28,6 +29,10 @@ class _StopAfterAppend:
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
         self._cache.append(keys, values)
+        raise _CacheUpdated
+
+    def update(self, length: int, *state: mx.array) -> None:
+        cast(StateCache, self._cache).update(length, *state)
         raise _CacheUpdated
 
 

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 import mlx.core as mx
 
 from mlxarch.kv_cache.base import Cache, KVArray
+from mlxarch.kv_cache.state import StateCache
 
 T = TypeVar("T")
 
@@ -51,6 +52,19 @@ class RowCaches:
         pairs = [cache.append(k, v) for cache, k, v in new]
         visible = (PerRow(tuple(arrays), self.batch) for arrays in zip(*pairs, strict=True))
         return cast("tuple[KVArray, KVArray]", tuple(visible))
+
+    @property
+    def state(self) -> tuple[mx.array, ...]:
+        """States of all rows, each after at least one token: arrays with the batch in front."""
+        states = [cast(StateCache, cache).state for cache in self.rows]
+        states += states[-1:] * (self.batch - len(states))
+        return tuple(mx.concatenate(arrays) for arrays in zip(*states, strict=True))
+
+    def update(self, length: int, *state: mx.array) -> None:
+        """Replace the state of each row by the one after ``length`` more tokens."""
+        columns = [mx.split(array, self.batch) for array in state]
+        for cache, *arrays in zip(self.rows, *columns, strict=False):
+            cast(StateCache, cache).update(length, *arrays)
 
 
 def join_rows(rows: Sequence[Sequence[Cache | None]], batch: int) -> list[Cache | None]:

@@ -26,7 +26,12 @@ MODELS = {
     "qwen2": "qwen3",
     "qwen2_moe": "qwen3_moe",
     "qwen3": "qwen3",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5",
+    "qwen3_5_moe_text": "qwen3_5",
+    "qwen3_5_text": "qwen3_5",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
     "smollm3": "smollm3",
 }
 

@@ -18,7 +18,8 @@ INHERITED_KEYS = ("tie_word_embeddings",)
 # removed
 MULTIMODAL_RULES: tuple[Rule, ...] = (
     Ignore(
-        r"^(model\.)?(vision_tower|vision_model|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.",
+        r"^(model\.)?(vision_tower|vision_model|visual|audio_tower|embed_vision|embed_audio"
+        r"|multi_modal_projector)\.",
         "tower",
     ),
     Rename(r"^language_model\.(?=model\.|lm_head\.)", ""),

@@ -20,7 +20,9 @@ from mlxarch.blocks.weight_mapping import (
     SplitHeads,
     SplitRows,
     Stack,
+    SubtractOne,
     Transpose,
+    TransposeTo,
 )
 from mlxarch.checkpoint.lazy_tensor import LazyTensor
 from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
@@ -28,6 +30,7 @@ from mlxarch.checkpoint.tensor_views import (
     Concatenated,
     Reshaped,
     SelectedRows,
+    Shifted,
     Stacked,
     Transposed,
 )
@@ -64,6 +67,23 @@ def apply_rule(
             carried |= set(named if carry else ())
         case Transpose(pattern):
             return {n: Transposed(t) if re.search(pattern, n) else t for n, t in tensors.items()}
+        case TransposeTo(pattern, columns, swap_square):
+            wanted = getattr(config, columns)
+            return {
+                name: Transposed(tensor)
+                if re.search(pattern, name) and _is_swapped(tensor, wanted, swap_square)
+                else tensor
+                for name, tensor in tensors.items()
+            }
+        case SubtractOne(pattern, convolutions):
+            summed = any(
+                re.search(convolutions, name) and tensor.shape[-1] == 1
+                for name, tensor in tensors.items()
+            )
+            return {
+                name: Shifted(tensor, -1.0) if summed and re.search(pattern, name) else tensor
+                for name, tensor in tensors.items()
+            }
         case Stack():
             return _stack(rule, tensors)
         case Join():
@@ -77,6 +97,15 @@ def apply_rule(
     return {
         name: tensor for name, tensor in tensors.items() if name not in ignored or name in carried
     }
+
+
+def _is_swapped(tensor: LazyTensor, columns: int, swap_square: bool) -> bool:
+    """Whether the last two axes are to be swapped so that the last has the size ``columns``."""
+    if len(tensor.shape) < 2 or isinstance(tensor, QuantizedTensor):
+        return False
+    if tensor.shape[-2] == tensor.shape[-1]:
+        return swap_square
+    return tensor.shape[-1] != columns and tensor.shape[-2] == columns
 
 
 def _from_layer(first: int, names: Iterable[str]) -> list[str]:

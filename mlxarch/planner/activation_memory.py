@@ -132,13 +132,13 @@ def stand_in(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
 
 
 def _is_cached_array(value: object) -> bool:
-    return isinstance(value, mx.array) and value.ndim == 4
+    return isinstance(value, mx.array) and value.ndim > 2
 
 
 def _cached_arrays(cache: Cache | None) -> list[mx.array]:
     """Arrays of keys and values, whatever attributes of the cache hold them."""
     found = tree_flatten(dict(vars(cache))) if cache else []
-    return [array for _, array in found if isinstance(array, mx.array) and array.ndim == 4]
+    return [array for _, array in found if _is_cached_array(array)]
 
 
 def _replace_cached_arrays(cache: Cache | None, new: Callable[[mx.array], mx.array]) -> None:

@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxarch.blocks import CausalLM, Chunked, Embedding, ExpertLinear, Router, Sliding
-from mlxarch.blocks.attention.span import Latent
+from mlxarch.blocks import CausalLM, Embedding, ExpertLinear
+from mlxarch.blocks.layer import mixer_name, token_mixer
 from mlxarch.blocks.linear import Matrix
 from mlxarch.checkpoint.lazy_tensor import DTYPES, FLOAT_DTYPES, LazyTensor
 from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
@@ -32,7 +32,8 @@ from mlxarch.planner.activation_memory import (
     step_peak,
     use_stand_ins,
 )
-from mlxarch.planner.footprint import Footprint, LayerCache, LayerExperts, Weight, WeightKind
+from mlxarch.planner.footprint import Footprint, Weight, WeightKind
+from mlxarch.planner.layers import layer_cache, layer_experts
 from mlxarch.quantization.formats import KV_GROUP_SIZE
 from mlxarch.quantization.scheme import Quantization
 from mlxarch.ssd_streaming.embeddings import tables_of
@@ -61,6 +62,7 @@ class Blueprint:
         self._network = network
         modules = dict(network.named_modules())
         tables = tables_of(network)
+        mixers = {name for name in map(mixer_name, network.layers) if name is not None}
         self._float32_parameters = frozenset(
             f"{path}.{leaf}"
             for path, module in modules.items()
@@ -74,7 +76,7 @@ class Blueprint:
         self._footprints: dict[tuple[int | None, int], Footprint] = {}
         self._activation_peaks: dict[tuple[Any, ...], Peak] = {}
         self._stand_ins: dict[tuple[bool | int, ...], _NetworkState] = {}
-        self._kinds = {path: _weight_kind(path, modules, tables) for path in tensors}
+        self._kinds = {path: _weight_kind(path, modules, tables, mixers) for path in tensors}
         self._sampled_layers = _sample_layers(network)
         with _restored(network):  # a trace replaces the classes of modules
             self._footprint_without_weights = _footprint_without_weights(name, network)
@@ -127,7 +129,7 @@ class Blueprint:
         with self._with_stand_ins(float_bytes, quantized, without_experts) as network:
             caches = network.make_caches(context, kv=kv)
             fill_caches(network, caches, context - tokens, layers)
-            head_size = max(getattr(layer.self_attn, "head_size", 0) for layer in network.layers)
+            head_size = max(getattr(token_mixer(layer), "head_size", 0) for layer in network.layers)
 
             def is_skipped(shape: Sequence[int]) -> bool:
                 """Whether an array holds the scores that a fused kernel never stores."""
@@ -273,12 +275,13 @@ def _dequantized(tensor: LazyTensor) -> LazyTensor:
 
 
 def _weight_kind(
-    path: str, modules: Mapping[str, nn.Module], tables: Collection[str]
+    path: str, modules: Mapping[str, nn.Module], tables: Collection[str], mixers: Collection[str]
 ) -> tuple[WeightKind, int | None]:
     """Kind of a parameter, and the index of its layer.
 
     Args:
         tables: paths of the embeddings that can be read from the disk.
+        mixers: names of attention and of recurrent parts in a layer.
     """
     owner = path.rpartition(".")[0]
     module = modules.get(owner)
@@ -292,7 +295,7 @@ def _weight_kind(
         return "head", layer
     if not isinstance(module, Matrix) or not module.quantizable:
         return "others", layer
-    if "self_attn" in names:
+    if layer is not None and names[names.index("layers") + 2] in mixers:
         return "attention", layer
     return ("feed-forward" if layer is not None else "others"), layer
 
@@ -304,7 +307,7 @@ def _sample_layers(network: CausalLM) -> list[int]:
     for index, layer in enumerate(cast(list[Any], network.layers)):
         parameters = cast(list[Any], tree_flatten(layer.parameters()))
         shapes = tuple(array.shape for _, array in parameters)
-        kind = (getattr(layer.self_attn, "span", None), shapes)
+        kind = (getattr(token_mixer(layer), "span", None), shapes)
         seen[kind] += 1
         if seen[kind] <= LAYERS_PER_KIND:
             sampled.append(index)
@@ -313,46 +316,20 @@ def _sample_layers(network: CausalLM) -> list[int]:
 
 def _footprint_without_weights(name: str, network: CausalLM) -> Footprint:
     layers = cast(list[Any], network.layers)
-    spans = [getattr(layer.self_attn, "span", None) for layer in layers]
-    experts = tuple(map(_layer_experts, layers))
+    mixers = list(map(token_mixer, layers))
+    experts = tuple(map(layer_experts, layers))
     caches = trace(network, 1).caches
     return Footprint(
         name=name,
         bits=16,
         weights=(),
-        caches=tuple(_layer_cache(span, cache) for span, cache in zip(spans, caches, strict=True)),
+        caches=tuple(map(layer_cache, mixers, caches)),
         experts=experts,
         tied="lm_head" not in network,
         max_context=network.context_length,
         hidden_size=network.model.embed_tokens.weight.shape[1],
         vocab_size=network.vocab_size,
     )
-
-
-def _layer_experts(layer: nn.Module) -> LayerExperts | None:
-    stacks = [m for m in layer.modules() if isinstance(getattr(m, "down_proj", None), ExpertLinear)]
-    router = next((m for m in layer.modules() if isinstance(m, Router)), None)
-    if not stacks or router is None:
-        return None
-    count, hidden_size, intermediate_size = cast(Any, stacks[0]).down_proj.weight.shape
-    per_token = cast(Any, router).k
-    # input and output; gate, up, and their product
-    activation_size = per_token * (2 * hidden_size + 3 * intermediate_size)
-    return LayerExperts(count, per_token, activation_size)
-
-
-def _layer_cache(span: object, cache: Any) -> LayerCache | None:
-    if cache is None:
-        return None
-    vectors = tuple((array.shape[1], array.shape[-1]) for array in cache.arrays())
-    match span:
-        case Sliding(window):
-            return LayerCache("sliding", vectors, window)
-        case Chunked(size):
-            return LayerCache("chunked", vectors, size)
-        case Latent():
-            return LayerCache("latent", vectors)
-    return LayerCache("full", vectors)
 
 
 # Temporary changes of the network ----------------------------------------------------------------

@@ -48,17 +48,24 @@ class Weight:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """KV cache of a layer.
+    """KV cache or state of a layer.
 
     Attributes:
         kind: attention span of the layer.
         vectors: (heads, features) of each vector that is kept per token, usually key and value.
         window: number of newest tokens that are kept; None keeps all.
+        state: floats of a recurrent state that are always in float32, and the others.
     """
 
-    kind: Literal["full", "sliding", "chunked", "latent"]
+    kind: Literal["full", "sliding", "chunked", "latent", "state"]
     vectors: tuple[tuple[int, int], ...]
     window: int | None = None
+    state: tuple[int, int] = (0, 0)
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether it can forget its newest tokens without a copy of an earlier state."""
+        return self.window is None and self.kind != "state"
 
     def capacity(self, context: int) -> int:
         """Cache capacity in tokens for a planned context."""
@@ -67,9 +74,9 @@ class LayerCache:
     def nbytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
         """Bytes of the cache for a planned context."""
         kv = Quantization(kv_bits, KV_GROUP_SIZE) if kv_bits else None
-        return self.capacity(context) * sum(
-            heads * vector_bytes(size, kv, float_bytes) for heads, size in self.vectors
-        )
+        token = sum(heads * vector_bytes(size, kv, float_bytes) for heads, size in self.vectors)
+        exact, others = self.state
+        return self.capacity(context) * token + 4 * exact + float_bytes * others
 
 
 @dataclass(frozen=True)
@@ -169,15 +176,20 @@ class Footprint:
                 total[f"{cache.kind} layers"] += cache.nbytes(context, float_bytes, kv_bits)
         return dict(total)
 
-    def window_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
-        """Bytes of the caches that keep a window only.
+    @property
+    def has_states(self) -> bool:
+        """Whether there are recurrent layers."""
+        return any(cache is not None and cache.kind == "state" for cache in self.caches)
 
-        They cannot be rewound, so a session copies this much for each position it can return to.
+    def snapshot_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """Bytes of the caches that keep a window or a state only.
+
+        They cannot be rewound, so a session keeps this much for each position it can return to.
         """
         return sum(
             cache.nbytes(context, float_bytes, kv_bits)
             for cache in self.caches
-            if cache and cache.window is not None
+            if cache and not cache.can_go_back
         )
 
     def growth_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
@@ -188,6 +200,6 @@ class Footprint:
         sizes = [
             cache.nbytes(context, float_bytes, kv_bits)
             for cache in self.caches
-            if cache and cache.window is None
+            if cache and cache.can_go_back
         ]
         return sum(sizes) // 8 + max(sizes, default=0)

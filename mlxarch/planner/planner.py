@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mlxarch.errors import InvalidInput
-from mlxarch.generation.session import SNAPSHOT_BYTES, SNAPSHOTS
+from mlxarch.generation.session import snapshot_count
 from mlxarch.loading.execution import Execution
 from mlxarch.planner.activation_memory import Peak
 from mlxarch.planner.blueprint import Blueprint
@@ -265,8 +265,8 @@ class _Planner:
         kv = self.footprint.kv_bytes(*arguments)
         if candidate.grows:
             kv["to grow"] = self.footprint.growth_bytes(*arguments)
-        if window := self.footprint.window_bytes(*arguments):
-            kv["to go back"] = min(SNAPSHOTS, SNAPSHOT_BYTES // window) * window
+        if size := self.footprint.snapshot_bytes(*arguments):
+            kv["to go back"] = snapshot_count(size, self.footprint.has_states) * size
         return kv
 
     def _step_peak(self, candidate: _Candidate) -> Peak:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxarch.blocks import CausalLM, ForwardContext, Router
-from mlxarch.blocks.layer import Layer
+from mlxarch.blocks.layer import Layer, mixer_name
 from mlxarch.kv_cache import Cache, last_cached_layer, update_cache_only
 from mlxarch.ssd_streaming.experts import ExpertStreaming, StreamedExperts
 
@@ -119,45 +119,54 @@ def _run_experts_once(
     on. The output of attention is kept from the first run for the second; nothing else that costs
     time is computed twice.
     """
-    with experts.shared.lock, _cached_attention(layer) as kept:
+    with experts.shared.lock, _cached_mixer(layer) as kept:
         with experts.collecting() as calls:
             for number in range(first, len(contexts)):
                 layer(states[number], contexts[number], cache)
-                mx.eval(_arrays(cache), kept[contexts[number]], calls[-1].x, calls[-1].chosen)
+                mixed = [] if kept is None else kept[contexts[number]]
+                mx.eval(_arrays(cache), mixed, calls[-1].x, calls[-1].chosen)
         with experts.replaying(experts.run(calls)):
             experts.shared.finish()  # releases results that it would hold until the next layer
             for number in range(first, len(contexts)):
                 states[number] = layer(states[number], contexts[number], cache)
                 mx.eval(states[number])
-                del kept[contexts[number]]
+                if kept is not None:
+                    del kept[contexts[number]]
 
 
 def _arrays(cache: Cache | None) -> list[mx.array]:
     return [] if cache is None else cache.arrays()
 
 
-class _CachedAttention:
-    """Attention that computes its output once for each forward context."""
+class _CachedMixer:
+    """Token mixer of a layer that computes its output once for each forward context."""
 
-    def __init__(self, attention: Any) -> None:
-        self._attention = attention
+    def __init__(self, mixer: Any) -> None:
+        self._mixer = mixer
         self.outputs: dict[ForwardContext, mx.array] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)  # another thread may make a cache meanwhile
+        return getattr(self._mixer, name)  # another thread may make a cache meanwhile
 
     def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
         if context not in self.outputs:
-            self.outputs[context] = self._attention(x, context, cache)
+            self.outputs[context] = self._mixer(x, context, cache)
         return self.outputs[context]
 
 
 @contextmanager
-def _cached_attention(layer: Any) -> Iterator[dict[ForwardContext, mx.array]]:
-    """Replace the attention of a layer by ``_CachedAttention`` in the block; gives its outputs."""
-    attention = layer["self_attn"]
-    layer["self_attn"] = cached = _CachedAttention(attention)
+def _cached_mixer(layer: Any) -> Iterator[dict[ForwardContext, mx.array] | None]:
+    """Replace the token mixer of a layer by ``_CachedMixer`` in the block; gives its outputs.
+
+    None for a layer without one.
+    """
+    name = mixer_name(layer)
+    if name is None:
+        yield None
+        return
+    mixer = layer[name]
+    layer[name] = cached = _CachedMixer(mixer)
     try:
         yield cached.outputs
     finally:
-        layer["self_attn"] = attention
+        layer[name] = mixer

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlxarch.blocks import Linear
-from mlxarch.blocks.layer import residual_outputs
+from mlxarch.blocks.layer import residual_outputs, token_mixer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def residual_projections(layer: Any, name: str) -> list[ResidualProjection]:
         path = _output_matrix(module, f"{name}.{output.module}")
         norm = f"{name}.{output.norm}" if output.norm else None
         if path is not None:
-            is_feed_forward = module is not layer.self_attn
+            is_feed_forward = module is not token_mixer(layer)
             projections.append(ResidualProjection(f"{path}.weight", norm, is_feed_forward))
     return projections
 
@@ -59,7 +59,7 @@ def _output_matrix(module: Any, path: str) -> str | None:
 
 
 def _output_linear(module: nn.Module, path: str) -> str | None:
-    for name in ("o_proj", "down_proj", "c_proj"):
+    for name in ("o_proj", "out_proj", "down_proj", "c_proj"):
         if name in module and isinstance(module[name], Linear):
             return f"{path}.{name}"
     return None

@@ -84,7 +84,7 @@ def whole(model: CausalLM, kv: Quantization | None) -> list[bytes]:
 def only_caches(
     model: CausalLM, kv: Quantization | None, prompt: Sequence[int] = PROMPT
 ) -> list[bytes]:
-    session = Session(model.make_caches(kv=kv))
+    session = Session(model.make_caches(kv=kv), rewind=0)  # without a break for a snapshot
     return fingerprint(prefill(model, session, prompt), session.caches)
 
 

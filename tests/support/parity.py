@@ -27,6 +27,8 @@ DIALECTS = ("config.json", "config.transformers5.json")
 TOLERANCE = 8e-5  # largest absolute difference of a logit; the logits' standard deviation is 3
 CHUNK = 13  # tokens; odd, so that no boundary is a multiple of anything
 
+TOP_LEVEL = ("model_type", "tie_word_embeddings")  # in a wrapper of several models
+
 Weights = dict[str, np.ndarray]
 Change = Callable[[dict[str, Any], Weights], None]
 
@@ -60,11 +62,16 @@ class Differences:
 def config(**settings: Any) -> Change:
     """Sets keys, in whichever dialect the file is; a dict is merged into the one that stands there.
 
+    In a wrapper of several models, keys of the text model are set.
+
     ``rope_theta`` and ``rope_scaling`` mean ``rope_parameters`` where the file has those.
     """
 
     def change(found: dict[str, Any], weights: Weights) -> None:
         for key, value in settings.items():
+            if "text_config" in found and key in TOP_LEVEL:
+                found[key] = value
+            found = found.get("text_config", found)
             rope = found.get("rope_parameters")
             if rope is not None and key == "rope_theta":
                 rope[key] = value

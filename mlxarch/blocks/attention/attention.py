@@ -19,8 +19,8 @@ from mlxarch.quantization.scheme import Quantization
 class Attention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245); multi-head with as many KV heads as query heads.
 
-    An architecture that deviates overrides ``apply_positions`` (how positions enter) or ``attend``
-    (how scores are computed).
+    An architecture that deviates overrides ``apply_positions`` (how positions enter), ``attend``
+    (how scores are computed), or ``project`` and ``gate_output`` (gates of the heads' outputs).
 
     Args:
         rope: position embedding of queries and keys.
@@ -75,6 +75,14 @@ class Attention(nn.Module):
         """Create an empty KV cache for this layer."""
         return self.span.make_cache(capacity, kv)
 
+    def project(self, x: mx.array) -> list[mx.array]:
+        """Compute queries, keys and values (B, L, heads * D), and the ``gates`` of the outputs."""
+        return self.qkv(x)
+
+    def gate_output(self, out: mx.array, *gates: mx.array) -> mx.array:
+        """Gate the outputs of all heads: (B, L, H * D) -> the same."""
+        return out
+
     def apply_positions(
         self, q: mx.array, k: mx.array, context: ForwardContext
     ) -> tuple[mx.array, mx.array]:
@@ -94,7 +102,7 @@ class Attention(nn.Module):
         )
 
     def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
-        q, k, v = self.qkv(x)  # (B, L, heads * D)
+        q, k, v, *gates = self.project(x)  # (B, L, heads * D)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (mx.unflatten(t, -1, (-1, self.head_size)) for t in (q, k, v))  # (B, L, heads, D)
@@ -106,7 +114,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         out = by_row(self.attend, q, k, v, mask, context.by_row)
-        return self.o_proj(out.swapaxes(1, 2).flatten(-2))
+        return self.o_proj(self.gate_output(out.swapaxes(1, 2).flatten(-2), *gates))
 
 
 def attend(

@@ -51,6 +51,13 @@ class ForwardContext:
             return self.offset + indices
         return self.offset[:, None] + indices
 
+    def without_padding(self, x: mx.array) -> mx.array:
+        """Set the features of padding tokens to zero: (B, L, …) -> the same."""
+        if self.padding is None:
+            return x
+        real = (self.positions >= 0).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+        return mx.where(real, x, mx.zeros((), x.dtype))
+
     def mask(self, span: Span, cache: Cache | None) -> Mask:
         """Mask of the keys that ``cache`` will return in this pass.
 

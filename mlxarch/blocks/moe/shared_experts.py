@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from mlxarch.blocks.config import Count, DecoderConfig, Positive, Size
 from mlxarch.blocks.feed_forward import GatedMLP, swiglu
+from mlxarch.blocks.linear import ExactLinear
 from mlxarch.blocks.moe.moe import Experts, MoE
-from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax
+from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router
 from mlxarch.errors import ConfigError
 
 
@@ -79,3 +82,17 @@ def make_grouped_moe(
     if c.n_shared_experts:
         shared = GatedMLP(c.hidden_size, width * c.n_shared_experts, swiglu)
     return MoE(gate, experts, shared)
+
+
+class GatedSharedMoE(MoE):
+    """Experts beside a shared expert, whose output is scaled by a sigmoid gate per token."""
+
+    weighted_shared_expert = True
+
+    def __init__(self, gate: Router, switch_mlp: Experts, shared_expert: GatedMLP) -> None:
+        super().__init__(gate, switch_mlp)
+        self.shared_expert = shared_expert
+        self.shared_expert_gate = ExactLinear(shared_expert.gate_proj.weight.shape[-1], 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

@@ -98,11 +98,11 @@ def test_the_page_of_the_docs_is_what_the_models_are(everything):
 
 
 def test_the_page_has_every_architecture_that_runs(everything):
-    # DeepSeek-V2 is older than the models that the catalog holds
+    # DeepSeek-V2 is older than the models that the catalog holds; of some newer ones no commit is known
     assert {model.structure.file for model in everything} == {
         *MODELS.values(),
         *BY_CLASS.values(),
-    } - {"deepseek_v2"}
+    } - {"deepseek_v2", "qwen3_5", "qwen3_next"}
 
 
 def test_active_parameters_that_are_far_from_the_published_ones_are_explained(everything):
