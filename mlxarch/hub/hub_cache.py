@@ -29,7 +29,7 @@ def _abbreviated_snapshot(repo: str, revision: str) -> Path | None:
     """Return the snapshot whose commit begins with ``revision``, as in ``org/name@0123456789ab``."""
     if not _ABBREVIATED_COMMIT.fullmatch(revision):
         return None
-    snapshots = cache_folder() / f"models--{repo.replace('/', '--')}" / "snapshots"
+    snapshots = repository_folder(repo) / "snapshots"
     found = list(snapshots.glob(f"{revision}*"))
     return found[0] if len(found) == 1 else None
 
@@ -59,6 +59,11 @@ def is_complete(folder: Path) -> bool:
         return bool(names) and all(len(numbered) >= int(found[1]) for found in numbered)
     except (OSError, MlxArchError):
         return False
+
+
+def repository_folder(repo: str) -> Path:
+    """Return the folder of a repository in the Hub's cache."""
+    return cache_folder() / f"models--{repo.replace('/', '--')}"
 
 
 def cache_folder() -> Path:

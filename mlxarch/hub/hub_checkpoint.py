@@ -182,6 +182,12 @@ class RemoteTensor(LazyTensor):
         return SafetensorsTensor(local, self.info).read_rows(start, stop)
 
 
+def download_folder(repository: Repository) -> Path:
+    """Return the folder into which the files of a repository are downloaded one by one."""
+    name = f"{repository.repo.replace('/', '--')}@{repository.revision}"
+    return paths.cache() / "downloads" / name
+
+
 @contextmanager
 def open_remote_checkpoint(
     repository: Repository, progress: Progress = silent, *, keep_files: bool = False
@@ -201,9 +207,7 @@ def open_remote_checkpoint(
         CheckpointError: a header or the index is invalid.
         DownloadError, OfflineError, GatedModel: see ``hub_client``.
     """
-    folder = (
-        paths.cache() / "downloads" / f"{repository.repo.replace('/', '--')}@{repository.revision}"
-    )
+    folder = download_folder(repository)
     folder.mkdir(parents=True, exist_ok=True)
     local_paths = {
         name: hub_client.fetch_file(

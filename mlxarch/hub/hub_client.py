@@ -4,7 +4,6 @@ huggingface_hub reads its environment variables when it is imported; the functio
 on first use.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from typing import Any
 from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from mlxarch.checkpoint.tp_shards import find_tp_files, tp_group
 from mlxarch.errors import DownloadError, ModelNotFound
-from mlxarch.hub.catalog import COMMIT_HASH
+from mlxarch.hub.file_download import TIMEOUT_SECONDS, RemoteFile, bytes_here, fetch_file
 from mlxarch.hub.hub_cache import shard_names
 from mlxarch.hub.hub_errors import translate_hub_errors
 from mlxarch.progress import Progress, silent
-from mlxarch.system.checksums import sha256_file
 from mlxarch.system.untrusted_files import read_json
 
 # Files that a model needs besides its weights. No others are fetched: no *.py, *.bin or *.gguf, no
@@ -44,25 +42,8 @@ SIDECARS = (
     "NOTICE",
     INDEX_FILE,
 )
-TIMEOUT_SECONDS = 10.0
-"""Timeout for the first response of the Hub."""
 _FIRST_RANGE_BYTES = 100_000  # holds the header of most safetensors files
 _MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository.
-
-    Attributes:
-        name: path in the repository.
-        size: in bytes.
-        sha256: checksum, if the Hub states it, which it does for weight files.
-    """
-
-    name: str
-    size: int
-    sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -171,23 +152,28 @@ def _weight_file_names(known: Mapping[str, RemoteFile], index: Path | None) -> l
     return found if len(found) == 1 else []
 
 
-def missing_bytes(repository: Repository) -> int:
-    """Return the size of a repository's files that the Hub's cache does not have yet."""
+def missing_bytes(repository: Repository, into: Path | None = None) -> int:
+    """Return how many bytes of a repository are not on this machine yet.
+
+    Args:
+        repository: the files.
+        into: folder that counts beside the Hub's cache.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     missing = 0
     for file in repository.files:
         cached = try_to_load_from_cache(repository.repo, file.name, revision=repository.revision)
-        if not isinstance(cached, str):
-            missing += file.size
+        if not isinstance(cached, str) and not (into and (into / file.name).is_file()):
+            missing += file.size - bytes_here(repository.repo, file, into)
     return missing
 
 
 def download(repository: Repository, progress: Progress = silent) -> Path:
     """Download a repository into the Hub's cache, and return the snapshot folder there.
 
-    Files are fetched one after the other, unless they are in the cache. The SHA-256 of each weight
-    file that is fetched is verified.
+    Files are fetched one after the other, unless they are in the cache. What an earlier attempt
+    received of a file is kept and completed. The SHA-256 of each weight file is verified.
 
     Raises:
         DownloadError: the transfer broke off, or a checksum is wrong.
@@ -220,57 +206,6 @@ def offset_progress(progress: Progress, offset: int, whole: int) -> Progress:
         progress(label, min(offset + done, whole), whole)
 
     return report
-
-
-def fetch_file(
-    repo: str,
-    revision: str,
-    name: str,
-    *,
-    into: Path | None = None,
-    progress: Progress = silent,
-    expected: RemoteFile | None = None,
-) -> Path:
-    """Download one file, unless it is there, and return its path.
-
-    Args:
-        repo: ``org/name``.
-        revision: branch, tag or commit.
-        name: path in the repository.
-        into: target folder; the Hub's cache if None.
-        progress: callback.
-        expected: metadata whose SHA-256 a fetched file must have.
-
-    Raises:
-        ModelNotFound, GatedModel, OfflineError, DownloadError: see ``fetch_repository_info`` and
-            ``download``.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    with translate_hub_errors(repo, revision, name, started=True):
-        cached = try_to_load_from_cache(repo, name, revision=revision)
-        if isinstance(cached, str) and (COMMIT_HASH.fullmatch(revision) or into is not None):
-            return Path(cached)
-        bar = _progress_bar_class(f"downloading {repo}", progress)
-        path = Path(hf_hub_download(repo, name, revision=revision, local_dir=into, tqdm_class=bar))
-    if expected and expected.sha256 and not isinstance(cached, str):
-        _verify_sha256(path, expected, progress)
-    return path
-
-
-def _verify_sha256(path: Path, expected: RemoteFile, progress: Progress) -> None:
-    """Remove a file with a wrong checksum, and raise DownloadError."""
-    found = sha256_file(path, progress)
-    if found == expected.sha256:
-        return
-    if path.is_symlink():
-        (path.parent / os.readlink(path)).unlink(missing_ok=True)
-    path.unlink()
-    raise DownloadError(
-        f"{expected.name} arrived damaged: its SHA-256 is {found}, and the Hub states "
-        f"{expected.sha256}. It is removed; run the same command again, and if that repeats, look "
-        "to the network or the mirror (HF_ENDPOINT)"
-    )
 
 
 def fetch_safetensors_header(repo: str, revision: str, file: RemoteFile) -> bytes:
@@ -309,31 +244,3 @@ def _fetch_start(repo: str, revision: str, name: str, count: int) -> bytes:
             f"{repo}/{name}: the Hub sent {len(body)} of {count} bytes; run the same command again"
         )
     return body[:count]
-
-
-def _progress_bar_class(label: str, progress: Progress) -> Any:
-    """Create a class with tqdm's interface, for huggingface_hub, that calls ``progress``."""
-
-    class ProgressBar:
-        total = 0
-        n = 0
-
-        def __init__(self, *_: object, **options: Any) -> None:
-            self.total = options.get("total") or 0
-            self.update(options.get("initial") or 0)
-
-        def __enter__(self) -> "ProgressBar":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def update(self, count: float | None = 1) -> None:
-            self.n += int(count or 0)
-            progress(label, self.n, max(int(self.total), self.n))
-
-        def _ignore(self, *_: object, **__: object) -> None: ...
-
-        update_transfer = set_postfix_str = set_transfer_postfix_str = _ignore
-        set_description = set_description_str = refresh = close = clear = _ignore
-
-    return ProgressBar

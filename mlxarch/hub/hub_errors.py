@@ -14,6 +14,7 @@ from mlxarch.errors import (
 )
 
 _CONNECTION_ERRORS = {"ConnectError", "ConnectTimeout", "ProxyError"}
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 _TRANSFER_ERRORS = {
     "TransportError",
     "HfHubHTTPError",
@@ -46,6 +47,15 @@ def translate_hub_errors(
         if translated is None:
             raise
         raise translated from error
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether a request that failed may succeed when it is repeated."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code in _TRANSIENT_STATUS
+    return "TransportError" in _type_names([error])
 
 
 def _access_error(error: Exception, what: str, repo: str) -> MlxArchError | None:
@@ -107,8 +117,8 @@ def _transfer_error(error: Exception, what: str, started: bool) -> MlxArchError 
         )
     if type_names & _TRANSFER_ERRORS or "Consistency check failed" in str(error):
         return DownloadError(
-            f"{what} broke off ({_first_line(error)}); run the same command again: files that "
-            "arrived are kept"
+            f"{what} broke off ({_first_line(error)}); run the same command again: what "
+            "arrived is kept"
         )
     return None
 

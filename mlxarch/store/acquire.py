@@ -120,9 +120,11 @@ class DownloadAndQuantize:
             size = sum(path.stat().st_size for path in self._cached.glob("*.safetensors"))
             description = f"{self.source.repo} from the Hub's cache, {_describe_bits(self.bits)}"
             return Acquisition(self.target.name, description, 0, size, self.target)
+        from mlxarch.hub.hub_checkpoint import download_folder
+
         repository = _fetch_supported_repository(self.source)
         self._repository = repository
-        missing = hub_client.missing_bytes(repository)
+        missing = hub_client.missing_bytes(repository, download_folder(repository))
         output = _quantized_bytes(repository, self.bits)
         description = (
             f"download {repository.repo}, {format_size(missing)}, {_describe_bits(self.bits)} "

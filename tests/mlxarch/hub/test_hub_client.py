@@ -109,9 +109,7 @@ def test_progress_counts_the_bytes_of_all_files_and_ends_at_the_total(
 
 def test_a_line_that_drops_once_is_taken_up_where_it_broke(server: FakeHub, worker: Worker) -> None:
     repo = put(server, "org/drop", broken={SHARDS[0]: 11 << 20}, drops={SHARDS[0]: 1})
-    repo.files[SHARDS[0]] = bytes(range(256)) * (
-        12 << 12
-    )  # huggingface_hub writes pieces of 10 MiB
+    repo.files[SHARDS[0]] = bytes(range(256)) * (12 << 12)
     folder = Path(worker(DOWNLOAD, repo="org/drop"))
     assert (folder / SHARDS[0]).read_bytes() == repo.files[SHARDS[0]]
     path = f"/org/drop/resolve/{repo.commit}/{SHARDS[0]}"
@@ -119,7 +117,7 @@ def test_a_line_that_drops_once_is_taken_up_where_it_broke(server: FakeHub, work
         span for method, asked, span in server.requests if (method, asked) == ("GET", path)
     ] == [
         None,
-        f"bytes={10 << 20}-",
+        f"bytes={11 << 20}-",
     ]
 
 
