@@ -323,9 +323,9 @@ def obtain_source(source: str, yes: bool) -> tuple[str, Path]:
     if reference.path:
         return reference.path.resolve().name, reference.path
     published = replace(reference, bits=reference.bits or "original")
-    folder = find_local_copy(published) or find_local_copy(reference)
-    if folder is None:
-        folder = obtain_model(source, None if reference.bits else "original", yes)
+    here = find_local_copy(published) or find_local_copy(reference)
+    wanted = None if here or reference.bits else "original"
+    folder = obtain_model(str(here or source), wanted, yes)
     return reference.name.rsplit("/", 1)[-1].replace("@", "-"), folder
 
 

@@ -1,6 +1,8 @@
 """The Hub's cache on this machine, read without network access."""
 
+import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE
@@ -64,6 +66,15 @@ def is_complete(folder: Path) -> bool:
 def repository_folder(repo: str) -> Path:
     """Return the folder of a repository in the Hub's cache."""
     return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
+def remember_absent(repo: str, commit: str, names: Iterable[str]) -> None:
+    """Note in the Hub's cache that a commit does not have these files."""
+    folder = repository_folder(repo) / ".no_exist" / commit
+    with contextlib.suppress(OSError):  # the cache may be read-only: it is asked again then
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (folder / name).touch()
 
 
 def cache_folder() -> Path:

@@ -14,7 +14,7 @@ from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from mlxarch.checkpoint.tp_shards import find_tp_files, tp_group
 from mlxarch.errors import DownloadError, ModelNotFound
 from mlxarch.hub.file_download import TIMEOUT_SECONDS, RemoteFile, bytes_here, fetch_file
-from mlxarch.hub.hub_cache import shard_names
+from mlxarch.hub.hub_cache import remember_absent, shard_names
 from mlxarch.hub.hub_errors import translate_hub_errors
 from mlxarch.progress import Progress, silent
 from mlxarch.system.untrusted_files import read_json
@@ -86,6 +86,39 @@ class Repository:
         return max(groups.values(), default=0)
 
 
+@dataclass(frozen=True)
+class FileList:
+    """All files of a repository at one commit, by name."""
+
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+
+def fetch_file_list(
+    repo: str, revision: str = "main", *, timeout: float = TIMEOUT_SECONDS
+) -> FileList:
+    """List the files of a repository.
+
+    Args:
+        repo, revision: the repository, and a branch, tag or commit.
+        timeout: seconds to wait for the answer.
+
+    Raises:
+        ModelNotFound, GatedModel, OfflineError, DownloadError: see ``fetch_repository_info``.
+    """
+    from huggingface_hub import HfApi
+
+    with translate_hub_errors(repo, revision):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
+        files = {
+            file.rfilename: RemoteFile(
+                file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None
+            )
+            for file in info.siblings or []
+        }
+    return FileList(info.sha or revision, files)
+
+
 def fetch_repository_info(repo: str, revision: str = "main") -> Repository:
     """List the files of a model repository; only config.json and the shard index are downloaded.
 
@@ -94,19 +127,9 @@ def fetch_repository_info(repo: str, revision: str = "main") -> Repository:
         GatedModel: the publisher requires consent, or a token is needed.
         OfflineError: the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi
-
-    with translate_hub_errors(repo, revision):
-        info = HfApi().model_info(
-            repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
-        )
-        commit = info.sha or revision
-        known = {
-            file.rfilename: RemoteFile(
-                file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None
-            )
-            for file in info.siblings or []
-        }
+    listing = fetch_file_list(repo, revision)
+    commit = listing.commit
+    known = listing.files
     if "config.json" not in known:
         raise ModelNotFound(
             f"{repo}@{revision} has no config.json; name a repository that holds a language model"
@@ -190,6 +213,10 @@ def download(repository: Repository, progress: Progress = silent) -> Path:
         )
         done += file.size
     progress(f"downloading {repository.repo}", total, total)
+    absent = [
+        name for name in SIDECARS if name not in repository.sidecars and name != "tekken.json"
+    ]
+    remember_absent(repository.repo, repository.revision, absent)
     return paths[0].parent
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from mlxarch.errors import BackendMissing, OutputError
 from mlxarch.hub import hub_cache, hub_client, pypi
 from mlxarch.hub.catalog import Bits, HubSource, WheelSource
+from mlxarch.hub.complete_snapshot import complete_snapshot
 from mlxarch.hub.hub_client import Repository
 from mlxarch.progress import Progress, format_size
 from mlxarch.store.installed import folder_name, stored_bits
@@ -150,6 +151,7 @@ class DownloadAndQuantize:
     def run(self, progress: Progress, evaluate: bool = False) -> Path:
         """Quantize while downloading, and return the folder."""
         if self._cached is not None:
+            complete_snapshot(self._cached, progress)
             return _convert(self._cached, self.target, self.bits, progress, evaluate=evaluate)
         from mlxarch.hub.hub_checkpoint import open_remote_checkpoint
         from mlxarch.quantize import Origin

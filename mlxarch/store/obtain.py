@@ -21,6 +21,7 @@ from mlxarch.errors import (
     OfflineError,
 )
 from mlxarch.hub.catalog import Bits, CatalogEntry, HubSource, ModelReference, WheelSource
+from mlxarch.hub.complete_snapshot import complete_snapshot
 from mlxarch.progress import Progress, format_size, silent
 from mlxarch.store.acquire import (
     Acquisition,
@@ -98,6 +99,24 @@ def obtain(
         DiskSpaceError: there is not enough disk space; nothing was downloaded.
         InvalidInput: bits that are not supported, or that contradict the name.
     """
+    folder = _obtain(
+        name, bits, progress, confirm, refresh=refresh, request=request, evaluate=evaluate
+    )
+    complete_snapshot(folder, progress)
+    return folder
+
+
+def _obtain(
+    name: str | os.PathLike[str],
+    bits: int | str | None,
+    progress: Progress,
+    confirm: Confirm | None,
+    *,
+    refresh: bool,
+    request: "Request | None",
+    evaluate: bool,
+) -> Path:
+    """Return the folder of a model; a snapshot in the Hub's cache may lack files beside the weights."""
     reference = resolve_name(name)
     resolved_bits = _resolve_bits(reference, bits)
     if reference.path is not None:
