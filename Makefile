@@ -6,6 +6,8 @@ BACKEND := $(shell if [ "$$(uname)" = Darwin ]; then echo metal; elif nvidia-smi
 MODEL   = smollm2-135m
 PROMPT  = Why is the sky blue? Answer in three sentences.
 
+CXX    ?= c++
+
 VENV   = .venv
 BIN    = $(VENV)/bin
 READY  = $(VENV)/.$(BACKEND)
@@ -13,11 +15,12 @@ EXTRA  = $(if $(filter metal,$(BACKEND)),,$(BACKEND),)# macOS needs none: MLX co
 USABLE = import ensurepip, platform, sys, venv; \
          sys.exit(sys.version_info < (3, 11) or (sys.platform, platform.machine()) == ("darwin", "x86_64"))
 
-.PHONY: help demo test lint types layers wheel check clean
+.PHONY: help demo test kernels lint types layers wheel check clean
 
 help:
 	@echo "make demo    fetch SmolLM2-135M-Instruct, quantize it to 8 bits and let it answer"
 	@echo "make test    run the test suite"
+	@echo "make kernels build the CPU kernels, which make MLX some ten times faster on a CPU"
 	@echo "make check   what else a change must pass: lint, types, layers, wheel (each is a target too)"
 	@echo "make clean   remove .venv and all that was built; models stay ('mlxarch list', 'mlxarch rm')"
 	@echo "Settings: PYTHON=python3.12  BACKEND=cpu|cuda|metal (now $(BACKEND))  MODEL=NAME  PROMPT='...'"
@@ -28,7 +31,11 @@ demo: $(READY)-gguf
 
 # What dev brings is enough for the suite. Each of its processes has a core: more threads would only wait for each other.
 test: $(firstword $(wildcard $(READY)-dev) $(READY)-test)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 MLXARCH_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# For MLX's CPU back end, see docs/cpu.md
+kernels: $(firstword $(wildcard $(READY)-*) $(READY)-gguf)
+	@$(MAKE) --no-print-directory $(VENV)/.kernels
 
 lint: $(READY)-dev
 	$(BIN)/ruff check .
@@ -56,6 +63,17 @@ clean:
 $(READY)-%: pyproject.toml | $(VENV)/.created
 	@echo "Installing mlxarch and what it needs into $(VENV) (MLX back end: $(BACKEND)); once, about a minute"
 	@$(BIN)/python -m pip install --editable ".[$(EXTRA)$*]" >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.kernels: $(wildcard native/src/*) native/setup.py native/pyproject.toml | $(VENV)/.created
+	@if ! echo '#include <version>' | $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null; then \
+	    echo "No C++20 compiler ($(CXX)): going on without the CPU kernels, slower"; \
+	else \
+	    echo "Building the CPU kernels (once, one to two minutes)"; \
+	    { $(BIN)/python -m pip install "setuptools>=77" "nanobind>=3.1,<3.2" && \
+	      CXX="$(CXX)" $(BIN)/python -m pip install --no-build-isolation --no-deps ./native; } >$(VENV)/kernels.log 2>&1 || \
+	    echo "Not built: going on without them, slower; the reason is at the end of $(VENV)/kernels.log"; \
+	fi
 	@touch $@
 
 $(VENV)/.created:

@@ -267,11 +267,15 @@ def load_model(
     **options: Any,
 ) -> "LanguageModel":
     """Obtain and load a model with the values of ``loading_options``, showing the progress."""
+    from mlxarch.cpu_kernels import native
     from mlxarch.language_model import load_folder
 
     request = make_request(**options)
     folder = obtain_model(name, bits, yes, request=request)
-    return load_folder(folder, request, dtype=dtype, wire=wire, slice=slice)
+    model = load_folder(folder, request, dtype=dtype, wire=wire, slice=slice)
+    if is_terminal(sys.stderr) and (advice := native.advice()):
+        print_stderr(advice, dim=True)
+    return model
 
 
 def make_request(

@@ -43,6 +43,13 @@ def timings_stats(timings: "Timings") -> dict[str, Any]:
     }
 
 
+def kernels_line() -> str:
+    """Describe the CPU kernels; empty on a GPU."""
+    from mlxarch.cpu_kernels import native
+
+    return native.description()
+
+
 def memory_line(model: "LanguageModel") -> str:
     """Format the peak memory since the process began beside the plan for a full context window."""
     memory = memory_stats(model)

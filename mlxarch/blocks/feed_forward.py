@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxarch.blocks.linear import FusableProjections, Linear
+from mlxarch.cpu_kernels import native
 
 GatedActivation = Callable[[mx.array, mx.array], mx.array]
 """Elementwise function of the gate and up projections, such as SwiGLU."""
@@ -33,7 +34,8 @@ def compile_elementwise(function: Elementwise) -> Elementwise:
 @compile_elementwise
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up."""
-    return gate * mx.sigmoid(gate) * up
+    y = native.gated(gate, up, "silu")
+    return gate * mx.sigmoid(gate) * up if y is None else y
 
 
 @compile_elementwise
@@ -45,7 +47,8 @@ def gelu(x: mx.array) -> mx.array:
 @compile_elementwise
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) * up."""
-    return gelu(gate) * up
+    y = native.gated(gate, up, "gelu")
+    return gelu(gate) * up if y is None else y
 
 
 class GatedMLP(nn.Module):

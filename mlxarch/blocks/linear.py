@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxarch.cpu_kernels import native
 from mlxarch.quantization.scheme import Quantization
 
 
@@ -37,7 +38,10 @@ class Matrix(nn.Module):
         arrays = self if arrays is None else arrays
         if self.quantization is not None:
             return self.quantization.matmul(x, arrays, transpose)
-        return x @ (arrays["weight"].swapaxes(-1, -2) if transpose else arrays["weight"])
+        if not transpose:
+            return x @ arrays["weight"]
+        y = native.matmul(x, arrays, "dense")
+        return x @ arrays["weight"].swapaxes(-1, -2) if y is None else y
 
 
 class Linear(Matrix):
@@ -136,6 +140,9 @@ class ExpertLinear(Matrix):
     ) -> mx.array:
         """``matmul`` with the chosen expert of each row."""
         if self.quantization is None:
+            y = native.expert_matmul(x, arrays, chosen, "dense")
+            if y is not None:
+                return y
             weight = arrays["weight"].swapaxes(-1, -2)
             return mx.gather_mm(x, weight, rhs_indices=chosen, sorted_indices=sorted)
         return self.quantization.gather_matmul(x, arrays, chosen, sorted)

@@ -3,6 +3,14 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxarch.cpu_kernels import native
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x / rms(x) * weight."""
+    y = native.rms_norm(x, weight, eps)
+    return mx.fast.rms_norm(x, weight, eps) if y is None else y
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv:1910.07467).
@@ -17,7 +25,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self["weight"], self.eps)
+        return rms_norm(x, self["weight"], self.eps)
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
@@ -39,7 +47,7 @@ class ZeroCenteredRMSNorm(RMSNorm):
             self._one_plus_weight = 1 + weight
             mx.eval(self._one_plus_weight)  # unevaluated, it would belong to this thread
             self._cached_for = weight
-        return mx.fast.rms_norm(x, self._one_plus_weight, self.eps)
+        return rms_norm(x, self._one_plus_weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxarch.cpu_kernels import native
 from mlxarch.errors import ConfigError
 
 
@@ -102,6 +103,9 @@ class RoPE(nn.Module):
             scaled = x[..., : self.dims] * self.factor
             partial = self.dims < x.shape[-1]
             x = mx.concatenate([scaled, x[..., self.dims :]], axis=-1) if partial else scaled
+        y = native.rope(x, self.dims, self.interleaved, offset, self._freqs)
+        if y is not None:
+            return y
         return mx.fast.rope(
             x,
             self.dims,

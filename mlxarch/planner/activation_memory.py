@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxarch.blocks import CausalLM, ForwardContext
 from mlxarch.blocks.per_head_linear import PerHeadLinear
+from mlxarch.cpu_kernels import native
 from mlxarch.kv_cache import Cache
 from mlxarch.planner.peak_memory import OperationList, ShapeFilter, peak_bytes
 from mlxarch.quantization.scheme import Quantization
@@ -61,7 +62,8 @@ def step_peak(
         _run_layers(model, layers, ids, caches)
         return [array for cache in sampled for array in _cached_arrays(cache)]
 
-    mx.export_function(items.append, step, mx.zeros((1, tokens), mx.int32), *held)
+    with native.suspended():
+        mx.export_function(items.append, step, mx.zeros((1, tokens), mx.int32), *held)
     operations = OperationList.from_export(items)
     allocated = peak_bytes(operations, skip=skip)
     # pages of a large array are touched only once its operation runs
@@ -98,7 +100,8 @@ def fill_caches(
         return _run_layers(model, layers, ids, caches)
 
     # exported and not called, because attention evaluates some of its arrays at once
-    mx.export_function(lambda item: None, first_step, mx.zeros((1, 1), mx.int32))
+    with native.suspended():
+        mx.export_function(lambda item: None, first_step, mx.zeros((1, 1), mx.int32))
     for cache in caches:
         if cache is not None:
             _replace_cached_arrays(cache, lambda array: stand_in(array.shape, array.dtype))

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxarch.cpu_kernels import native
 from mlxarch.errors import QuantizationError
 from mlxarch.quantization.formats import MODES
 
@@ -40,6 +41,10 @@ class Quantization:
         Args:
             arrays: packed ``weight``, ``scales`` and, in affine mode, ``biases``.
         """
+        if transpose:
+            y = native.matmul(x, arrays, self.mode, self.bits, self.group_size)
+            if y is not None:
+                return y
         return mx.quantized_matmul(
             x,
             arrays["weight"],
@@ -61,6 +66,9 @@ class Quantization:
             chosen: index of the matrix for each row.
             sorted: whether ``chosen`` is in ascending order.
         """
+        y = native.expert_matmul(x, arrays, chosen, self.mode, self.bits, self.group_size)
+        if y is not None:
+            return y
         return mx.gather_qmm(
             x,
             arrays["weight"],

@@ -14,6 +14,7 @@ from mlxarch.cli.chat.receive import STOPPED, Answer, dropped_tokens_note, recei
 from mlxarch.cli.output import is_terminal, print_json, print_stderr
 from mlxarch.cli.render import NullWriter, make_answer_writer, make_thinking_writer
 from mlxarch.cli.stats import (
+    kernels_line,
     memory_line,
     memory_stats,
     streaming_line,
@@ -235,6 +236,8 @@ def _print_notes(model: "LanguageModel", answer: Answer, given: dict[str, Any]) 
     if given["stats"]:
         print_stderr(timings_line(answer.timings, long=True), dim=True)
         print_stderr(memory_line(model), dim=True)
+        if kernels := kernels_line():
+            print_stderr(kernels, dim=True)
         if streaming := streaming_line(model):
             print_stderr(streaming, dim=True)
     if note := dropped_tokens_note(answer.timings):

@@ -12,6 +12,7 @@ from mlxarch.blocks.attention.span import Full, Span
 from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.linear import FusableProjections, Linear
 from mlxarch.blocks.rope import NoRoPE, RoPE
+from mlxarch.cpu_kernels import native
 from mlxarch.kv_cache import Cache, KVArray, by_row
 from mlxarch.quantization.scheme import Quantization
 
@@ -132,5 +133,8 @@ def attend(
         q (B, H, L, D), k and v (B, K, S, D) -> (B, H, L, D)
     """
     if isinstance(k, mx.array) and isinstance(v, mx.array):
+        out = native.attention(q, k, v, scale, mask, sinks)
+        if out is not None:
+            return out
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
     return attend_blockwise(q, k, v, mask, lambda scores: scores * scale, sinks)

@@ -1,0 +1,1 @@
+"""Optional CPU kernels: operations of the package ``mlxarch-cpu``, or MLX's own where it is missing."""

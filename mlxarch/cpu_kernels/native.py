@@ -1,0 +1,229 @@
+"""Operations with kernels for CPUs, from the optional package ``mlxarch-cpu``.
+
+MLX's CPU back end computes quantized products, attention and elementwise functions without vector
+instructions. ``mlxarch-cpu`` has kernels for AVX2, AVX-512 and a portable form, exact in float32.
+Each function here returns None where they do not apply (another device, another dtype, the package
+is missing), and the caller computes with MLX.
+
+Environment: ``MLXARCH_CPU_KERNELS`` = off, baseline, avx2 or avx512 chooses the instruction set,
+``MLXARCH_THREADS`` the number of threads (default: one for each physical core).
+"""
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "dense": (32,)}  # modes that have a kernel
+
+_suspended = 0
+
+
+@cache
+def _load() -> tuple[Any, str]:
+    """Import and test the kernels; return the module, or None and the reason."""
+    wanted = os.environ.get("MLXARCH_CPU_KERNELS", "")
+    if wanted == "off":
+        return None, "switched off by MLXARCH_CPU_KERNELS"
+    try:
+        module = importlib.import_module("mlxarch_cpu._kernels")
+    except ImportError as error:
+        return None, f"the package mlxarch-cpu is not installed or not built for this MLX: {error}"
+    if mx.__version__ != module.MLX_VERSION:
+        return None, f"mlxarch-cpu is built for MLX {module.MLX_VERSION}, found {mx.__version__}"
+    if not module.use_instruction_set(wanted):
+        return None, f"this machine has no kernels named {wanted!r} (MLXARCH_CPU_KERNELS)"
+    module.set_threads(_thread_count())
+    if problem := _test(module):
+        return None, problem
+    return module, module.instruction_set()
+
+
+def status() -> tuple[bool, str]:
+    """Whether the kernels are used on a CPU, and their instruction set or the reason why not."""
+    module, text = _load()
+    return module is not None, text
+
+
+def description() -> str:
+    """Describe the kernels in a few words, for statistics; empty on another device than a CPU."""
+    if mx.default_device() != mx.cpu:
+        return ""
+    module, text = _load()
+    if module is None:
+        return f"CPU kernels: none, {text}"
+    return f"CPU kernels: {text}, {module.threads()} threads"
+
+
+def advice() -> str:
+    """Say how to make this machine faster; empty where the kernels are used or switched off."""
+    module, _ = _load()
+    if module is not None or mx.default_device() != mx.cpu or "MLXARCH_CPU_KERNELS" in os.environ:
+        return ""
+    return "the package mlxarch-cpu makes this CPU some ten times faster: see docs/cpu.md"
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Compute with MLX alone in the block, whose operations are then MLX's own and can be exported."""
+    global _suspended
+    _suspended += 1
+    try:
+        yield
+    finally:
+        _suspended -= 1
+
+
+def _kernels(*arrays: mx.array) -> Any:
+    """Module of the kernels if they apply to the arrays, else None."""
+    if _suspended or mx.default_device() != mx.cpu:
+        return None
+    if any(array.dtype != mx.float32 for array in arrays):
+        return None
+    return _load()[0]
+
+
+def matmul(
+    x: mx.array, arrays: Mapping[str, mx.array], mode: str, bits: int = 32, group_size: int = 0
+) -> mx.array | None:
+    """x (…, in) @ weight.T -> (…, out).
+
+    Args:
+        arrays: ``weight`` (out, in); with mode "affine" packed, with ``scales`` and ``biases``, with
+            "mxfp4" packed, with ``scales``, and with "dense" in float32.
+    """
+    kernels = _kernels(x)
+    if kernels is None or x.ndim == 0 or x.size == 0:
+        return None
+    matrix = _matrix(arrays, mode, bits, 2)
+    return None if matrix is None else kernels.matmul(x, matrix, mode, bits, group_size)
+
+
+def expert_matmul(
+    x: mx.array,
+    arrays: Mapping[str, mx.array],
+    chosen: mx.array,
+    mode: str,
+    bits: int = 32,
+    group_size: int = 0,
+) -> mx.array | None:
+    """Product of each row of x (…, 1, in) with one matrix, transposed, of a stack (E, out, in).
+
+    Args:
+        arrays: as for ``matmul``, stacked.
+        chosen: index of the matrix for each row (…); on its last axis x may have size 1.
+    """
+    kernels = _kernels(x)
+    if kernels is None or x.shape[-2] != 1 or chosen.size == 0:
+        return None
+    matrix = _matrix(arrays, mode, bits, 3)
+    rows = tuple(x.shape[:-2])
+    if rows == tuple(chosen.shape):
+        repeats = 1
+    elif rows == (*chosen.shape[:-1], 1):
+        repeats = chosen.shape[-1]
+    else:
+        return None
+    if matrix is None:
+        return None
+    flat = x.reshape(-1, x.shape[-1])
+    y = kernels.expert_matmul(flat, matrix, chosen.reshape(-1), repeats, mode, bits, group_size)
+    return y.reshape(*chosen.shape, 1, matrix[0].shape[-2])
+
+
+def _matrix(
+    arrays: Mapping[str, mx.array], mode: str, bits: int, ndim: int
+) -> list[mx.array] | None:
+    """Arrays of a matrix in the order of the kernels; None if they have another form."""
+    weight = arrays["weight"]
+    if bits not in BITS.get(mode, ()) or weight.ndim != ndim:
+        return None
+    if mode == "dense":
+        return [weight] if weight.dtype == mx.float32 else None
+    scales = arrays["scales"]
+    if mode == "mxfp4":
+        return [weight, scales]
+    return [weight, scales, arrays["biases"]] if scales.dtype == mx.float32 else None
+
+
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array | None:
+    """Attention of q (B, H, L, D) over k, v (B, K, S, D) -> (B, H, L, D).
+
+    Args:
+        mask: "causal", None, or booleans (L, S) or (B, 1, L, S).
+    """
+    kernels = _kernels(q, k, v)
+    if kernels is None or q.size == 0 or q.shape[1] > 64 * k.shape[1]:
+        return None
+    if isinstance(mask, mx.array):
+        if mask.dtype != mx.bool_ or mask.shape[-2:] != (q.shape[2], k.shape[2]):
+            return None
+        return kernels.attention(q, k, v, scale, False, mask, sinks)
+    return kernels.attention(q, k, v, scale, mask == "causal", None, sinks)
+
+
+def gated(a: mx.array, b: mx.array, activation: str) -> mx.array | None:
+    """activation(a) * b, with "silu" or "gelu" (tanh approximation)."""
+    kernels = _kernels(a, b)
+    if kernels is None or a.shape != b.shape or a.size == 0:
+        return None
+    return kernels.gated(a, b, activation == "gelu")
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array | None:
+    """x / rms(x) * weight over the last axis."""
+    kernels = _kernels(x, weight)
+    return None if kernels is None or x.size == 0 else kernels.rms_norm(x, weight, eps)
+
+
+def rope(
+    x: mx.array, dims: int, interleaved: bool, offset: int | mx.array, periods: mx.array
+) -> mx.array | None:
+    """Rotate the first ``dims`` features of x (B, H, L, D) by position / period."""
+    kernels = _kernels(x, periods)
+    if kernels is None or x.ndim != 4 or x.size == 0 or not isinstance(offset, int):
+        return None
+    return kernels.rope(x, dims, interleaved, offset, periods)
+
+
+def _thread_count() -> int:
+    """Threads of the kernels: ``MLXARCH_THREADS``, or the physical cores that this process may use."""
+    text = os.environ.get("MLXARCH_THREADS", "")
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    count = len(usable) if usable else os.cpu_count() or 1
+    cores = set()
+    for cpu in usable or ():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            return count
+    return len(cores) or count
+
+
+def _test(module: Any) -> str:
+    """Compare a product at each number of bits with MLX's; return the problem, or "" if there is none."""
+    for bits in BITS["affine"]:
+        exact = mx.sin(mx.arange(48 * 64, dtype=mx.float32)).reshape(48, 64)
+        weight, scales, biases = mx.quantize(exact, 32, bits)
+        x = mx.cos(mx.arange(9 * 64, dtype=mx.float32)).reshape(9, 64)
+        wanted = mx.quantized_matmul(x, weight, scales, biases, True, 32, bits)
+        for rows in (1, 9):
+            found = module.matmul(x[:rows], [weight, scales, biases], "affine", bits, 32)
+            if not bool(mx.allclose(found, wanted[:rows], 1e-5, 1e-4)):
+                return f"the kernels {module.instruction_set()} compute a wrong product"
+    return ""

@@ -1,0 +1,65 @@
+"""Build of the extension: kernels.cpp once for each instruction set, and the operations for MLX."""
+
+import platform
+from pathlib import Path
+
+import mlx
+import nanobind
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MLX = Path(next(iter(mlx.__path__)))
+NANOBIND = Path(nanobind.include_dir()).parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+SETS = {"baseline": []}
+if X86:
+    SETS["avx2"] = ["-mavx2", "-mfma"]
+    SETS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0"]
+# Contraction to fused multiply-adds is wanted; no option that changes NaN or infinity is
+KERNELS = [*COMMON, "-O3", "-ffp-contract=fast", "-fno-trapping-math", "-fno-math-errno"]
+
+
+class BuildKernels(build_ext):
+    """Compile kernels.cpp with the flags of each instruction set, then link everything."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Add the objects of the kernels to those of the extension's own sources."""
+        ext.extra_objects = self._kernel_objects()
+        super().build_extension(ext)
+
+    def _kernel_objects(self) -> list[str]:
+        objects = []
+        for name, flags in SETS.items():
+            objects += self.compiler.compile(
+                ["src/kernels.cpp"],
+                output_dir=str(Path(self.build_temp, name)),
+                macros=[("ISA", name)],
+                extra_postargs=[*KERNELS, "-Wno-psabi", *flags],
+            )
+        return objects
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "mlxarch_cpu._kernels",
+            [
+                f"src/{name}.cpp"
+                for name in ("dispatch", "layer_ops", "matmul_ops", "module", "nanobind", "pool")
+            ],
+            include_dirs=[
+                str(MLX / "include"),
+                nanobind.include_dir(),
+                str(NANOBIND / "src"),
+                str(NANOBIND / "ext" / "robin_map" / "include"),
+            ],
+            define_macros=[("NB_DOMAIN", "mlx"), ("NDEBUG", None)],
+            library_dirs=[str(MLX / "lib")],
+            libraries=["mlx"],
+            extra_compile_args=[*COMMON, "-O2", "-fno-strict-aliasing"],
+            extra_link_args=["-pthread", "-Wl,-rpath,$ORIGIN/../mlx/lib"],
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
