@@ -10,9 +10,12 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlxarch.errors import EngineStopped
-from mlxarch.server import status
+from mlxarch.server import metrics, status
 from mlxarch.server.answers.answers import Mailbox
-from mlxarch.server.api import chat, models
+from mlxarch.server.api import tokenization
+from mlxarch.server.api.anthropic import messages
+from mlxarch.server.api.ollama import endpoints as ollama
+from mlxarch.server.api.openai import chat, completions, models, responses
 from mlxarch.server.http.access import AccessRules
 from mlxarch.server.http.errors import ApiError
 from mlxarch.server.http.gate import Gate
@@ -27,9 +30,21 @@ def _routes() -> list[BaseRoute]:
     return [
         Route("/", status.start_page, methods=["GET"]),
         Route("/health", status.health, methods=["GET"]),
+        Route("/metrics", metrics.metrics, methods=["GET"]),
+        Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         *_with_and_without_v1("/models", models.list_models, "GET"),
         *_with_and_without_v1("/models/{name:path}", models.show_model, "GET"),
         *_with_and_without_v1("/chat/completions", chat.chat_completions, "POST"),
+        *_with_and_without_v1("/completions", completions.completions, "POST"),
+        *_with_and_without_v1("/embeddings", tokenization.embeddings, "POST"),
+        *_with_and_without_v1("/messages", messages.create_message, "POST"),
+        *_with_and_without_v1("/messages/count_tokens", messages.count_tokens, "POST"),
+        *_with_and_without_v1("/responses", responses.create_response, "POST"),
+        *_with_and_without_v1("/responses/{id}", responses.show_response, "GET"),
+        *_with_and_without_v1("/responses/{id}", responses.delete_response, "DELETE"),
+        *_with_and_without_v1("/responses/{id}/input_items", responses.list_input_items, "GET"),
+        *ollama.routes(),
     ]
 
 

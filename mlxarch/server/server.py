@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -16,6 +16,8 @@ from mlxarch.server.answers.options import Options, sampling_for
 from mlxarch.server.answers.reader import OutputReader
 from mlxarch.server.http.body import read_body
 from mlxarch.server.http.context import RequestContext
+from mlxarch.server.metrics import Metrics
+from mlxarch.server.response_store import ResponseStore
 from mlxarch.server.served_models import ServedModel, ServedModels
 from mlxarch.server.settings import Settings
 
@@ -31,6 +33,8 @@ class Server:
         models: models of the start-up list.
         mailbox: way of outputs from the engines to the event loop.
         started: Unix time of the start.
+        metrics: figures for monitoring.
+        responses: stored responses.
         death: failure because of which the process ends.
     """
 
@@ -39,6 +43,8 @@ class Server:
     mailbox: Mailbox
     started: float
     death: MlxArchError | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @classmethod
     def of(cls, request: Request) -> "Server":
@@ -74,6 +80,23 @@ class Server:
         variables = {**thinking.variables, **options.variables}
         return await self.in_thread(model.tokens_of, messages, variables)
 
+    async def render_open(
+        self,
+        served: ServedModel,
+        messages: Sequence[Mapping[str, Any]],
+        options: Options,
+        context: RequestContext,
+    ) -> list[int]:
+        """Token ids of a conversation whose last message, the assistant's, goes on."""
+        variables = {**options.variables, "add_generation_prompt": False}
+        open_ended = replace(options, variables=variables)
+        tokens = await self.render(served, messages, open_ended, context)
+        tokenizer = served.language_model.tokenizer
+        ends = tokenizer.control_ids | tokenizer.eos_ids
+        while tokens and (tokens[-1] in ends or not tokenizer.decode(tokens[-1:]).strip()):
+            tokens.pop()  # the end of the turn, and the blanks around it
+        return tokens
+
     async def answer(
         self,
         served: ServedModel,
@@ -91,8 +114,9 @@ class Server:
             for prompt in prompts
             for index in range(options.count)
         ]
-        answers = Answers(served.running_engine, self.mailbox, jobs)
-        context.cleanup.callback(_note_usage, answers, context, time.monotonic())
+        answers = Answers(served.running_engine, self.mailbox, jobs, options.count)
+        started = time.monotonic()
+        context.cleanup.callback(self._note_usage, answers, context, started)
         context.log["in"] = sum(map(len, prompts))
         return answers
 
@@ -143,15 +167,14 @@ class Server:
             )
         return asked
 
-
-def _note_usage(answers: Answers, context: RequestContext, started: float) -> None:
-    """Cancel what still runs, and note the figures of a request for its line in the log."""
-    answers.cancel()
-    usage = answers.usage
-    context.log |= {"cached": usage.cached, "out": usage.answer}
-    seconds = time.monotonic() - started
-    if seconds > 0:
-        context.log["rate"] = f"{usage.answer / seconds:.1f}/s"
+    def _note_usage(self, answers: Answers, context: RequestContext, started: float) -> None:
+        """Cancel what still runs, and note the figures of a request for log and metrics."""
+        answers.cancel()
+        usage = answers.usage
+        context.log |= {"cached": usage.cached, "out": usage.answer}
+        seconds = time.monotonic() - started
+        context.log["rate"] = f"{usage.answer / max(seconds, 1e-9):.1f}/s"
+        self.metrics.add(usage, answers.endings, seconds)
 
 
 def _with_flag(messages: Sequence[Mapping[str, Any]], flag: str) -> Sequence[Mapping[str, Any]]:

@@ -57,13 +57,22 @@ class Answers:
     Iterate with ``events``; leaving the iteration cancels what is not finished.
     """
 
-    def __init__(self, engine: Engine, mailbox: Mailbox, jobs: Sequence[Job]) -> None:
+    def __init__(
+        self, engine: Engine, mailbox: Mailbox, jobs: Sequence[Job], per_prompt: int = 1
+    ) -> None:
         """Submit the requests.
+
+        Args:
+            engine: engine of the model.
+            mailbox: way of outputs to the event loop.
+            jobs: requests, those of one prompt next to each other.
+            per_prompt: answers to each prompt.
 
         Raises:
             MlxArchError: as for ``Engine.submit``; nothing runs then.
         """
         self._readers = [job.reader for job in jobs]
+        self._per_prompt = per_prompt
         self._outputs: deque[tuple[int, RowOutput]] = deque()
         self._arrived = asyncio.Event()
         self._handles: list[RequestHandle] = []
@@ -87,14 +96,26 @@ class Answers:
             handle.cancel()
 
     @property
+    def count(self) -> int:
+        """Number of answers."""
+        return len(self._readers)
+
+    @property
     def usage(self) -> Usage:
-        """Token counts of all answers so far; each prompt counts once, however many answers it has."""
-        first = self._readers[0].usage
-        total = Usage(first.prompt, first.cached)
+        """Token counts of all answers so far; a prompt counts once, however many answers it has."""
+        total = Usage()
+        for reader in self._readers[:: self._per_prompt]:
+            total.prompt += reader.usage.prompt
+            total.cached += reader.usage.cached
         for reader in self._readers:
             total.answer += reader.usage.answer
             total.thinking += reader.usage.thinking
         return total
+
+    @property
+    def endings(self) -> list[End]:
+        """Last events of the answers that have ended."""
+        return [reader.end for reader in self._readers if reader.end is not None]
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Yield (index of the answer, event) until all answers have ended.

@@ -19,6 +19,7 @@ class OutputReader:
     Attributes:
         usage: token counts so far.
         ended: whether the last event has been made.
+        end: the last event; None before it, and after an error.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -28,6 +29,7 @@ class OutputReader:
         self._held: list[TokenLogprobs] = []  # of tokens whose text is incomplete
         self.usage = Usage(prompt=len(prompt))
         self.ended = False
+        self.end: End | None = None
 
     def read(self, output: RowOutput) -> Iterator[Event]:
         """Yield the events of one output.
@@ -75,4 +77,5 @@ class OutputReader:
         self.ended = True
         yield from self._deltas(reader.finish())
         reason = "stop" if reader.ended else output.finish_reason or "stop"
-        yield End(reason, reader.stop_string, self.usage, output.timings)
+        self.end = End(reason, reader.stop_string, self.usage, output.timings)
+        yield self.end

@@ -16,6 +16,11 @@ AnswerCount = Annotated[int, msgspec.Meta(ge=1, le=16)]
 JsonObject = dict[str, Any]
 
 
+def positive(probability: float | None) -> float | None:
+    """Probability above 0: at 0 the most likely token alone is left, as at the least number."""
+    return None if probability is None else max(probability, 1e-9)
+
+
 class Strict(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Object of a request whose unknown fields are refused."""
 
@@ -37,7 +42,7 @@ class LogitSampling(Strict):
         """Fields of ``Sampling`` that the request names, without the logit bias."""
         return {
             "temperature": self.temperature,
-            "top_p": self.top_p or (None if self.top_p is None else 1e-9),
+            "top_p": positive(self.top_p),
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "seed": self.seed,

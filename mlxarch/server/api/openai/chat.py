@@ -13,8 +13,9 @@ from mlxarch import __version__
 from mlxarch.engine.request import TokenLogprobs
 from mlxarch.errors import MlxArchError
 from mlxarch.server.answers.answers import Answers
+from mlxarch.server.answers.collected import Collected, collect
 from mlxarch.server.answers.events import Delta, End, Usage, Waiting
-from mlxarch.server.api.chat_request import ChatRequest, to_messages, to_options
+from mlxarch.server.api.openai.chat_request import ChatRequest, to_messages, to_options
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import openai_error, to_api_error
 from mlxarch.server.http.responses import SSE_COMMENT, SSE_DONE, Stream, json_response, sse
@@ -36,8 +37,8 @@ async def chat_completions(request: Request) -> Response:
     form = _Form(served, context, options.top_logprobs)
     if body.stream:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return Stream(form.stream(answers, options.count, usage))
-    return json_response(await form.whole(answers, options.count))
+        return Stream(form.stream(answers, usage))
+    return json_response(await form.whole(answers))
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -94,20 +95,16 @@ class _Form:
             "system_fingerprint": fingerprint(served),
         }
 
-    async def whole(self, answers: Answers, count: int) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> dict[str, Any]:
         """Response without a stream."""
-        messages = [_Message() for _ in range(count)]
-        async with aclosing(answers.events()) as events:
-            async for index, event in events:
-                messages[index].add(event)
         choices = [
             {
                 "index": index,
-                "message": message.object(),
-                "logprobs": self._logprobs(message.logprobs),
-                "finish_reason": message.finish_reason,
+                "message": _message(answer),
+                "logprobs": self._logprobs(answer.logprobs),
+                "finish_reason": answer.end.reason,
             }
-            for index, message in enumerate(messages)
+            for index, answer in enumerate(await collect(answers))
         ]
         response = {"object": "chat.completion", **self._head, "choices": choices}
         response["usage"] = usage_object(answers.usage)
@@ -115,9 +112,9 @@ class _Form:
             response["warnings"] = self._context.warnings
         return response
 
-    async def stream(self, answers: Answers, count: int, usage: bool) -> AsyncIterator[bytes]:
+    async def stream(self, answers: Answers, usage: bool) -> AsyncIterator[bytes]:
         """Chunks of a streamed response."""
-        for index in range(count):
+        for index in range(answers.count):
             yield self._chunk(index, {"role": "assistant", "content": ""}, usage)
         try:
             async with aclosing(answers.events()) as events:
@@ -160,35 +157,14 @@ class _Form:
         return logprobs_object(self._tokenizer, entries) if self._with_logprobs else None
 
 
+def _message(answer: Collected) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.thinking:  # two names are in use; clients read either
+        message |= {"reasoning_content": answer.thinking, "reasoning": answer.thinking}
+    return message
+
+
 def _delta(event: Delta) -> dict[str, Any]:
-    if event.thinking:  # two names are in use; clients read either
+    if event.thinking:
         return {"reasoning_content": event.text, "reasoning": event.text}
     return {"content": event.text}
-
-
-class _Message:
-    """Message of a whole response."""
-
-    def __init__(self) -> None:
-        self._texts: dict[bool, list[str]] = {False: [], True: []}  # by whether it is thinking
-        self.logprobs: list[TokenLogprobs] = []
-        self.finish_reason = ""
-
-    def add(self, event: object) -> None:
-        """Add an event of the answer."""
-        if isinstance(event, Delta):
-            self._texts[event.thinking].append(event.text)
-            self.logprobs += event.logprobs
-        elif isinstance(event, End):
-            self.finish_reason = event.reason
-
-    def object(self) -> dict[str, Any]:
-        """Message in the form of chat completions."""
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": "".join(self._texts[False]),
-            "refusal": None,
-        }
-        if thinking := "".join(self._texts[True]):
-            message |= {"reasoning_content": thinking, "reasoning": thinking}
-        return message

@@ -1,0 +1,239 @@
+"""Requests of Anthropic's messages: their fields, and their translation."""
+
+from typing import Any, Literal
+
+from mlxarch.server.answers.options import Options, stop_strings
+from mlxarch.server.api.fields import (
+    Count,
+    JsonObject,
+    Probability,
+    Strict,
+    Temperature,
+    TopK,
+    positive,
+)
+from mlxarch.server.api.openai.chat_request import Effort, effort_switch
+from mlxarch.server.http.context import RequestContext
+from mlxarch.server.http.errors import invalid
+
+_BILLING = "x-anthropic-billing-header:"
+_REMINDER = "<system-reminder>\n{}\n</system-reminder>"
+_TEXTLESS = "this model reads text only; remove the block"
+
+
+class Message(Strict):
+    """Turn of a conversation; the system may speak in the middle of one."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[JsonObject]
+
+
+class Thinking(Strict):
+    """Switch for thinking."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Count | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputConfig(Strict):
+    """Effort and form of the answer."""
+
+    effort: Effort | None = None
+    format: JsonObject | None = None
+    task_budget: JsonObject | None = None
+
+
+class CountRequest(Strict):
+    """Body of POST /v1/messages/count_tokens."""
+
+    messages: list[Message]
+    model: str | None = None
+    system: str | list[JsonObject] | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: JsonObject | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: JsonObject | None = None
+    context_management: JsonObject | None = None
+    cache_control: JsonObject | None = None
+    mcp_servers: list[JsonObject] | None = None
+    speed: str | None = None
+
+
+class MessagesRequest(CountRequest):
+    """Body of POST /v1/messages."""
+
+    max_tokens: Count | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: TopK | None = None
+    metadata: JsonObject | None = None
+    # taken without effect: they ask for nothing that could fail
+    service_tier: str | None = None
+    container: str | JsonObject | None = None
+    inference_geo: str | None = None
+    diagnostics: JsonObject | None = None
+
+
+def to_options(body: MessagesRequest, context: RequestContext) -> Options:
+    """Options of the answer.
+
+    Raises:
+        ApiError: ``max_tokens`` is missing, or two fields contradict each other.
+    """
+    if body.max_tokens is None:
+        raise invalid("max_tokens is required", "max_tokens")
+    think, effort = thinking_of(body, context)
+    sampling = {"temperature": body.temperature, "top_p": positive(body.top_p)}
+    sampling["top_k"] = None if body.top_k is None else max(body.top_k, 0)
+    user = (body.metadata or {}).get("user_id")
+    return Options(
+        max_tokens=body.max_tokens,
+        clamp=True,
+        stop=stop_strings(body.stop_sequences, "stop_sequences"),
+        sampling=sampling,
+        think=think,
+        effort=effort,
+        conversation=user if isinstance(user, str) else None,
+    )
+
+
+def thinking_of(body: CountRequest, context: RequestContext) -> tuple[bool | None, str | None]:
+    """Thinking and its effort, as ``Options`` has them."""
+    think: bool | None = None
+    if body.thinking is not None and body.thinking.type != "adaptive":
+        think = body.thinking.type != "disabled"
+        limit = body.max_tokens if isinstance(body, MessagesRequest) else None
+        budget = body.thinking.budget_tokens
+        if budget is not None and limit is not None and budget >= limit:
+            raise invalid("thinking.budget_tokens must be below max_tokens", "thinking")
+        if budget is not None:
+            context.warn("thinking.budget_tokens is not held; max_tokens is")
+    effort = body.output_config.effort if body.output_config is not None else None
+    return effort_switch(effort, think, context)
+
+
+def to_messages(body: CountRequest, context: RequestContext) -> list[dict[str, Any]]:
+    """Messages in the form that chat templates read.
+
+    Raises:
+        ApiError: a block is of a kind that the model cannot read.
+    """
+    if not body.messages:
+        raise invalid("messages is empty; a conversation has at least one message", "messages")
+    result: list[dict[str, Any]] = []
+    if system := _system_text(body.system, context):
+        result.append({"role": "system", "content": system})
+    for index, message in enumerate(body.messages):
+        place = f"messages[{index}].content"
+        if message.role == "assistant":
+            result.append(_assistant(message.content, place))
+        elif message.role == "system":
+            text = "\n\n".join(_texts(message.content, place))
+            result.append({"role": "user", "content": _REMINDER.format(text)})
+        else:
+            result += _user(message.content, place)
+    return _joined_turns(result)
+
+
+def _system_text(system: str | list[JsonObject] | None, context: RequestContext) -> str:
+    """Text of the system prompt, without a line that differs in every request."""
+    texts = [] if system is None else _texts(system, "system")
+    kept = [text for text in texts if not text.startswith(_BILLING)]
+    if len(kept) < len(texts):
+        context.warn(
+            "the system prompt's x-anthropic-billing-header was left out: it changes with every "
+            "request, so that nothing behind it could be reused"
+        )
+    return "\n\n".join(kept)
+
+
+def _blocks(content: str | list[JsonObject]) -> list[JsonObject]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _texts(content: str | list[JsonObject], place: str) -> list[str]:
+    """Texts of blocks that must be text."""
+    texts = []
+    for index, block in enumerate(_blocks(content)):
+        kind = block.get("type")
+        if kind in ("tool_reference", "search_result"):
+            continue
+        if kind != "text":
+            where = f"{place}[{index}].type"
+            raise invalid(f"{kind!r:.40} cannot be read: {_TEXTLESS}", where)
+        texts.append(_string(block, "text", f"{place}[{index}]"))
+    return texts
+
+
+def _string(block: JsonObject, name: str, place: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        raise invalid(f"{name} is missing, or no text", f"{place}.{name}")
+    return value
+
+
+def _assistant(content: str | list[JsonObject], place: str) -> dict[str, Any]:
+    texts: list[str] = []
+    thinking: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for index, block in enumerate(_blocks(content)):
+        where = f"{place}[{index}]"
+        match block.get("type"):
+            case "text":
+                texts.append(_string(block, "text", where))
+            case "thinking":
+                thinking.append(_string(block, "thinking", where))
+            case "redacted_thinking":
+                pass
+            case "tool_use":
+                arguments = block.get("input")
+                if not isinstance(arguments, dict):
+                    raise invalid("input is missing, or no object", f"{where}.input")
+                function = {"name": _string(block, "name", where), "arguments": arguments}
+                call = {"id": _string(block, "id", where), "type": "function"}
+                calls.append(call | {"function": function})
+            case kind:
+                raise invalid(f"{kind!r:.40} cannot be read: {_TEXTLESS}", f"{where}.type")
+    message: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(texts)}
+    if any(thinking):
+        message["reasoning_content"] = "\n\n".join(thinking)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _user(content: str | list[JsonObject], place: str) -> list[dict[str, Any]]:
+    """Results of tools as turns of their own, then the user's text."""
+    results = []
+    texts: list[str] = []
+    for index, block in enumerate(_blocks(content)):
+        where = f"{place}[{index}]"
+        if block.get("type") != "tool_result":
+            texts += _texts([block], place)
+            continue
+        given = block.get("content")
+        parts = [] if given is None else _texts(given, f"{where}.content")
+        text = "\n".join(parts)
+        if block.get("is_error") is True:
+            text = f"Error: {text}"
+        tool_call_id = _string(block, "tool_use_id", where)
+        results.append({"role": "tool", "tool_call_id": tool_call_id, "content": text})
+    if texts:
+        results.append({"role": "user", "content": "\n\n".join(texts)})
+    return results
+
+
+def _joined_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join neighbouring turns of the user, since many templates want turns to alternate."""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        if result and message["role"] == result[-1]["role"] == "user":
+            content = f"{result[-1]['content']}\n\n{message['content']}"
+            result[-1] = {**result[-1], "content": content}
+        else:
+            result.append(message)
+    return result

@@ -1,0 +1,182 @@
+"""OpenAI's responses: answers as items, whole and streamed, stored for later turns."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlxarch.errors import MlxArchError
+from mlxarch.server.answers.answers import Answers
+from mlxarch.server.answers.events import Delta, End, Waiting
+from mlxarch.server.api.fields import JsonObject
+from mlxarch.server.api.openai.response_writer import ResponseWriter
+from mlxarch.server.api.openai.responses_request import (
+    ResponsesRequest,
+    check,
+    input_items,
+    to_messages,
+    to_options,
+)
+from mlxarch.server.http.context import RequestContext
+from mlxarch.server.http.errors import ApiError, invalid, to_api_error
+from mlxarch.server.http.responses import SSE_COMMENT, Stream, json_response, sse
+from mlxarch.server.response_store import ResponseStore, StoredResponse
+from mlxarch.server.served_models import ServedModel
+from mlxarch.server.server import Server
+
+
+async def create_response(request: Request) -> Response:
+    """Answer POST /v1/responses."""
+    server = Server.of(request)
+    context = RequestContext.of(request.scope)
+    body = server.read(context, ResponsesRequest)
+    check(body)
+    store = server.responses
+    earlier = _earlier_items(body, store)
+    inputs = input_items(body)
+    items = [*earlier, *inputs]
+    messages = to_messages(items, store.items())
+    if body.instructions:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    if not messages:
+        raise invalid("input has no message", "input")
+    served = await server.models.acquire(body.model, context)
+    options = to_options(body, context)
+    prompt = await server.render(served, messages, options, context)
+    answers = await server.answer(served, [prompt], options, context)
+    response = _response(body, served)
+    summary = body.reasoning is not None and (
+        body.reasoning.summary or body.reasoning.generate_summary
+    )
+    writer = ResponseWriter(
+        response,
+        served.language_model.tokenizer,
+        summarize=bool(summary),
+        seal="reasoning.encrypted_content" in (body.include or ()),
+    )
+    keep = None if body.store is False else store
+    events = _events(writer, answers, context, items, inputs, keep)
+    if body.stream:
+        return Stream(_encoded(events))
+    async for event in events:
+        if event is not None and event["type"] == "response.failed":
+            raise ApiError(500, response["error"]["message"], code=response["error"]["code"])
+    return json_response(response)
+
+
+def _earlier_items(body: ResponsesRequest, store: ResponseStore) -> list[JsonObject]:
+    if body.previous_response_id is None:
+        return []
+    stored = store.find(body.previous_response_id)
+    if stored is None:
+        raise invalid(
+            "previous_response_id names no response that is stored here; responses are kept in "
+            "memory for an hour",
+            "previous_response_id",
+            "previous_response_not_found",
+        )
+    return stored.items
+
+
+def _response(body: ResponsesRequest, served: ServedModel) -> dict[str, Any]:
+    text = body.text
+    reasoning = body.reasoning
+    return {
+        "id": f"resp_{secrets.token_hex(16)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "model": served.name,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "reasoning": {
+            "effort": reasoning.effort if reasoning is not None else None,
+            "summary": reasoning.summary if reasoning is not None else None,
+        },
+        "store": body.store is not False,
+        "temperature": body.temperature,
+        "text": {"format": (text.format if text is not None else None) or {"type": "text"}},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [],
+        "top_p": body.top_p,
+        "truncation": body.truncation or "disabled",
+        "usage": None,
+        "user": body.user,
+    }
+
+
+async def _events(
+    writer: ResponseWriter,
+    answers: Answers,
+    context: RequestContext,
+    items: list[JsonObject],
+    inputs: list[JsonObject],
+    store: ResponseStore | None,
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Events of a response; None is a sign of life."""
+    for event in writer.begin():
+        yield event
+    try:
+        async with aclosing(answers.events()) as found:
+            async for _, event in found:
+                written: list[dict[str, Any]] = []
+                if isinstance(event, Waiting):
+                    yield None
+                elif isinstance(event, Delta):
+                    written = writer.add(event)
+                elif isinstance(event, End):
+                    if context.warnings:
+                        writer.response["warnings"] = context.warnings
+                    written = writer.finish(event, answers.usage)
+                for each in written:
+                    yield each
+    except MlxArchError as error:
+        context.log["error"] = type(error).__name__
+        refusal = to_api_error(error)
+        yield writer.fail(refusal.code or "server_error", refusal.message)
+        return
+    if store is not None:
+        response = writer.response
+        store.add(StoredResponse(response, [*items, *response["output"]], inputs))
+
+
+async def _encoded(events: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
+    async for event in events:
+        yield SSE_COMMENT if event is None else sse(event, event["type"])
+
+
+def _found(request: Request) -> StoredResponse:
+    stored = Server.of(request).responses.find(request.path_params["id"])
+    if stored is None:
+        raise ApiError(404, "there is no stored response of this id", code="response_not_found")
+    return stored
+
+
+async def show_response(request: Request) -> Response:
+    """Answer GET /v1/responses/ID."""
+    return json_response(_found(request).response)
+
+
+async def delete_response(request: Request) -> Response:
+    """Answer DELETE /v1/responses/ID."""
+    id = _found(request).response["id"]
+    Server.of(request).responses.remove(id)
+    return json_response({"id": id, "object": "response", "deleted": True})
+
+
+async def list_input_items(request: Request) -> Response:
+    """Answer GET /v1/responses/ID/input_items."""
+    items = _found(request).inputs
+    page = {"object": "list", "data": items, "has_more": False}
+    ids = [item.get("id") for item in items] or [None]
+    return json_response({**page, "first_id": ids[0], "last_id": ids[-1]})

@@ -1,0 +1,95 @@
+"""Ollama's API as its clients see it."""
+
+import json
+
+import pytest
+from live_server import LiveServer
+
+OPTIONS = {"num_predict": 5, "temperature": 0}
+
+
+def chat(server: LiveServer, content="hi", **fields):
+    messages = [{"role": "user", "content": content}]
+    return server.post(
+        "/api/chat", {"model": "tiny", "messages": messages, "options": OPTIONS} | fields
+    )
+
+
+def lines(reply):
+    assert reply.headers["content-type"].startswith("application/x-ndjson")
+    return [json.loads(line) for line in reply.body.splitlines()]
+
+
+def test_chat_streams_unless_told_otherwise(server: LiveServer):
+    whole = chat(server, stream=False).json
+    assert whole["done"] is True
+    assert whole["done_reason"] == "length"
+    assert whole["message"]["role"] == "assistant"
+    assert len(whole["message"]["content"]) == 5
+    assert whole["eval_count"] == 5
+    assert whole["prompt_eval_count"] == 4
+    assert all(isinstance(whole[f"{name}_duration"], int) for name in ("total", "load", "eval"))
+    streamed = lines(chat(server))
+    assert "".join(line["message"]["content"] for line in streamed) == whole["message"]["content"]
+    assert [line["done"] for line in streamed] == [False] * (len(streamed) - 1) + [True]
+
+
+def test_thinking_has_a_field_of_its_own(server: LiveServer):
+    message = chat(server, stream=False, think=True).json["message"]
+    assert message["content"] == ""
+    assert message["thinking"]
+
+
+def test_generate_answers_by_the_template_or_raw(server: LiveServer):
+    body = {"model": "tiny:latest", "prompt": "hi", "stream": False, "options": OPTIONS}
+    by_template = server.post("/api/generate", body).json
+    assert by_template["response"] == chat(server, stream=False).json["message"]["content"]
+    raw = server.post("/api/generate", body | {"raw": True}).json
+    assert raw["prompt_eval_count"] == 2
+    assert lines(server.post("/api/generate", body | {"stream": True}))[-1]["done"] is True
+
+
+def test_models_are_listed_and_shown(server: LiveServer):
+    assert server.get("/api/version").json["version"]
+    [tag] = server.get("/api/tags").json["models"]
+    assert tag["name"] == tag["model"] == "tiny"
+    [loaded] = server.get("/api/ps").json["models"]
+    assert loaded["context_length"] == 4096
+    assert loaded["expires_at"].endswith("Z")
+    shown = server.post("/api/show", {"model": "tiny"}).json
+    assert shown["model_info"]["llama.context_length"] == 4096
+    assert shown["capabilities"] == ["completion", "thinking"]
+    assert "message.role" in shown["template"]
+
+
+@pytest.mark.parametrize("path", ["pull", "push", "create", "copy", "delete", "blobs/sha256:0"])
+def test_models_are_not_changed_by_requests(server: LiveServer, path):
+    method = "DELETE" if path == "delete" else "POST"
+    reply = server.request(method, f"/api/{path}", {"model": "org/evil"})
+    assert reply.status == 403
+    assert set(reply.json) == {"error"}
+    assert "mlxarch pull" in reply.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "part"),
+    [
+        ({"frobnicate": 1}, 400, "frobnicate"),
+        ({"options": {"frobnicate": 1}}, 400, "options.frobnicate"),
+        ({"options": {"num_ctx": 100_000}}, 400, "4096"),
+        ({"model": "other"}, 404, "tiny"),
+        ({"messages": [{"role": "user", "content": "a", "images": ["aa"]}]}, 400, "images"),
+        ({"keep_alive": "soon"}, 400, "keep_alive"),
+    ],
+)
+def test_a_wrong_field_is_named_in_the_form_of_the_api(server: LiveServer, fields, status, part):
+    reply = chat(server, **fields)
+    assert reply.status == status
+    assert set(reply.json) == {"error"}
+    assert part in reply.json["error"]
+
+
+def test_embeddings_are_refused_with_the_reason(server: LiveServer):
+    assert "embed" in server.post("/api/embed", {"model": "tiny", "input": "a"}).json["error"]
+    error = server.post("/v1/embeddings", {"model": "tiny", "input": "a"}).json["error"]
+    assert error["code"] == "unsupported_model"
