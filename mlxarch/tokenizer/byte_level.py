@@ -50,6 +50,15 @@ TEKKEN_PATTERN = (
 """Upper case before lower case, single digits: the ``pattern`` in Mistral's tekken.json."""
 
 
+DECODER: dict[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+"""The ``decoder`` section of a tokenizer.json."""
+
+
 def bytes_to_unicode(token: bytes) -> str:
     """Return a token's bytes as the characters that a tokenizer.json uses for them."""
     return "".join(map(_BYTE_TO_UNICODE.__getitem__, token))
@@ -111,12 +120,7 @@ def build_tokenizer_json(
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer_section(pattern),
         "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
+        "decoder": DECODER,
         "model": {
             "type": "BPE",
             "vocab": vocabulary | special_tokens,

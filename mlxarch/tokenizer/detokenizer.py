@@ -12,7 +12,7 @@ Invalid UTF-8 becomes U+FFFD, one for each maximal subpart, as the Unicode stand
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from mlxarch.tokenizer import byte_level
@@ -36,18 +36,22 @@ class TokenByteDecoder:
         self.strip: tuple[str, int] = ("", 0)
         self.streamable = decoder is not None and self._configure(_flatten(decoder))
 
-    def __call__(self, token: str, first: bool) -> bytes:
+    def __call__(self, token: str, first: bool, added: bool = False) -> bytes:
         """Return the bytes of a token.
 
         Args:
             token: token in the spelling of the vocabulary.
             first: whether it is the first token of the text.
+            added: whether it is an added token. In a byte-level vocabulary these are text, and not
+                bytes, even if each of their characters stands for a byte elsewhere.
         """
         if self._byte_alphabet is not None:
+            if added:
+                return token.encode()
             try:
                 return bytes([self._byte_alphabet[character] for character in token])
             except KeyError:
-                return token.encode()  # an added token, spelled in plain text
+                return token.encode()  # not of the vocabulary: plain text
         if self._metaspace is not None and first:
             token = token.replace(self._metaspace, "")
         for replace in self._replacements:
@@ -104,6 +108,8 @@ class StreamingDetokenizer:
             does not exist.
         token_bytes: token string -> bytes.
         decode_all: decodes a whole sequence of ids; used for decoders that cannot stream.
+        added: ids of added tokens.
+        after: the ids that the sequence continues; their text is not returned.
     """
 
     def __init__(
@@ -111,14 +117,22 @@ class StreamingDetokenizer:
         token_text: Callable[[int], str | None],
         token_bytes: TokenByteDecoder,
         decode_all: Callable[[Sequence[int]], str],
+        *,
+        added: Container[int] = (),
+        after: Sequence[int] = (),
     ):
         self._token_text = token_text
         self._token_bytes = token_bytes
         self._decode_all = decode_all
+        self._added = added
+        self._after = () if token_bytes.streamable else tuple(after)
         self._pending_tokens: list[int] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True
         self._strip_character, self._strip_count = token_bytes.strip
+        # only the start of a text is treated in another way, so only that is decoded
+        if token_bytes.streamable and any(map(self.add, after)):
+            self._utf8.reset()
 
     def add(self, token: int) -> str:
         """Return the text that the token completes; "" while it ends inside a character."""
@@ -128,16 +142,18 @@ class StreamingDetokenizer:
             return ""
         if text is None:
             return ""
-        data = self._token_bytes(text, self._at_start)
+        data = self._token_bytes(text, self._at_start, token in self._added)
         self._at_start = False
         return self._strip_start(self._utf8.decode(data))
 
     def finish(self) -> str:
         """Return the remaining text: U+FFFD for a character that was never completed."""
         if not self._token_bytes.streamable:
-            tokens = self._pending_tokens
+            before = self._decode_all(self._after) if self._after else ""
+            whole = self._decode_all([*self._after, *self._pending_tokens])
+            self._after = ()
             self._pending_tokens = []
-            return self._decode_all(tokens)
+            return whole[len(before) :]
         return self._strip_start(self._utf8.decode(b"", final=True))
 
     def _strip_start(self, text: str) -> str:

@@ -12,9 +12,8 @@ The truncation and padding sections are dropped: the caller decides how to trunc
 """
 
 import base64
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +23,19 @@ import tokenizers
 
 from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import REMEDY, short_repr
-from mlxarch.tokenizer import byte_level
-
-logger = logging.getLogger(__name__)
+from mlxarch.tokenizer.repair import repaired_sections, walk
 
 MAX_FILE_BYTES = 128 << 20
 """Largest file that is read; the largest published ones have 33 MB."""
 MAX_TOKEN_ID = 1 << 24
 """Exclusive upper bound of token ids."""
+MAX_ADDED_TOKENS = 1 << 17
+"""Largest number of added tokens."""
 MAX_EXPANSION = 64
 """Largest factor by which a section may lengthen a text; NFKC needs 18."""
 
+# The search for added tokens takes about 150 bytes for each of their characters.
+_MAX_ADDED_CHARACTERS = 1 << 21
 _MAX_STEPS = 64  # in one section
 _MAX_STRING_LENGTH = 1 << 14  # of a pattern or a content in a section
 _MAX_TOKEN_LENGTH = {  # characters
@@ -87,6 +88,20 @@ def translate_panics(action: str) -> Iterator[None]:
         raise TokenizerError(f"{action} failed: {short_repr(str(problem))}. {REMEDY}") from problem
 
 
+def check_added_tokens(texts: Sequence[str], name: str) -> None:
+    """Check the number and the total length of added tokens.
+
+    Raises:
+        TokenizerError: there are more than the limits.
+    """
+    characters = sum(map(len, texts))
+    if len(texts) > MAX_ADDED_TOKENS or characters > _MAX_ADDED_CHARACTERS:
+        raise TokenizerError(
+            f"{name}: {len(texts)} added tokens with {characters} characters; at most "
+            f"{MAX_ADDED_TOKENS} with {_MAX_ADDED_CHARACTERS} are read. {REMEDY}"
+        )
+
+
 def load_tokenizer_json(data: bytes, name: str) -> LoadedTokenizer:
     """Validate a tokenizer.json and build its tokenizer.
 
@@ -111,18 +126,14 @@ def load_tokenizer_json(data: bytes, name: str) -> LoadedTokenizer:
         raise TokenizerError(
             f"{name}: this is not a tokenizer.json ({problem}). {REMEDY}"
         ) from problem
+    check_added_tokens([token.content for token in added], name)
     largest_id = max([largest_id, *(token.id for token in added)])
-    if _has_wrong_tekken_pattern(vocabulary, sections["pre_tokenizer"]):
-        logger.info(
-            "%s: its regular expression is not the one that the vocabulary was trained with; "
-            "Mistral's own is used",
-            name,
-        )
-        sections["pre_tokenizer"] = byte_level.pre_tokenizer_section(byte_level.TEKKEN_PATTERN)
-        document["pre_tokenizer"] = msgspec.Raw(msgspec.json.encode(sections["pre_tokenizer"]))
     expansions = {
         key: _check_section(section, f"{name}: {key}") for key, section in sections.items()
     }
+    for key, section in repaired_sections(vocabulary, sections, name).items():
+        sections[key] = section
+        document[key] = msgspec.Raw(msgspec.json.encode(section))
     document |= {"truncation": msgspec.Raw(b"null"), "padding": msgspec.Raw(b"null")}
     with translate_panics(f"{name}: building the tokenizer"):
         # Encoded again, so that the library parses what was checked: duplicate keys are gone.
@@ -132,31 +143,11 @@ def load_tokenizer_json(data: bytes, name: str) -> LoadedTokenizer:
     return LoadedTokenizer(tokenizer, sections["decoder"], max_expansion, largest_id + 1)
 
 
-def _has_wrong_tekken_pattern(
-    vocabulary: Mapping[str, int], pre_tokenizer: dict[str, Any] | None
-) -> bool:
-    """Return whether this is Mistral's Tekken with GPT-4's regular expression, or none.
-
-    Some conversions of tekken.json were published so, Mistral Small 3.1's among them; numbers and
-    capitals then become tokens that the model never saw in training. The vocabulary is recognized
-    by its 1000 special tokens, followed by the 256 bytes in their order.
-    Source: transformers' ``fix_mistral_regex``; tekken.json of mistral-common.
-    """
-    bytes_in_order = all(
-        vocabulary.get(byte_level.bytes_to_unicode(bytes([byte]))) == 1000 + byte
-        for byte in range(256)
-    )
-    patterns = [
-        node["Regex"] for node in _walk(pre_tokenizer) if isinstance(node, dict) and "Regex" in node
-    ]
-    return bytes_in_order and "[INST]" in vocabulary and patterns in ([], [byte_level.GPT4_PATTERN])
-
-
 def _check_model(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[str, int]]:
     """Validate the ``model`` section.
 
     Returns:
-        The largest token id, and token -> id (empty for Unigram).
+        The largest token id, and token -> id (for Unigram, the position in the list).
     """
     # the oldest files, all of them BPE, have no type
     kind = msgspec.json.decode(model.get("type", b'"BPE"'), type=str)
@@ -169,7 +160,7 @@ def _check_model(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[st
     if kind == "Unigram":
         scored = msgspec.json.decode(vocab, type=list[tuple[str, float]])
         tokens = [token for token, _ in scored]
-        ids: dict[str, int] = {}
+        ids = {token: index for index, token in enumerate(tokens)}
         largest_id = len(tokens) - 1
     else:
         ids = msgspec.json.decode(vocab, type=dict[str, int])
@@ -201,10 +192,10 @@ def _check_model(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[st
 
 def _check_section(section: dict[str, Any] | None, where: str) -> int:
     """Validate a section. Return the largest factor by which its steps can lengthen a text."""
-    steps = [node for node in _walk(section) if isinstance(node, dict) and "type" in node]
+    steps = [node for node in walk(section) if isinstance(node, dict) and "type" in node]
     if len(steps) > _MAX_STEPS:
         raise TokenizerError(f"{where} has {len(steps)} steps, and may have {_MAX_STEPS}. {REMEDY}")
-    for node in _walk(section):
+    for node in walk(section):
         for key, value in node.items() if isinstance(node, dict) else ():
             if isinstance(value, str):
                 _check_string(key, value, where)
@@ -227,19 +218,6 @@ def _check_string(key: str, value: str, where: str) -> None:
         )
     if key == "Regex":
         _check_regex(value, where)
-
-
-def _walk(value: Any) -> Iterator[Any]:
-    """Yield a JSON value and everything inside it."""
-    yield value
-    if isinstance(value, dict):
-        children = list(value.values())
-    elif isinstance(value, list):
-        children = value
-    else:
-        children = []
-    for child in children:
-        yield from _walk(child)
 
 
 def _step_expansion(step: dict[str, Any]) -> int:

@@ -1,9 +1,10 @@
 """Tokenizer of a model's folder: text to token ids and back.
 
-The tokenizer is read from tokenizer.json, or else from one of the formats that ``convert_bpe`` and
-``convert_sentencepiece`` support; special tokens from tokenizer_config.json and
-special_tokens_map.json; EOS ids from all config files and from the chat template. Nothing in the
-folder is executed, and every file is validated before a library parses it.
+The tokenizer is read from tokenizer.json, or else from one of the formats of the folder
+``convert``; special tokens from tokenizer_config.json, special_tokens_map.json and
+added_tokens.json; end tokens from all config files and from the chat template. docs/tokenizers.md
+lists every key. Nothing in the folder is executed, and every file is validated before a library
+parses it.
 
 Decoding inverts encoding: ``clean_up_tokenization_spaces``, which would alter the text, is ignored.
 """
@@ -17,7 +18,7 @@ from typing import Any, Literal, SupportsIndex, overload
 
 from mlxarch.errors import ChatTemplateError, InvalidInput, TokenizerError
 from mlxarch.system.untrusted_files import short_repr
-from mlxarch.tokenizer.added_tokens import add_listed_tokens, is_tag
+from mlxarch.tokenizer.added_tokens import add_tokens, is_tag, named_special_tokens
 from mlxarch.tokenizer.chat_template import (
     ChatTemplate,
     choose_template,
@@ -25,7 +26,12 @@ from mlxarch.tokenizer.chat_template import (
     template_variables,
 )
 from mlxarch.tokenizer.detokenizer import StreamingDetokenizer, TokenByteDecoder
-from mlxarch.tokenizer.load_folder import load_from_folder, read_json_if_present
+from mlxarch.tokenizer.end_of_turn import end_of_turn_tokens
+from mlxarch.tokenizer.load_folder import (
+    load_from_folder,
+    read_json_if_present,
+    read_tokenizer_config,
+)
 from mlxarch.tokenizer.load_json import MAX_TOKEN_ID, LoadedTokenizer, translate_panics
 
 logger = logging.getLogger(__name__)
@@ -34,25 +40,6 @@ MAX_TEXT_BYTES = 16 << 20
 """Largest text that is encoded, in bytes of UTF-8: some four million tokens."""
 MAX_NORMALIZED_BYTES = 256 << 20
 """Largest size that normalization may give to such a text."""
-
-_SPECIAL_TOKENS = tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
-# End-of-turn tokens for models whose template does not show one. "<|end|>" is not among them:
-# gpt-oss ends its reasoning with it.
-_END_OF_TURN_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|eot|>",
-    "<end_of_turn>",
-    "<|end_of_turn|>",
-    "<turn|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|return|>",
-)
-# End-of-turn token -> the token that ends a tool call in the same chat format.
-_END_OF_TOOL_CALL = {"<|return|>": "<|call|>", "<|eot_id|>": "<|eom_id|>"}
 
 
 class Tokenizer:
@@ -73,6 +60,7 @@ class Tokenizer:
         settings: Mapping[str, Any] | None = None,
         templates: Mapping[str, str] | None = None,
         end_ids: Sequence[int] = (),
+        older_end_ids: Sequence[int] = (),
         id_limit: int = 0,
     ):
         """Build a tokenizer from a loaded tokenizer.json; most callers want ``from_folder``.
@@ -81,7 +69,9 @@ class Tokenizer:
             loaded: the result of ``load_tokenizer_json``.
             settings: contents of tokenizer_config.json.
             templates: chat templates, name -> Jinja source.
-            end_ids: EOS ids that other config files name.
+            end_ids: end tokens that other config files name.
+            older_end_ids: end tokens of config.json where generation_config.json names others. They
+                count if they are added tokens: ids of before a finetune may be ordinary words.
             id_limit: number of rows of the model's embedding, if larger than ``vocab_size``; the
                 ids in between are valid and decode to no text.
         """
@@ -89,21 +79,19 @@ class Tokenizer:
         self._max_expansion = loaded.max_expansion
         self._tokenizer_config = dict(settings or {})
         self._templates = dict(templates or {})
-        self._config_eos_ids = tuple(end_ids)
         self._token_bytes = TokenByteDecoder(loaded.decoder)
         self._token_texts: dict[int, str | None] = {}
         self._chat_templates: dict[str, ChatTemplate] = {}
         self._special_tokens = {
-            name: text
-            for name in _SPECIAL_TOKENS
-            if (text := _special_token_text(self._tokenizer_config.get(name))) is not None
+            name: token.content
+            for name, token in named_special_tokens(self._tokenizer_config).items()
         }
-        added = add_listed_tokens(
-            self._tokenizer, self._tokenizer_config, self._special_tokens.values()
-        )
+        added = add_tokens(self._tokenizer, self._tokenizer_config, id_limit)
         self.vocab_size = max([loaded.vocab_size, *(index + 1 for index in added)])
         self._id_limit = max(self.vocab_size, id_limit)
+        self._added_ids = frozenset(added)
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        self._config_end_ids = {*end_ids, *self._added_ids.intersection(older_end_ids)}
         self.bos_token = self._special_tokens.get("bos_token")
         self.eos_token = self._special_tokens.get("eos_token")
         self.bos_id = self._optional_token_id(self.bos_token)
@@ -128,24 +116,25 @@ class Tokenizer:
                 an unknown kind.
         """
         folder = Path(folder)
-        tokenizer_config = read_json_if_present(folder, "tokenizer_config.json")
-        for name, value in read_json_if_present(folder, "special_tokens_map.json").items():
-            tokenizer_config.setdefault(name, value)
+        tokenizer_config = read_tokenizer_config(folder)
         config = read_json_if_present(folder, "config.json")
         text_config = config.get("text_config")
-        configs = [
-            config,
-            text_config if isinstance(text_config, dict) else {},
-            read_json_if_present(folder, "generation_config.json"),
-        ]
+        configs = [config, text_config if isinstance(text_config, dict) else {}]
+        generation_config = read_json_if_present(folder, "generation_config.json")
         vocab_sizes = [size for each in configs if isinstance(size := each.get("vocab_size"), int)]
-        loaded, defaults = load_from_folder(folder, tokenizer_config, config.get("model_type"))
-        tokenizer_config = {**defaults, **tokenizer_config}
+        loaded, tokenizer_config = load_from_folder(
+            folder, tokenizer_config, config.get("model_type")
+        )
+        end_ids = _as_id_list(generation_config.get("eos_token_id"))
+        older_end_ids = [
+            index for each in configs for index in _as_id_list(each.get("eos_token_id"))
+        ]
         return cls(
             loaded,
             settings=tokenizer_config,
             templates=find_templates(folder, tokenizer_config),
-            end_ids=[index for each in configs for index in _as_id_list(each.get("eos_token_id"))],
+            end_ids=end_ids or older_end_ids,
+            older_end_ids=older_end_ids,
             id_limit=min(max(vocab_sizes, default=0), MAX_TOKEN_ID),
         )
 
@@ -153,11 +142,13 @@ class Tokenizer:
     def eos_ids(self) -> frozenset[int]:
         """Ids of all tokens that end an answer.
 
-        They come from every config file, the tokenizer's EOS token, and the end of a turn in the
+        They come from the config files, the tokenizer's EOS token, and the end of a turn in the
         chat template.
         """
-        found = set(self._config_eos_ids)
-        for text in (self.eos_token, *self._end_of_turn_tokens()):
+        found = set(self._config_end_ids)
+        special = {self._token_text(index) or "" for index in self._special_ids}
+        ends = end_of_turn_tokens(self._render_answered, self._optional_token_id, special)
+        for text in (self.eos_token, *ends):
             index = self._optional_token_id(text)
             if index is not None:
                 found.add(index)
@@ -165,6 +156,15 @@ class Tokenizer:
         if known != found:
             logger.warning("end tokens %s do not exist and are ignored", sorted(found - known))
         return frozenset(known)
+
+    @cached_property
+    def _hidden_ids(self) -> frozenset[int]:
+        """Ids that ``decode`` skips: special tokens, and added tokens that end an answer."""
+        return self._special_ids | (self.eos_ids & self._added_ids)
+
+    def _render_answered(self, messages: list[dict[str, str]]) -> str:
+        """Render a conversation that ends with an answer."""
+        return self.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token given as text, such as "<|im_end|>"; None if there is none."""
@@ -175,11 +175,10 @@ class Tokenizer:
         """Token in the vocabulary's spelling -> id, added tokens included."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
-    @property
+    @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids of special tokens, and of added tokens that are spelled as tags, such as "<tool>"."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        tags = (index for index, token in added.items() if is_tag(token.content))
+        tags = (index for index in self._added_ids if is_tag(self._token_text(index) or ""))
         return self._special_ids.union(tags)
 
     def token_bytes(self, token: int) -> bytes:
@@ -195,7 +194,9 @@ class Tokenizer:
                 "known; answers of this model cannot be constrained."
             )
         text = self._token_text(token)
-        return b"" if text is None else self._token_bytes(text, False)
+        if text is None:
+            return b""
+        return self._token_bytes(text, first=False, added=token in self._added_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Convert a text to token ids.
@@ -243,18 +244,30 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join([*map(detokenizer.add, tokens), detokenizer.finish()])
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> StreamingDetokenizer:
-        """Create an incremental decoder for a stream of tokens."""
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, after: Sequence[int] = ()
+    ) -> StreamingDetokenizer:
+        """Create an incremental decoder for a stream of tokens.
+
+        Args:
+            skip_special_tokens: leave out special tokens and tokens that end an answer.
+            after: tokens that the stream continues. The text is then what they lack of the decoded
+                whole: a blank in front of the first word stays, unless nothing comes before it.
+        """
+        hidden = self._hidden_ids if skip_special_tokens else frozenset[int]()
 
         def token_text(token: int) -> str | None:
             text = self._token_text(token)
-            return None if skip_special_tokens and token in self._special_ids else text
+            return None if token in hidden else text
 
         def decode_all(tokens: Sequence[int]) -> str:
+            shown = [token for token in tokens if token not in hidden]
             with translate_panics("decoding the tokens"):
-                return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+                return self._tokenizer.decode(shown, skip_special_tokens=False)
 
-        return StreamingDetokenizer(token_text, self._token_bytes, decode_all)
+        return StreamingDetokenizer(
+            token_text, self._token_bytes, decode_all, added=self._added_ids, after=after
+        )
 
     @overload
     def apply_chat_template(
@@ -357,43 +370,8 @@ class Tokenizer:
             text = self._tokenizer.id_to_token(int(token))
             return self._token_texts.setdefault(int(token), text)
 
-    def _end_of_turn_tokens(self) -> list[str]:
-        """Return the special tokens that end an answer.
-
-        A rendered conversation shows which special token the template writes after an answer;
-        without one, all known end-of-turn tokens of the vocabulary count.
-        """
-        answer = "0987654321"
-        ends: list[str] = []
-        try:
-            text = self.apply_chat_template(
-                [{"role": "user", "content": "1"}, {"role": "assistant", "content": answer}],
-                add_generation_prompt=False,
-                tokenize=False,
-            )
-            after_answer = text.rpartition(answer)[2].lstrip()
-            special = {self._token_text(index) or "" for index in self._special_ids}
-            if "<|channel|>" in special:  # gpt-oss: there it ends a message, not the answer
-                special.discard("<|end|>")
-            matches = [token for token in special if token and after_answer.startswith(token)]
-            ends = sorted(matches, key=len)[-1:]
-        except TokenizerError as problem:
-            logger.debug("the chat template does not show the end of a turn: %s", problem)
-        if not ends:
-            ends = [
-                token
-                for token in _END_OF_TURN_TOKENS
-                if self._optional_token_id(token) in self._special_ids
-            ]
-        return ends + [_END_OF_TOOL_CALL[token] for token in ends if token in _END_OF_TOOL_CALL]
-
 
 def _as_id_list(value: Any) -> list[int]:
     """Return the integers of an ``eos_token_id``, which may be one or a list."""
     values = value if isinstance(value, list) else [value]
     return [index for index in values if isinstance(index, int) and not isinstance(index, bool)]
-
-
-def _special_token_text(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) and text else None

@@ -10,10 +10,12 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import short_repr
+from mlxarch.tokenizer.added_tokens import is_tag
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
@@ -94,9 +96,12 @@ def tokenizer_files(vocabulary: "Vocabulary") -> dict[str, bytes]:
         if (token := vocabulary.special(name)) is not None:
             key = {"unknown": "unk_token", "padding": "pad_token"}.get(name, f"{name}_token")
             settings[key] = vocabulary.tokens[token]
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        settings["chat_template"] = template
+    if templates := vocabulary.chat_templates:
+        settings["chat_template"] = [
+            {"name": name, "template": source} for name, source in templates.items()
+        ]
+    if templates.keys() == {"default"}:
+        settings["chat_template"] = templates["default"]
     return model | {
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode()
     }
@@ -128,6 +133,31 @@ class Vocabulary:
                 token for number, token in enumerate(self.tokens) if self.ids[token] != number
             )
             self.refuse(f"the token {short_repr(twice)} occurs twice")
+        self._mark_written_tags()
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """Name -> Jinja source of ``tokenizer.chat_template`` and ``tokenizer.chat_template.NAME``.
+
+        The one without a name is called "default".
+        """
+        key = "tokenizer.chat_template"
+        names = self.metadata.get("tokenizer.chat_templates")
+        keys = {"default": key}
+        if isinstance(names, list):
+            keys |= {name: f"{key}.{name}" for name in names if isinstance(name, str)}
+        sources = {name: self.metadata.get(key) for name, key in keys.items()}
+        return {name: source for name, source in sources.items() if isinstance(source, str)}
+
+    def _mark_written_tags(self) -> None:
+        """Give tags that a chat template writes the type USER_DEFINED, if theirs is NORMAL.
+
+        Some finetuned models were converted so. A text is not split into such a tag otherwise.
+        """
+        written = "".join(self.chat_templates.values())
+        for token, number in self.ids.items():
+            if self.types[number] == NORMAL and is_tag(token) and token in written:
+                self.types[number] = USER_DEFINED
 
     def refuse(self, what: str) -> NoReturn:
         """Raise TokenizerError."""

@@ -12,7 +12,6 @@ equivalent list of merges has every pair of tokens that forms a token, in the or
 
 import base64
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -20,6 +19,8 @@ import msgspec
 from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import REMEDY, short_repr
 from mlxarch.tokenizer import byte_level
+from mlxarch.tokenizer.added_tokens import listed_ids
+from mlxarch.tokenizer.convert.converted import ConvertedTokenizer
 
 MAX_FILE_BYTES = 64 << 20
 """Largest file that is read; the largest published ones have 20 MB."""
@@ -76,19 +77,6 @@ _TEKKEN_TEMPLATE = (
     "{%- else -%}{{- raise_exception('The roles are system, user and assistant.') -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-
-
-@dataclass(frozen=True)
-class ConvertedTokenizer:
-    """A converted tokenizer.
-
-    Attributes:
-        tokenizer_json: the bytes of a tokenizer.json.
-        tokenizer_config: keys of tokenizer_config.json that follow from the original file.
-    """
-
-    tokenizer_json: bytes
-    tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
 
 class _TekkenToken(msgspec.Struct):
@@ -156,7 +144,7 @@ def convert_tiktoken(
         raise TokenizerError(
             f"{name}: line {len(tokens) + 1} is not base64 and a number ({problem}). {REMEDY}"
         ) from None
-    special_tokens = _listed_added_tokens(tokenizer_config)
+    special_tokens = listed_ids(tokenizer_config)
     return ConvertedTokenizer(
         _tokenizer_json_from_ranks(tokens, special_tokens, byte_level.KIMI_PATTERN, name)
     )
@@ -255,7 +243,7 @@ def convert_vocab_and_merges(
     ids = _decode_json(vocab, dict[str, int], "vocab.json")
     pairs = _parse_merges(merges)
     end = "<|endoftext|>"
-    special_tokens = _listed_added_tokens(tokenizer_config)
+    special_tokens = listed_ids(tokenizer_config)
     if end in ids:
         special_tokens[end] = ids[end]
     pattern = byte_level.QWEN_PATTERN if is_qwen else None
@@ -299,21 +287,6 @@ def _parse_integer(digits: bytes) -> int:
     if not digits.isdigit() or len(digits) > 9:
         raise ValueError(f"{short_repr(digits)} is no number")
     return int(digits)
-
-
-def _listed_added_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, int]:
-    """Return token -> id of ``added_tokens_decoder``.
-
-    Malformed entries are skipped; ``Tokenizer``, which adds these tokens, rejects them.
-    """
-    listed = tokenizer_config.get("added_tokens_decoder")
-    ids: dict[str, int] = {}
-    for index, token in listed.items() if isinstance(listed, dict) else ():
-        if not index.isdecimal() or len(index) >= 10:
-            continue
-        if isinstance(token, dict) and isinstance(token.get("content"), str):
-            ids[token["content"]] = int(index)
-    return ids
 
 
 def _tokenizer_json_from_ranks(

@@ -12,13 +12,16 @@ it; the few fields that its Python interface does not offer are parsed here.
 import base64
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import REMEDY
+from mlxarch.tokenizer.added_tokens import listed_ids
+from mlxarch.tokenizer.convert.converted import ConvertedTokenizer
+from mlxarch.tokenizer.repair import sentencepiece_decoder
 
 MAX_FILE_BYTES = 64 << 20
 """Largest file that is read; the largest published ones have 5 MB."""
@@ -29,6 +32,8 @@ _MAX_TOTAL_LENGTH = 1 << 22  # characters of all pieces; Gemma 3's 262,144 piece
 _SPACE = "▁"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
+
+_LOWEST_SCORE = -1e9  # of what is matched as an added token only
 
 # The fields of sentencepiece_model.proto that are read: number -> name and wire type.
 _VARINT, _LENGTH_DELIMITED, _FIXED_32 = 0, 2, 5
@@ -71,16 +76,20 @@ class _Model:
     remove_extra_whitespaces: bool
 
 
-def convert_sentencepiece(data: bytes, name: str) -> tuple[bytes, dict[str, str]]:
+def convert_sentencepiece(
+    data: bytes, tokenizer_config: Mapping[str, Any], name: str = "tokenizer.model"
+) -> ConvertedTokenizer:
     """Convert a SentencePiece model.
 
     Args:
         data: contents of the file.
+        tokenizer_config: contents of tokenizer_config.json. It lists tokens beyond the model's
+            pieces, and decides by ``add_prefix_space`` and ``legacy`` where a blank goes in front.
         name: file name for error messages.
 
     Returns:
-        The bytes of a tokenizer.json that tokenizes as the model does, and its special tokens:
-        ``bos_token``, ``eos_token`` and ``unk_token``, as far as it has them.
+        A tokenizer.json that tokenizes as the model does, and the special tokens ``bos_token``,
+        ``eos_token`` and ``unk_token``, as far as the model has them.
 
     Raises:
         TokenizerError: the file is not a SentencePiece model, or has a feature that a
@@ -121,19 +130,38 @@ def convert_sentencepiece(data: bytes, name: str) -> tuple[bytes, dict[str, str]
         for key, index in ids.items()
         if 0 <= index < len(model.pieces)
     }
-    return msgspec.json.encode(_build_tokenizer_json(model)), special_tokens
+    if isinstance(prefix := tokenizer_config.get("add_prefix_space"), bool):
+        model = replace(model, add_dummy_prefix=prefix)
+    document = _build_tokenizer_json(model, once=tokenizer_config.get("legacy") is False)
+    _append_tokens(document["model"], listed_ids(tokenizer_config))
+    adds_bos = {"add_bos_token": "bos_token" in special_tokens}
+    return ConvertedTokenizer(msgspec.json.encode(document), special_tokens | adds_bos)
 
 
-def _build_tokenizer_json(model: _Model) -> dict[str, Any]:
+def _build_tokenizer_json(model: _Model, once: bool) -> dict[str, Any]:
+    """Build the contents of a tokenizer.json.
+
+    Args:
+        model: the model.
+        once: put the blank of ``add_dummy_prefix`` in front of the whole text alone, and not of
+            each stretch between special tokens.
+    """
+    first_only = {
+        "type": "Metaspace",
+        "replacement": _SPACE,
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    once = once and model.add_dummy_prefix
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(model),
-        "normalizer": _normalizer(model),
-        "pre_tokenizer": None,
-        "post_processor": _post_processor(model),
-        "decoder": _decoder(model),
+        "normalizer": _normalizer(replace(model, add_dummy_prefix=False) if once else model),
+        "pre_tokenizer": first_only if once else None,
+        "post_processor": None,
+        "decoder": sentencepiece_decoder(prefix=model.add_dummy_prefix),
         "model": _bpe(model) if model.model_type == _BPE else _unigram(model),
     }
 
@@ -180,29 +208,18 @@ def _normalizer(model: _Model) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": steps}
 
 
-def _post_processor(model: _Model) -> dict[str, Any] | None:
-    if not 0 <= model.bos_id < len(model.pieces):
-        return None
-    bos = model.pieces[model.bos_id].text
-    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    pair = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": single + pair,
-        "special_tokens": {bos: {"id": bos, "ids": [model.bos_id], "tokens": [bos]}},
-    }
+def _append_tokens(model: dict[str, Any], ids: Mapping[str, int]) -> None:
+    """Append tokens beyond the pieces to the ``model`` section, so that they get their ids.
 
-
-def _decoder(model: _Model) -> dict[str, Any]:
-    steps: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if model.add_dummy_prefix:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {"type": "Sequence", "decoders": steps}
+    A list of pieces has no gaps: there, a token behind a gap is left out.
+    """
+    vocabulary = model["vocab"]
+    pieces = len(vocabulary)
+    for text, index in sorted(ids.items(), key=lambda item: item[1]):
+        if model["type"] == "BPE" and index >= pieces:
+            vocabulary.setdefault(text, index)
+        elif model["type"] == "Unigram" and index == len(vocabulary):
+            vocabulary.append((text, _LOWEST_SCORE))
 
 
 def _unigram(model: _Model) -> dict[str, Any]:

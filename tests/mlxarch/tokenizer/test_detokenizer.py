@@ -9,6 +9,7 @@ import tokenizers
 
 from mlxarch.errors import InvalidInput
 from mlxarch.tokenizer.detokenizer import StreamingDetokenizer, TokenByteDecoder
+from mlxarch.tokenizer.load_json import load_tokenizer_json
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
 FOLDERS = Path(__file__).parents[2] / "fixtures" / "tokenizers"
@@ -189,3 +190,48 @@ def test_every_kind_of_decoder_gives_what_the_library_gives(decoder: dict | None
         assert "".join([*map(detokenizer.add, ids), detokenizer.finish()]) == library.decode(ids), (
             ids
         )
+
+
+@pytest.mark.parametrize("word", ["café", "São Paulo", "đem", "čaj", "日本"])
+def test_an_added_token_of_latin_letters_is_text(word: str):
+    document = json.loads((FOLDERS / "llama3" / "tokenizer.json").read_text(encoding="utf-8"))
+    document["added_tokens"].append(document["added_tokens"][-1] | {"id": 466, "content": word})
+    document["added_tokens"][-1]["special"] = False
+    tokenizer = Tokenizer(load_tokenizer_json(json.dumps(document).encode(), "tokenizer.json"))
+    text = f"the {word} x"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.token_id(word) in ids
+    assert "".join(stream(tokenizer, ids)) == text
+
+
+def test_a_continuation_keeps_its_blank(tokenizer: Tokenizer):
+    for before in ("the time", "", " ", "x\n"):
+        for words in (" and", "and", "  two"):
+            prompt = tokenizer.encode(before)
+            new = tokenizer.encode("x" + words, add_special_tokens=False)[1:]
+            detokenizer = tokenizer.detokenizer(after=prompt)
+            text = "".join([*map(detokenizer.add, new), detokenizer.finish()])
+            assert tokenizer.decode(prompt) + text == tokenizer.decode([*prompt, *new])
+
+
+def test_a_blank_is_lost_without_what_comes_before():
+    tokenizer = Tokenizer.from_folder(FOLDERS / "mistral")
+    prompt = tokenizer.encode("the")
+    assert "".join(stream(tokenizer, prompt)) == "the"
+    detokenizer = tokenizer.detokenizer(after=prompt)
+    again = tokenizer.encode("the", add_special_tokens=False)
+    assert "".join([*map(detokenizer.add, again), detokenizer.finish()]) == " the"
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama3"])
+def test_a_decoder_that_cannot_stream_continues_as_well(name: str):
+    document = json.loads((FOLDERS / name / "tokenizer.json").read_text(encoding="utf-8"))
+    wordpiece = {"type": "WordPiece", "prefix": "##", "cleanup": False}
+    decoders = {"type": "Sequence", "decoders": [document["decoder"], wordpiece]}
+    data = json.dumps(document | {"decoder": decoders}).encode()
+    tokenizer = Tokenizer(load_tokenizer_json(data, "tokenizer.json"))
+    prompt = tokenizer.encode("the time")
+    new = tokenizer.encode("and more", add_special_tokens=False)
+    detokenizer = tokenizer.detokenizer(after=prompt)
+    text = "".join([*map(detokenizer.add, new), detokenizer.finish()])
+    assert text and tokenizer.decode(prompt) + text == tokenizer.decode([*prompt, *new])

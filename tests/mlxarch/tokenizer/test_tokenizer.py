@@ -60,7 +60,8 @@ def test_ids_texts_and_chats_equal_the_reference(name: str):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_a_sentencepiece_model_alone_gives_the_same(tmp_path: Path, name: str):
-    check_against(Tokenizer.from_folder(copied(tmp_path, name, "tokenizer.json")), reference(name))
+    folder = copied(tmp_path, name, "tokenizer.json", tokenizer_config={"legacy": True})
+    check_against(Tokenizer.from_folder(folder), reference(name))
 
 
 def test_the_reference_of_one_model_does_not_fit_another():
@@ -85,7 +86,142 @@ def test_end_tokens_are_collected_from_every_file_and_the_template(tmp_path: Pat
         config={"eos_token_id": 5, "text_config": {"eos_token_id": [6]}},
         generation_config={"eos_token_id": [7, 464]},
     )
-    assert Tokenizer.from_folder(folder).eos_ids == {5, 6, 7, 461, 463, 464}
+    # 5 and 6 are ordinary words: ends of before the finetune that made generation_config.json
+    assert Tokenizer.from_folder(folder).eos_ids == {7, 461, 463, 464}
+    (folder / "generation_config.json").unlink()
+    assert Tokenizer.from_folder(folder).eos_ids == {5, 6, 461, 463}
+
+
+def test_an_end_of_config_json_that_is_an_added_token_counts_beside_others(tmp_path: Path):
+    folder = copied(
+        tmp_path,
+        "llama3",
+        config={"eos_token_id": [462, 5]},
+        generation_config={"eos_token_id": 464},
+    )
+    assert 462 in Tokenizer.from_folder(folder).eos_ids
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def older_folder(tmp_path: Path, kind: str, **files: Any) -> tuple[Path, int]:
+    """A folder without tokenizer.json, and the number of its tokens; ``files`` are JSON files."""
+    folder = tmp_path / kind
+    folder.mkdir(parents=True)
+    if kind == "gpt2":
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(FOLDERS / "gpt2" / name, folder)
+        count = max(json.loads((folder / "vocab.json").read_text()).values()) + 1
+    else:
+        shutil.copy(FOLDERS / "mistral" / "tokenizer.model", folder)
+        count = Tokenizer.from_folder(folder).vocab_size
+    for stem, content in files.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content))
+    return folder, count
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mistral"])
+@pytest.mark.parametrize("gap", [0, 5])
+def test_added_tokens_json_gives_ids_in_folders_without_tokenizer_json(
+    tmp_path: Path, kind: str, gap: int
+):
+    _, count = older_folder(tmp_path / "plain", kind)
+    start, end, tool = (count + gap + i for i in range(3))
+    folder, _ = older_folder(
+        tmp_path,
+        kind,
+        added_tokens={"<|im_end|>": end, "<|im_start|>": start, "<tool>": tool},
+        config={"model_type": kind, "vocab_size": count + 64},
+        tokenizer_config={"eos_token": "<|im_end|>", "chat_template": CHATML},
+        special_tokens_map={"additional_special_tokens": ["<|im_start|>"]},
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the time"}])
+    assert (ids[0], end in ids, end in tokenizer.eos_ids) == (start, True, True)
+    shown = tokenizer.decode([start, *tokenizer.encode("a<tool>b", add_special_tokens=False), end])
+    assert shown.strip() == "a<tool>b"  # not named as special, so it is shown
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mistral"])
+def test_a_named_token_without_an_id_gets_the_next_one_if_the_model_has_a_row_for_it(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+):
+    names = {"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]}
+    for rows, expected in ((64, 0), (1, 1), (0, 2)):
+        _, count = older_folder(tmp_path / f"plain{rows}", kind)
+        config = {"model_type": kind, "vocab_size": count + rows}
+        place = tmp_path / str(rows)
+        folder, _ = older_folder(place, kind, config=config, tokenizer_config=names)
+        tokenizer = Tokenizer.from_folder(folder)
+        found = [tokenizer.token_id(text) for text in ("<|im_end|>", "<|im_start|>")]
+        assert found == [count, count + 1][: 2 - expected] + [None] * expected
+        assert caplog.text.count("no id left") == expected
+        caplog.clear()
+        assert (count in tokenizer.eos_ids) == (expected < 2)
+
+
+def test_special_tokens_with_names_of_their_own_reach_the_template(tmp_path: Path):
+    settings = {
+        "chat_template": "{{ image_token }}{{ audio_token }}{{ messages[0].content }}",
+        "image_token": "<image>",
+        "extra_special_tokens": {"audio_token": {"content": "<audio>"}},
+    }
+    tokenizer = Tokenizer.from_folder(copied(tmp_path, "qwen3", tokenizer_config=settings))
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert text == "<image><audio>x"
+
+
+def test_the_older_files_count_in_full_without_added_tokens_decoder(tmp_path: Path):
+    special_tokens_map = {"eos_token": "<|eot_id|>"}
+    for index, (listed, expected) in enumerate(((None, "<|eot_id|>"), ({}, "<|end_of_text|>"))):
+        settings = {"eos_token": "<|end_of_text|>", "added_tokens_decoder": listed}
+        folder = copied(
+            tmp_path / str(index),
+            "llama3",
+            special_tokens_map=special_tokens_map,
+            tokenizer_config=settings,
+        )
+        assert Tokenizer.from_folder(folder).eos_token == expected
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json", "vocabulary"])
+def test_the_end_of_a_turn_ends_an_answer_and_is_hidden_though_not_special(
+    tmp_path: Path, where: str
+):
+    # 463 and 464 are <|im_end|> and <|eot_id|>, the template is ChatML
+    folder = copied(tmp_path, "llama3", "generation_config.json", "config.json")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    listed = settings["added_tokens_decoder"]
+    if where == "tokenizer.json":
+        next(t for t in document["added_tokens"] if t["id"] == 463)["special"] = False
+        listed = {}
+    elif where == "tokenizer_config.json":
+        listed["463"]["special"] = False
+    else:
+        document["model"]["vocab"] |= {t["content"]: t["id"] for t in document["added_tokens"]}
+        document["added_tokens"] = [t for t in document["added_tokens"] if t["id"] != 463]
+        listed = {}
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"added_tokens_decoder": listed})
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_ids == {461, 463}  # and not 464, which is special
+    shown = "<|im_end|>" if where == "vocabulary" else ""
+    assert tokenizer.decode([87, 463]) == "x" + shown
+
+
+def test_an_ordinary_word_behind_an_answer_does_not_end_it(tmp_path: Path):
+    template = "{% for m in messages %}{{ m.content }}d{% endfor %}"
+    settings = {"chat_template": template}
+    tokenizer = Tokenizer.from_folder(copied(tmp_path, "llama3", tokenizer_config=settings))
+    assert tokenizer.token_id("d") is not None
+    assert tokenizer.token_id("d") not in tokenizer.eos_ids
 
 
 def test_known_ends_of_turn_serve_where_no_template_shows_one(tmp_path: Path):
@@ -137,32 +273,50 @@ def test_end_tokens_that_do_not_exist_are_named_and_ignored(
     assert "[-1, 1000000000]" in caplog.text
 
 
-@pytest.mark.parametrize("add_bos", [True, False])
-def test_the_config_decides_whether_a_text_starts_with_bos(tmp_path: Path, add_bos: bool):
-    tokenizer = Tokenizer.from_folder(
-        copied(tmp_path, "llama3", tokenizer_config={"add_bos_token": add_bos})
-    )
-    assert tokenizer.encode("x") == ([460] if add_bos else []) + tokenizer.encode(
-        "x", add_special_tokens=False
-    )
+@pytest.mark.parametrize("wanted", [True, False, None])
+@pytest.mark.parametrize("name", ["add_bos_token", "add_eos_token"])
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_tokenizer_json_decides_about_bos_and_eos(
+    tmp_path: Path, name: str, wanted: bool | None, tokenizer_class: str
+):
+    settings = {name: wanted, "tokenizer_class": tokenizer_class}
+    llama3 = Tokenizer.from_folder(copied(tmp_path, "llama3", tokenizer_config=settings))
+    assert llama3.encode("x") == [460, *llama3.encode("x", add_special_tokens=False)]
+    qwen3 = Tokenizer.from_folder(copied(tmp_path, "qwen3", tokenizer_config=settings))
+    assert qwen3.encode("x") == qwen3.encode("x", add_special_tokens=False)
 
 
-def test_without_a_word_in_the_config_tokenizer_json_decides(tmp_path: Path):
-    llama3 = Tokenizer.from_folder(
-        copied(tmp_path, "llama3", tokenizer_config={"add_bos_token": None})
-    )
-    assert llama3.encode("x")[0] == llama3.bos_id == 460
-    qwen3 = Tokenizer.from_folder(
-        copied(tmp_path, "qwen3", tokenizer_config={"add_bos_token": None})
-    )
-    assert qwen3.encode("x") == qwen3.encode("x", add_special_tokens=False) and qwen3.bos_id is None
+def test_without_tokenizer_json_the_config_decides(tmp_path: Path):
+    ends = {
+        (None, None): (True, False),
+        (None, False): (True, False),  # a missing key is not false
+        (None, True): (True, True),
+        (False, None): (False, False),
+        (True, True): (True, True),
+    }
+    for index, ((add_bos, add_eos), expected) in enumerate(ends.items()):
+        settings = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+        folder = copied(
+            tmp_path / str(index), "mistral", "tokenizer.json", tokenizer_config=settings
+        )
+        ids = Tokenizer.from_folder(folder).encode("x")
+        assert (ids[0] == 1, ids[-1] == 2) == expected, settings
 
 
-def test_eos_is_added_where_the_config_wants_it(tmp_path: Path):
-    settings = {"add_bos_token": True, "add_eos_token": True}
-    tokenizer = Tokenizer.from_folder(copied(tmp_path, "mistral", tokenizer_config=settings))
-    ids = tokenizer.encode("x")
-    assert (ids[0], ids[-1]) == (1, 2)
+def test_the_blank_in_front_of_a_text_is_where_the_config_wants_it(tmp_path: Path):
+    texts = []
+    for index, settings in enumerate(
+        ({"legacy": True}, {"legacy": False}, {"add_prefix_space": False})
+    ):
+        folder = copied(
+            tmp_path / str(index), "mistral", "tokenizer.json", tokenizer_config=settings
+        )
+        tokenizer = Tokenizer.from_folder(folder)
+        ids = tokenizer.encode("the[INST]the", add_special_tokens=False)
+        spelled = {index: token for token, index in tokenizer.vocabulary.items()}
+        texts.append("".join(spelled[index] for index in ids))
+        assert tokenizer.decode(ids, skip_special_tokens=False).startswith("the[INST]")
+    assert texts == ["▁the[INST]▁the", "▁the[INST]the", "the[INST]the"]
 
 
 def test_a_chat_prompt_starts_with_one_bos():

@@ -3,6 +3,7 @@
 import io
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mlxarch.checkpoint.gguf.tokenizer import PRE_TOKENIZERS, Vocabulary, tokenizer_files
 from mlxarch.errors import TokenizerError
+from mlxarch.tokenizer.tokenizer import Tokenizer as OurTokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then it's over: 12 345 times in 2024.",
@@ -210,6 +212,57 @@ def test_the_settings_name_the_special_tokens_and_carry_the_template():
         "<|im_start|>",
         "<|im_end|>",
     ]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def opened(keys: dict, folder: Path) -> OurTokenizer:
+    for name, data in files(keys).items():
+        (folder / name).write_bytes(data)
+    return OurTokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("token_type", [1, 3, 4])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_a_tag_that_the_template_writes_is_a_token_and_its_last_one_ends_an_answer(
+    model: str, token_type: int, tmp_path: Path
+):
+    if model == "gpt2":
+        keys = metadata(eos_token_id=2)
+        keys["tokenizer.ggml.token_type"] = [token_type, token_type, 4, 5] + [1] * len(trained()[0])
+        ids = {"<|im_start|>": 0, "<|im_end|>": 1}
+    else:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(True))
+        keys = of_sentencepiece(processor)
+        count = len(keys["tokenizer.ggml.tokens"])
+        keys["tokenizer.ggml.tokens"] += ["<|im_start|>", "<|im_end|>", "<b>"]
+        keys["tokenizer.ggml.scores"] += [-1000.0] * 3
+        keys["tokenizer.ggml.token_type"] += [token_type] * 2 + [1]
+        ids = {"<|im_start|>": count, "<|im_end|>": count + 1}
+    tokenizer = opened(keys | {"tokenizer.chat_template": CHATML}, tmp_path)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert prompt[0] == ids["<|im_start|>"] and ids["<|im_end|>"] in prompt
+    assert ids["<|im_end|>"] in tokenizer.eos_ids
+    assert "<|im_end|>" not in tokenizer.decode(prompt)
+    # negative control: another tag of this type, which no template writes, is text
+    assert model == "gpt2" or count + 2 not in tokenizer.encode("a<b>c")
+
+
+def test_named_templates_are_kept(tmp_path: Path):
+    named = {
+        "tokenizer.chat_templates": ["tool_use", "rag", "missing"],
+        "tokenizer.chat_template.tool_use": "TOOLS {{ tools | tojson }}",
+        "tokenizer.chat_template.rag": "RAG",
+    }
+    tokenizer = opened(metadata() | named, tmp_path)
+    messages = [{"role": "user", "content": "x"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "x"
+    prompt = tokenizer.apply_chat_template(messages, tools=[{"name": "t"}], tokenize=False)
+    assert prompt == 'TOOLS [{"name": "t"}]'
 
 
 @cache

@@ -165,6 +165,15 @@ def tekken_as_tokenizer_json(
     converted = convert_bpe.convert_tekken((FOLDERS / "tekken" / "tekken.json").read_bytes())
     document = json.loads(converted.tokenizer_json) | {"pre_tokenizer": pre_tokenizer}
     document["model"]["vocab"] |= changes
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
     (folder / "tokenizer.json").write_text(json.dumps(document))
     (folder / "tokenizer_config.json").write_text(json.dumps(converted.tokenizer_config))
     return folder
@@ -191,7 +200,7 @@ def test_a_conversion_with_another_models_words_is_corrected(
     wrong = [
         text
         for text, ids in zip(TEXTS, golden("tekken"), strict=True)
-        if [1, *library.encode(text).ids] != ids
+        if library.encode(text).ids != ids
     ]
     assert (len(wrong) > 5) == (
         pre_tokenizer != byte_level.pre_tokenizer_section(byte_level.TEKKEN_PATTERN)

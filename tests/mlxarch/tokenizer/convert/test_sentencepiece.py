@@ -39,7 +39,7 @@ def trained(**options: Any) -> bytes:
 
 def imported(data: bytes) -> Tokenizer:
     return Tokenizer(
-        load_tokenizer_json(convert_sentencepiece(data, "tokenizer.model")[0], "tokenizer.model")
+        load_tokenizer_json(convert_sentencepiece(data, {}).tokenizer_json, "tokenizer.model")
     )
 
 
@@ -99,8 +99,8 @@ def test_merges_equal_those_of_the_published_form():
         published = json.loads((FOLDERS / name / "tokenizer.json").read_text(encoding="utf-8"))
         converted = json.loads(
             convert_sentencepiece(
-                (FOLDERS / name / "tokenizer.model").read_bytes(), "tokenizer.model"
-            )[0]
+                (FOLDERS / name / "tokenizer.model").read_bytes(), {}
+            ).tokenizer_json
         )
         assert converted["model"]["merges"] == published["model"]["merges"]
         assert converted["decoder"] == published["decoder"]
@@ -111,7 +111,7 @@ def test_merges_equal_those_of_the_published_form():
 )
 def test_what_is_no_model_is_refused(data: bytes):
     with pytest.raises(TokenizerError, match="not a SentencePiece model"):
-        convert_sentencepiece(data, "tokenizer.model")
+        convert_sentencepiece(data, {})
 
 
 def test_random_changes_of_a_model_are_refused_or_load():
@@ -199,11 +199,10 @@ def test_words_and_characters_are_refused_as_kinds():
 def test_blanks_at_the_end_of_words_are_refused():
     with pytest.raises(TokenizerError, match="blanks at the end"):
         convert_sentencepiece(
-            trained(model_type="bpe", vocab_size=160, treat_whitespace_as_suffix=True),
-            "tokenizer.model",
+            trained(model_type="bpe", vocab_size=160, treat_whitespace_as_suffix=True), {}
         )
 
 
 def test_a_model_that_is_too_large_is_refused():
     with pytest.raises(TokenizerError, match="at most"):
-        convert_sentencepiece(bytes((64 << 20) + 1), "tokenizer.model")
+        convert_sentencepiece(bytes((64 << 20) + 1), {})
