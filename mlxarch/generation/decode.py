@@ -211,8 +211,11 @@ def _sample(
         were not finite, so that a single read from the device gives both.
     """
     tokens = sampler(logits if mask is None else mx.where(mx.array(mask), logits, -mx.inf))
-    # The sum is not finite if a logit is NaN or +inf, or if all are -inf
-    checked = mx.where(mx.isfinite(mx.logsumexp(logits, axis=-1)), tokens.astype(mx.int32), -1)
+    # Neither is finite if a logit is NaN or +inf, or if all are -inf. On a CPU the maximum is ten
+    # times faster; whether it passes NaN on was not tested on Metal.
+    on_cpu = mx.default_device() == mx.cpu
+    total = logits.max(axis=-1) if on_cpu else mx.logsumexp(logits, axis=-1)
+    checked = mx.where(mx.isfinite(total), tokens.astype(mx.int32), -1)
     # Unevaluated arrays of MLX belong to the thread that made them, and another thread may draw the
     # next token: the sampler's state is evaluated too
     if queue:
