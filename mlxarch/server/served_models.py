@@ -192,6 +192,8 @@ class ServedModels:
             served.error = None
             served.last_used = time.monotonic()
             served.load_seconds = served.last_used - started
+            if served.model is not None:  # the first grammar needs not wait for it then
+                self.texts.submit(served.model.grammars.prepare)
             logger.info("%s loaded in %.1f s", served.name, served.load_seconds)
 
     async def _load_beside_others(self, served: ServedModel) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -12,6 +13,7 @@ from mlxarch.engine.request import GenerationRequest
 from mlxarch.errors import ContextLengthError, MlxArchError
 from mlxarch.generation.thinking import switches
 from mlxarch.server.answers.answers import Answers, Job, Mailbox
+from mlxarch.server.answers.constraint import Constraint, compile_constraint
 from mlxarch.server.answers.options import Options, sampling_for
 from mlxarch.server.answers.reader import OutputReader
 from mlxarch.server.http.body import read_body
@@ -109,8 +111,12 @@ class Server:
         Raises:
             MlxArchError: the request cannot be answered.
         """
+        model = served.language_model
+        constraint = None
+        if options.form is not None:
+            constraint = await self.in_thread(compile_constraint, model, options.form, context.warn)
         jobs = [
-            self._job(served, tuple(prompt), options, index, context)
+            self._job(served, tuple(prompt), options, index, context, constraint)
             for prompt in prompts
             for index in range(options.count)
         ]
@@ -127,6 +133,7 @@ class Server:
         options: Options,
         index: int,
         context: RequestContext,
+        constraint: Constraint | None,
     ) -> Job:
         model = served.language_model
         request = GenerationRequest(
@@ -136,9 +143,13 @@ class Server:
             end_tokens=model.tokenizer.eos_ids,
             top_logprobs=options.top_logprobs,
             prompt_logprobs=options.prompt_logprobs,
+            matcher=None if constraint is None else constraint.matcher(prompt),
             conversation=options.conversation,
         )
-        return Job(request, OutputReader(model.tokenizer, prompt, options.stop))
+        check = None
+        if constraint is not None:
+            check = partial(_check, constraint, context)
+        return Job(request, OutputReader(model.tokenizer, prompt, options.stop, check))
 
     def _limit(
         self, prompt: int, context_length: int, options: Options, context: RequestContext
@@ -175,6 +186,12 @@ class Server:
         seconds = time.monotonic() - started
         context.log["rate"] = f"{usage.answer / max(seconds, 1e-9):.1f}/s"
         self.metrics.add(usage, answers.endings, seconds)
+
+
+def _check(constraint: Constraint, context: RequestContext, text: str) -> None:
+    """Warn of what an answer breaks, of what its grammar could not hold."""
+    for violation in constraint.violations(text):
+        context.warn(violation)
 
 
 def _with_flag(messages: Sequence[Mapping[str, Any]], flag: str) -> Sequence[Mapping[str, Any]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxarch.generation.sampling import Sampling
+from mlxarch.server.answers.constraint import AnswerSchema
 from mlxarch.server.http.errors import invalid
 
 MAX_STOPS = 16
@@ -26,6 +27,7 @@ class Options:
         think: whether to think; None leaves it to the model.
         effort: level of reasoning effort; None leaves it to the model.
         variables: further variables of the chat template.
+        form: form of the answers; None for free text.
         conversation: name of the conversation, a hint for the prefix cache.
     """
 
@@ -39,6 +41,7 @@ class Options:
     think: bool | None = None
     effort: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    form: AnswerSchema | None = None
     conversation: str | None = None
 
 

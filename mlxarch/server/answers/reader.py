@@ -1,6 +1,6 @@
 """From the engine's outputs of one request to the events of its answer."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from mlxarch.engine.request import RowOutput, TokenLogprobs
 from mlxarch.generation.answer import AnswerReader
@@ -15,6 +15,7 @@ class OutputReader:
         tokenizer: tokenizer of the model.
         prompt: token ids of the prompt; its end says whether the answer begins with thinking.
         stop: stop strings.
+        check: called with the text of a complete answer.
 
     Attributes:
         usage: token counts so far.
@@ -22,8 +23,15 @@ class OutputReader:
         end: the last event; None before it, and after an error.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        check: Callable[[str], None] | None = None,
+    ) -> None:
+        self._check = check
+        self._text = ""  # of the answer, if it is checked
         self._answer = AnswerReader(tokenizer, prompt, stop)
         self._eos_ids: Collection[int] = tokenizer.eos_ids
         self._held: list[TokenLogprobs] = []  # of tokens whose text is incomplete
@@ -69,6 +77,7 @@ class OutputReader:
             if thinking:
                 yield Delta(text, thinking=True)
             else:
+                self._text += text if self._check is not None else ""
                 yield Delta(text, logprobs=tuple(self._held))
                 self._held.clear()
 
@@ -77,5 +86,7 @@ class OutputReader:
         self.ended = True
         yield from self._deltas(reader.finish())
         reason = "stop" if reader.ended else output.finish_reason or "stop"
+        if self._check is not None and reason == "stop":
+            self._check(self._text)
         self.end = End(reason, reader.stop_string, self.usage, output.timings)
         yield self.end

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options, stop_strings
 from mlxarch.server.api.fields import (
     Count,
@@ -97,8 +98,19 @@ def to_options(body: MessagesRequest, context: RequestContext) -> Options:
         sampling=sampling,
         think=think,
         effort=effort,
+        form=_form(body),
         conversation=user if isinstance(user, str) else None,
     )
+
+
+def _form(body: CountRequest) -> AnswerSchema | None:
+    config = body.output_config
+    given = body.output_format if config is None or config.format is None else config.format
+    if given is None:
+        return None
+    kind = str(given.get("type", ""))
+    param = "output_config.format"
+    return schema_of(kind, given.get("schema"), strict=False, param=param)
 
 
 def thinking_of(body: CountRequest, context: RequestContext) -> tuple[bool | None, str | None]:

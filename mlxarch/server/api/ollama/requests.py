@@ -3,6 +3,7 @@
 import re
 from typing import Any, Literal
 
+from mlxarch.server.answers.constraint import AnswerSchema
 from mlxarch.server.answers.options import Options, stop_strings
 from mlxarch.server.api.fields import (
     JsonObject,
@@ -205,7 +206,18 @@ def to_options(
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         think=think,
         effort=effort,
+        form=_form(body.format),
     )
+
+
+def _form(given: str | JsonObject | None) -> AnswerSchema | None:
+    if given is None or given == "":
+        return None
+    if isinstance(given, dict):
+        return AnswerSchema(given, strict=False, param="format")
+    if given != "json":
+        raise invalid('format is "json" or a JSON schema', "format")
+    return AnswerSchema(None, strict=False, param="format")
 
 
 def keep_seconds(value: KeepAlive, default: float) -> float:

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from mlxarch.generation.thinking import EFFORTS
+from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options, logit_bias, stop_strings
 from mlxarch.server.api.fields import (
     AnswerCount,
@@ -266,8 +267,18 @@ def to_options(body: ChatRequest, served: ServedModel, context: RequestContext) 
         think=think,
         effort=effort,
         variables=variables,
+        form=_form(body.response_format),
         conversation=body.prompt_cache_key or body.user,
     )
+
+
+def _form(given: ResponseFormat | None) -> AnswerSchema | None:
+    if given is None:
+        return None
+    details = given.json_schema or {}
+    strict = details.get("strict") is True
+    param = "response_format"
+    return schema_of(given.type, details.get("schema"), strict=strict, param=param)
 
 
 def _refuse_unsupported(body: ChatRequest) -> None:

@@ -5,6 +5,7 @@ import binascii
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options
 from mlxarch.server.api.fields import (
     Count,
@@ -101,8 +102,18 @@ def to_options(body: ResponsesRequest, context: RequestContext) -> Options:
         top_logprobs=top if wanted or body.top_logprobs else None,
         think=think,
         effort=level,
+        form=_form(body.text),
         conversation=body.prompt_cache_key or body.user,
     )
+
+
+def _form(text: TextOptions | None) -> AnswerSchema | None:
+    given = text.format if text is not None else None
+    if given is None:
+        return None
+    kind = str(given.get("type", ""))
+    strict = given.get("strict") is True
+    return schema_of(kind, given.get("schema"), strict=strict, param="text.format")
 
 
 def input_items(body: ResponsesRequest) -> list[JsonObject]:
