@@ -195,6 +195,7 @@ class LanguageModel:
         }
         if self.plan is not None:
             settings |= {"chunk": self.plan.execution.chunk, "room_bytes": self.plan.kv_room}
+            settings["prefix_cache_bytes"] = self.plan.kv_room
         return Engine(self.model, **(settings | options))
 
     @property

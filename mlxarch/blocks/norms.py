@@ -44,8 +44,10 @@ class ZeroCenteredRMSNorm(RMSNorm):
     def __call__(self, x: mx.array) -> mx.array:
         weight = self["weight"]
         if self._cached_for is not weight:
-            self._one_plus_weight = 1 + weight
-            mx.eval(self._one_plus_weight)  # unevaluated, it would belong to this thread
+            one_plus_weight = 1 + weight
+            # two threads must not evaluate one array, and unevaluated it would belong to this one
+            mx.eval(one_plus_weight)
+            self._one_plus_weight = one_plus_weight
             self._cached_for = weight
         return rms_norm(x, self._one_plus_weight, self.eps)
 

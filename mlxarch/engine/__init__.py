@@ -5,6 +5,8 @@ engine      the thread that owns the model, and its interface to other threads
 scheduler   which rows run in the next step, and which part of a prompt is read
 row         state of one running request
 probe       numbers of rows for which a row does not depend on its neighbours
+prefix_cache  caches of earlier prompts, in a tree over their tokens
+prefix_use  when prompts are looked up in it and stored
 steps       one decoding step for all rows, and one chunk of a prompt
 """
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine.admission import MemoryRoom, one_token_caches
+from mlxarch.engine.prefix_cache import PrefixCache
+from mlxarch.engine.prefix_use import PrefixUse
 from mlxarch.engine.request import (
     EngineStatus,
     GenerationRequest,
@@ -113,9 +115,12 @@ class Engine:
         room_bytes: memory for the caches of all requests; None without a limit.
         max_rows: requests that run at the same time.
         max_waiting: further requests that may wait.
+        prefix_cache_bytes: most memory for the caches of earlier prompts and answers, which later ones
+            that begin alike reuse; it is part of ``room_bytes``. 0 keeps none.
         kv: quantization of keys and values; None keeps them as they are.
         chunk: tokens of a prompt per pass; None takes the default of the machine.
-        deterministic: make the bits of a row independent of the other rows even if that costs time.
+        deterministic: make the bits of a row independent of other rows and of earlier requests, even
+            if that costs time.
         spill_dir: folder for the caches of requests that are set aside, to make room for older ones;
             None keeps them in the host's memory.
         on_death: called on the engine's thread after a failure that ended it.
@@ -129,6 +134,7 @@ class Engine:
         room_bytes: int | None = None,
         max_rows: int = 16,
         max_waiting: int = 64,
+        prefix_cache_bytes: int = 2**30,
         kv: Quantization | None = None,
         chunk: int | None = None,
         deterministic: bool = False,
@@ -143,8 +149,11 @@ class Engine:
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         reader = PromptReader(model, chunk)
-        self._room = MemoryRoom(room_bytes, one_token_caches(model, make_caches))
-        scheduler = Scheduler(model, make_caches, reader, self._room, max_rows, spill_dir)
+        sample = one_token_caches(model, make_caches)
+        self._room = MemoryRoom(room_bytes, sample)
+        cache = PrefixCache(prefix_cache_bytes, reader.chunk if deterministic else 1)
+        prefixes = PrefixUse(cache, sample, stores_answers=not deterministic)
+        scheduler = Scheduler(model, make_caches, reader, self._room, prefixes, max_rows, spill_dir)
         self._worker = _Worker(scheduler, deterministic)
         self._worker.on_death = on_death
         self._numbers = itertools.count(1)
@@ -219,9 +228,9 @@ class Engine:
             running=len(scheduler.running),
             reading=len(scheduler.reading),
             waiting=len(scheduler.waiting) + len(scheduler.aside) + len(worker.arrivals),
-            row_bytes=sum(row.nbytes for row in scheduler.rows),
+            row_bytes=sum(row.nbytes for row in scheduler.rows if not row.finished),
             room_bytes=self._room.total,
-            prefix_bytes=0,
+            prefix_bytes=scheduler.prefixes.cache.nbytes,
             rows_independent=scheduler.batch_sizes.independent,
             counters=dict(scheduler.counters),
         )

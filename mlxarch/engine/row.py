@@ -32,6 +32,7 @@ class Row:
         caches: KV cache of each layer.
         sampler: state of its sampling; None until its prompt is read.
         fed: tokens of the prompt that the caches hold.
+        borders: positions in the prompt at which a chunk must end, because the caches are stored there.
         reserved: tokens for which it has reserved memory.
         parked: its caches while it is set aside; None while it runs.
         tokens: generated tokens that have been delivered.
@@ -49,6 +50,7 @@ class Row:
         self.sampler: RowSampler | None = None
         self.fed = 0
         self.reserved = 0
+        self.borders: set[int] = set()
         self.parked: ParkedCaches | None = None
         self.cached_tokens = 0
         self.first_difference: int | None = None
@@ -165,7 +167,6 @@ class Row:
         self._send(RowOutput(tokens, logprobs, reason, error, None, prompt, timings))
         if reason is not None:
             self.reason = reason
-            self.caches = []
             if self.parked is not None:
                 self.parked.discard()
             self.handle.done.set()

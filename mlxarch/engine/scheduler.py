@@ -13,10 +13,11 @@ import mlx.core as mx
 
 from mlxarch.blocks import CausalLM
 from mlxarch.engine.admission import MakeCaches, MemoryRoom
+from mlxarch.engine.prefix_use import PrefixUse
 from mlxarch.engine.probe import BatchSizes, probe_batch_sizes
 from mlxarch.engine.request import FinishReason
 from mlxarch.engine.row import Row
-from mlxarch.engine.steps import NOT_FINITE, Choice, PromptReader, choose, forward
+from mlxarch.engine.steps import NOT_FINITE, Cancelled, Choice, PromptReader, choose, forward
 from mlxarch.errors import GenerationError, MlxArchError, NonFiniteLogits
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ class Scheduler:
         model: network.
         make_caches: creates the empty caches of a row.
         reader: reader of prompts.
-        room: memory for the rows.
+        room: memory for the rows and the prefix cache.
+        prefixes: reuse of earlier prompts.
         max_rows: rows that run at the same time.
         spill: folder for the caches of rows that are set aside; None keeps them in memory.
 
@@ -49,12 +51,14 @@ class Scheduler:
         make_caches: MakeCaches,
         reader: PromptReader,
         room: MemoryRoom,
+        prefixes: PrefixUse,
         max_rows: int,
         spill: Path | None = None,
     ) -> None:
         self.model = model
         self.reader = reader
         self.room = room
+        self.prefixes = prefixes
         self.waiting: deque[Row] = deque()
         self.reading: list[Row] = []
         self.running: list[Row] = []
@@ -66,6 +70,7 @@ class Scheduler:
         self._spill = spill
         self._unread: list[Choice] = []
         self.seconds_per_request = 0.0
+        self._turns = 0
 
     @property
     def rows(self) -> list[Row]:
@@ -111,15 +116,19 @@ class Scheduler:
         self._remove_finished()
 
     def _remove_finished(self) -> None:
-        for row in [*self.rows, *self.aside, *self.waiting]:
-            if row.finished:
-                self.counters[f"finished_{row.reason}"] += 1
-                share = 0.1 if self.seconds_per_request else 1.0
-                self.seconds_per_request += share * (row.seconds - self.seconds_per_request)
+        finished = [row for row in [*self.rows, *self.aside, *self.waiting] if row.finished]
+        if not finished:
+            return
         self.running = [row for row in self.running if not row.finished]
         self.reading = [row for row in self.reading if not row.finished]
         self.aside = [row for row in self.aside if not row.finished]
         self.waiting = deque(row for row in self.waiting if not row.finished)
+        for row in finished:
+            self.prefixes.store(row, self._free_bytes())
+            row.caches = []
+            self.counters[f"finished_{row.reason}"] += 1
+            share = 0.1 if self.seconds_per_request else 1.0
+            self.seconds_per_request += share * (row.seconds - self.seconds_per_request)
 
     def _admit(self) -> None:
         while self.waiting and not self.aside and len(self.rows) < self._max_rows:
@@ -143,12 +152,20 @@ class Scheduler:
             (self.running if row.prompt_is_read else self.reading).append(row)
 
     def _make_room(self, needed: int) -> bool:
-        """Whether so many bytes are free."""
-        total = self.room.total
-        return total is None or self._reserved_bytes() + needed <= total
+        """Whether so many bytes are free, after dropping what is needed from the prefix cache."""
+        while True:
+            free = self._free_bytes()
+            if free is None or needed <= free:
+                return True
+            if not self.prefixes.cache.drop_least_recently_used():
+                return False
 
-    def _reserved_bytes(self) -> int:
-        return sum(self.room.bytes_for(row.reserved) for row in self.rows)
+    def _free_bytes(self) -> int | None:
+        """Bytes that are neither reserved nor in the prefix cache; None without a limit."""
+        if self.room.total is None:
+            return None
+        reserved = sum(self.room.bytes_for(row.reserved) for row in self.rows)
+        return self.room.total - reserved - self.prefixes.cache.nbytes
 
     def _reserve_for_growth(self) -> None:
         """Reserve more memory for rows that have used up theirs; the youngest make room for older ones.
@@ -228,14 +245,18 @@ class Scheduler:
             self.counters["generated_tokens"] += 1
 
     def _read_prompts(self) -> None:
-        """Read one chunk, or the rest of several short prompts that are no longer together."""
-        budget = self.reader.chunk
-        for row in list(self.reading):
+        """Read one chunk, or several short prompts that are no longer together."""
+        budget = self.reader.budget
+        for row in self._reading_order():
             count = self.reader.next_tokens(row)
             if count > budget:
                 break
             try:
                 done = self._read_chunk(row)
+            except Cancelled:
+                row.caches = []
+                row.finish("cancelled")
+                continue
             except MlxArchError as error:
                 row.finish("error", error)
                 continue
@@ -243,18 +264,35 @@ class Scheduler:
             if not done:
                 break
 
+    def _reading_order(self) -> list[Row]:
+        """Rows that read, in every second turn the one with the least left to read first.
+
+        Otherwise a short prompt would wait until all of a long one before it has been read.
+        """
+        self._turns += 1
+        if self._turns % 2 or len(self.reading) < 2:
+            return list(self.reading)
+        shortest = min(self.reading, key=lambda row: len(row.request.prompt) - row.fed)
+        return [shortest, *(row for row in self.reading if row is not shortest)]
+
     def _read_chunk(self, row: Row) -> bool:
         """Read the next chunk of a prompt; gives whether the row is done with it."""
+        if row.fed == 0:
+            self.prefixes.restore(row)
+            self.counters["cached_tokens"] += row.fed
         before = row.fed
         logits = self.reader.read(row)
         self.counters["prompt_tokens"] += row.fed - before
         if logits is None:
             row.report_progress()
+            if row.fed in row.borders:
+                self.prefixes.store(row, self._free_bytes())
             return False
         self.reading.remove(row)
         if row.may_choose:
             self.running.append(row)
             self._choose([row], logits)
+            self.prefixes.store(row, self._free_bytes())
         else:
             row.finish("length")
         return True

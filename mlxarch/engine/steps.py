@@ -9,6 +9,7 @@ import numpy as np
 from mlxarch.blocks import CausalLM
 from mlxarch.engine.request import TokenLogprobs
 from mlxarch.engine.row import Row
+from mlxarch.generation.pace import compute_state, pace_of
 from mlxarch.generation.prefill import default_chunk, fill_caches
 from mlxarch.generation.sampling import RowSampler, sample
 from mlxarch.kv_cache import join_rows
@@ -124,11 +125,17 @@ def _to_logprobs(
     return results
 
 
+class Cancelled(Exception):
+    """Raised between two evaluations of a pass when its request was cancelled."""
+
+
 class PromptReader:
     """Reads prompts chunk by chunk into the caches of their rows.
 
     The borders of chunks are multiples of the chunk's size from the first token on, so that they
-    do not depend on what else runs. A pass that only fills caches skips the rest of the last layer;
+    do not depend on what else runs. Where the bits of a token do not depend on them, chunks are
+    shorter if need be, to take a tenth of a second. Longer passes are evaluated in parts, and a
+    request can be cancelled between two of them. A pass that only fills caches skips the rest of the last layer;
     on a CPU, where a pass over one token costs little, all tokens but the last go that way.
 
     Args:
@@ -141,6 +148,11 @@ class PromptReader:
         self._streaming = streaming_of(model)
         self._splits_last = mx.default_device() == mx.cpu
 
+    @property
+    def budget(self) -> int:
+        """Largest number of tokens to read at once."""
+        return pace_of(self.model).tokens(self.chunk)
+
     def next_tokens(self, row: Row) -> int:
         """Number of prompt tokens that ``read`` would read now."""
         return self._end(row, row.fed) - row.fed
@@ -148,6 +160,8 @@ class PromptReader:
     def _end(self, row: Row, start: int) -> int:
         length = len(row.request.prompt)
         end = min((start // self.chunk + 1) * self.chunk, length)
+        end = min(end, start + self.budget)
+        end = min([end, *(border for border in row.borders if border > start)])
         return length - 1 if end == length and self._splits_last and start < length - 1 else end
 
     def read(self, row: Row) -> mx.array | None:
@@ -155,7 +169,15 @@ class PromptReader:
 
         Returns:
             Logits (1, V) after the last token of the prompt; None if there is more to read.
+
+        Raises:
+            Cancelled: the request was cancelled; the caches cannot be used any more.
         """
+
+        def on_part(done: float) -> None:
+            if row.handle.cancelled:
+                raise Cancelled
+
         prompt = row.request.prompt
         length = len(prompt)
         ends = [self._end(row, row.fed)]
@@ -172,11 +194,11 @@ class PromptReader:
             state = self._read_with_logprobs(row, chunks[0])
             end = ends[0]
         elif end < length:
-            fill_caches(self.model, chunks, row.caches, self._streaming)
+            fill_caches(self.model, chunks, row.caches, self._streaming, on_part)
         elif self._streaming is not None and len(chunks) > 1:
             state = prefill_by_layers(self.model, self._streaming, chunks, row.caches)
         else:
-            state = self.model.hidden_state(chunks[0], row.caches)
+            state = compute_state(self.model, chunks[0], row.caches, on_part)
         row.fed = end
         if end < length or state is None:
             return None

@@ -1,5 +1,6 @@
 """Cache of a layer that folds all earlier tokens into a state of fixed size."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -42,6 +43,11 @@ class StateCache(Cache):
 
     def slots(self, length: int) -> mx.array:
         return mx.arange(self.length + length)
+
+    def restore(self, length: int, parts: Sequence[tuple[mx.array, ...]]) -> None:
+        [self.state] = parts
+        self._snapshots = []
+        self.length = length
 
     def truncatable_length(self, length: int) -> int:
         if length >= self.length:

@@ -42,7 +42,7 @@ def alone(model: CausalLM, wanted: GenerationRequest) -> list[int]:
     return [token for token, _ in steps]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "deepseek_v3", "gemma3n_text"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "deepseek_v3", "gemma3n_text", "qwen3_5"])
 def test_the_bytes_of_a_row_are_those_of_its_caches(name: str) -> None:
     model = load(name)
     for length in (1, 40, 300):
@@ -100,7 +100,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "deepseek_v3", "qwen3_5"])
 def test_a_row_set_aside_goes_on_with_the_same_tokens(
     name: str, on_disk: bool, tmp_path: Path, small_steps: None
 ) -> None:

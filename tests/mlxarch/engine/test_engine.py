@@ -20,6 +20,7 @@ from mlxarch.errors import (
     NonFiniteLogits,
     QueueFull,
 )
+from mlxarch.generation import pace
 from mlxarch.generation.decode import decode
 from mlxarch.generation.sampling import Sampling
 from mlxarch.generation.session import Session
@@ -276,3 +277,29 @@ def test_a_failure_ends_all_requests_and_is_told(
     assert isinstance(outputs[-1].error, EngineStopped)
     engine.close()
     assert [str(error) for error in deaths] == ["out of memory"]
+
+
+def test_a_cancelled_prompt_ends_within_its_chunk(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk is evaluated layer by layer where that takes long; the first layer is the last here."""
+    evaluate = pace._Parts.evaluate
+    evaluations: list[int] = []
+    outputs: list[RowOutput] = []
+    submitted = threading.Event()
+
+    def cancelling(self: Any, *state: mx.array) -> None:
+        evaluations.append(1)
+        assert submitted.wait(20)
+        handle.cancel()
+        evaluate(self, *state)
+
+    monkeypatch.setattr(pace.Pace, "layers", lambda self, tokens: 1)
+    monkeypatch.setattr(pace._Parts, "evaluate", cancelling)
+    handle = engine.submit(request(200), outputs.append)
+    submitted.set()
+    assert handle.done.wait(20)
+    assert len(evaluations) == 1
+    assert [output.finish_reason for output in outputs] == ["cancelled"]
+    monkeypatch.undo()
+    assert len(tokens_of(list(engine.stream(request())))) == 6

@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[Maker, int | None]] = {
     "latent": (golden("deepseek_v3"), None),
     "latent, 4 bits": (golden("deepseek_v3"), 4),
     "shared": (golden("gemma3n_text"), None),
+    "recurrent states": (golden("qwen3_5"), None),
     "sinks": (golden("gpt_oss"), None),
     "embeddings from the SSD": (rows_on_the_ssd, 8),
     "experts from the SSD": (experts_on_the_ssd, None),
