@@ -227,6 +227,8 @@ class LanguageModel:
             advice = read_json(path) if path.is_file() else {}
             names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
             known = {name: advice[name] for name in names if advice.get(name) is not None}
+            if known.get("top_k") == -1:  # all tokens, as vLLM writes it
+                known["top_k"] = 0
             if (
                 not known
                 and advice.get("do_sample") is None

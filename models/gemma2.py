@@ -37,6 +37,7 @@ class Config(SlidingPatternConfig):
     """Config; the head is tied by default, as in transformers' Gemma2Config."""
 
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    attention_bias: bool = False
     query_pre_attn_scalar: Positive
     attn_logit_softcapping: Positive | None
     final_logit_softcapping: Positive | None
@@ -57,6 +58,8 @@ class DecoderLayer(nn.Module):
             span=c.span(index),
             scale=c.query_pre_attn_scalar**-0.5,
             softcap=c.attn_logit_softcapping,
+            bias=c.attention_bias,
+            output_bias=c.attention_bias,
         )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, geglu)
         norm = partial(ZeroCenteredRMSNorm, c.hidden_size, c.rms_norm_eps)

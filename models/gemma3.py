@@ -48,6 +48,7 @@ class Config(LocalRoPEConfig):
     num_attention_heads: Size = 8
     num_key_value_heads: Size | None = 4
     head_dim: Size | None = 256
+    attention_bias: bool = False
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     max_position_embeddings: Size = 131_072
     query_pre_attn_scalar: Positive = 256
@@ -73,6 +74,8 @@ class DecoderLayer(nn.Module):
             span=c.span(index),
             scale=c.query_pre_attn_scalar**-0.5,
             norm=norm,
+            bias=c.attention_bias,
+            output_bias=c.attention_bias,
         )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, geglu)
         self.input_layernorm = norm(c.hidden_size)

@@ -54,6 +54,7 @@ class Config(LocalRoPEConfig):
     """
 
     intermediate_size: Size | tuple[Size, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
+    attention_bias: bool = False
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     query_pre_attn_scalar: float | None = None
     final_logit_softcapping: Positive | None = 30.0
@@ -187,7 +188,13 @@ class SharingAttention(Attention):
     def __init__(self, c: Config, index: int) -> None:
         rope = RoPE(c.head_size, c.rope_for(c.layer_type(index)))
         super().__init__(
-            c, rope=rope, span=c.span(index), scale=1.0, norm=partial(RMSNorm, eps=c.rms_norm_eps)
+            c,
+            rope=rope,
+            span=c.span(index),
+            scale=1.0,
+            norm=partial(RMSNorm, eps=c.rms_norm_eps),
+            bias=c.attention_bias,
+            output_bias=c.attention_bias,
         )
         self.eps = c.rms_norm_eps
         self.shares_kv = index >= c.first_sharing_layer

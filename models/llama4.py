@@ -44,6 +44,7 @@ class Config(DecoderConfig):
     """
 
     hidden_act: Literal["silu"] = "silu"
+    attention_bias: bool = False
     attention_chunk_size: Size = 8192
     attn_temperature_tuning: bool | int = True
     attn_scale: float = 0.1
@@ -88,7 +89,10 @@ class ChunkedAttention(Attention):
 
     def __init__(self, c: Config) -> None:
         rope = RoPE(c.head_size, c.rope, interleaved=True)
-        super().__init__(c, rope=rope, span=Chunked(c.attention_chunk_size))
+        bias = c.attention_bias
+        super().__init__(
+            c, rope=rope, span=Chunked(c.attention_chunk_size), bias=bias, output_bias=bias
+        )
         self.eps = c.rms_norm_eps if c.use_qk_norm else None
 
     def apply_positions(
@@ -107,7 +111,7 @@ class GlobalAttention(Attention):
     """
 
     def __init__(self, c: Config) -> None:
-        super().__init__(c, rope=NoRoPE())
+        super().__init__(c, rope=NoRoPE(), bias=c.attention_bias, output_bias=c.attention_bias)
         self.growth = c.attn_scale if c.attn_temperature_tuning else 0.0
         self.interval = c.floor_scale
 

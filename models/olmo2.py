@@ -33,8 +33,9 @@ from mlxarch.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LayerTypesConfig):
-    """Config without biases; sliding window and layer types are OLMo 3's."""
+    """Config; sliding window and layer types are OLMo 3's."""
 
+    attention_bias: bool = False
     hidden_act: Literal["silu"] = "silu"
 
     def default_layer_type(self, index: int) -> Literal["sliding_attention", "full_attention"]:
@@ -43,8 +44,10 @@ class Config(LayerTypesConfig):
 
     def rope_for(self, layer_type: str) -> RoPEConfig:
         found = super().rope_for(layer_type)
-        own = (self.rope_parameters or {}).get(layer_type)
-        return found if own or layer_type == "full_attention" else RoPEConfig(found.theta)
+        if layer_type == "full_attention":
+            return found
+        own = (self.rope_parameters or {}).get(layer_type) or {}
+        return self.complete_rope({"rope_theta": found.theta} | own)
 
     def check(self) -> None:
         super().check()
@@ -64,7 +67,13 @@ class DecoderLayer(nn.Module):
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
         rope = RoPE(c.head_size, c.rope_for(c.layer_type(index)))
         self.self_attn = Attention(
-            c, rope=rope, span=c.span(index), norm=norm, qk_norm="projection"
+            c,
+            rope=rope,
+            span=c.span(index),
+            norm=norm,
+            qk_norm="projection",
+            bias=c.attention_bias,
+            output_bias=c.attention_bias,
         )
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
         self.post_attention_layernorm = norm(c.hidden_size)

@@ -136,7 +136,12 @@ class Conversion:
             tensors=len(entries),
             quantized=sum(entry.quantization is not None for entry in entries),
             bits_per_weight=8 * self.layout.weight_bytes / max(self.layout.elements, 1),
-            notes=[*self.source.notes, *self.layout.notes, *notes_on_results(self.results)],
+            notes=[
+                *self.source.notes,
+                *self.resolved.notes,
+                *self.layout.notes,
+                *notes_on_results(self.results),
+            ],
         )
 
     def run(

@@ -62,6 +62,7 @@ def prepare(
         output = default_output_name(origin.name.rpartition("/")[2], quantization, dtype)
     output = _absolute_output(output, folders)
     resolved = resolve(opened)
+    resolved.require_read()
     layout = plan_layout(
         resolved.published,
         resolved.published_matrices,

@@ -20,6 +20,7 @@ from mlxarch.quantize.calibration.embedding_stats import (
     BACKWARD_TOKENS,
     EmbeddingStats,
     collect_embedding_stats,
+    hidden_state_bytes,
 )
 from mlxarch.quantize.calibration.input_stats import InputCollector, InputStats
 from mlxarch.quantize.calibration.output_gradients import OutputGradients, bytes_per_token
@@ -253,14 +254,18 @@ def backward_token_count(resolved: Resolved) -> int:
 
 
 def scratch_bytes(resolved: Resolved, method: Method, batches: Sequence[mx.array]) -> int:
-    """Return the bytes of temporary disk space that calibration takes for output gradients.
+    """Return the bytes of temporary disk space that calibration takes.
+
+    They hold the output gradients, and the hidden states of one backward pass.
 
     Args:
         resolved: the model.
         method: quantization method; rounding needs no calibration.
         batches: calibration tokens (B, L).
     """
-    if method == "round":
+    if method == "round" or not batches:
         return 0
+    count = backward_token_count(resolved)
     available = sum(batch.size for batch in batches)
-    return min(backward_token_count(resolved), available) * bytes_per_token(resolved)
+    gradients = min(count, available) * bytes_per_token(resolved)
+    return gradients + hidden_state_bytes(resolved, batches, count)

@@ -1,18 +1,23 @@
 """Hugging Face config.json as typed fields. Field names are the file's own keys."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Self
 
 import msgspec
 
-from mlxarch.blocks.rope import RoPEConfig
+from mlxarch.blocks.rope import ROPE_KEYS, RoPEConfig
 from mlxarch.errors import ConfigError
+
+_logger = logging.getLogger(__name__)
 
 Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+MAX_CONTEXT = 2**31 - 1
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
 MAX_HEAD_SIZE = 4096  # RoPE tables grow with it, before any tensor reveals a wrong config
 
 # Keys that change the mathematics, with the values that leave it unchanged. A config with another
@@ -87,19 +92,53 @@ class DecoderConfig:
 
         ``rope_parameters`` contains them directly or by layer type. In the older dialect
         ``rope_theta`` and ``rope_scaling`` apply to all layers; an architecture whose layer types
-        differ overrides this method.
+        differ overrides this method. Where a file has both, ``rope_scaling`` counts, as in
+        transformers: it takes the place of the other, or changes it if that is by layer type.
 
         Raises:
             ConfigError: neither gives a base. There is no default: a wrong base gives fluent
                 nonsense.
         """
-        scaling = self.rope_parameters or self.rope_scaling or {}
-        if isinstance(scaling.get(layer_type), dict):
-            scaling = scaling[layer_type]
-        theta = scaling.get("rope_theta", self.rope_theta)
+        newer = _layer_section(self.rope_parameters, layer_type)
+        older = _layer_section(self.rope_scaling, layer_type)
+        by_layer_type = isinstance((self.rope_parameters or {}).get(layer_type), dict)
+        scaling = newer | older if by_layer_type else dict(older or newer)
+        if scaling.get("rope_theta") is None:
+            scaling["rope_theta"] = newer.get("rope_theta", self.rope_theta)
+        if "partial_rotary_factor" in newer:  # no scaling, so it is not replaced by one
+            scaling.setdefault("partial_rotary_factor", newer["partial_rotary_factor"])
+        return self.complete_rope(scaling)
+
+    def complete_rope(self, section: Mapping[str, Any]) -> RoPEConfig:
+        """RoPE parameters from one section of config.json, with the defaults of transformers.
+
+        Raises:
+            ConfigError: the section gives no base.
+        """
+        theta = section.get("rope_theta")
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
             raise ConfigError(f"config.json: rope_theta must be a positive number, found {theta!r}")
-        return RoPEConfig(float(theta), {k: v for k, v in scaling.items() if k != "rope_theta"})
+        scaling = {key: value for key, value in section.items() if key != "rope_theta"}
+        if scaling.get(ORIGINAL_CONTEXT) is None:
+            scaling[ORIGINAL_CONTEXT] = self.max_position_embeddings
+        return RoPEConfig(float(theta), scaling)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model is made for, its RoPE scaling counted.
+
+        With YaRN that is the original context times the factor, with linear scaling
+        ``max_position_embeddings`` times the factor, if that is more than the file's
+        ``max_position_embeddings``, which may count the scaling or not.
+        """
+        stated = self.max_position_embeddings
+        if not (self.rope_scaling or self.rope_parameters):
+            return stated
+        rope = self.rope
+        if rope.type not in ("yarn", "linear"):
+            return stated
+        scaled = rope.number(ORIGINAL_CONTEXT) * rope.number("factor")
+        return max(stated, int(min(scaled, MAX_CONTEXT)))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -125,9 +164,9 @@ class DecoderConfig:
                 f"mlxarch's {model_type!r} knows 'full_attention' only"
             )
         sections: list[Any] = [config]
-        rope = config.get("rope_parameters")  # transformers 5 moved a key into it
-        if isinstance(rope, dict):
-            sections += [rope, *rope.values()]
+        for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
+            if isinstance(rope, dict):  # transformers 5 moved a key into it
+                sections += [rope, *rope.values()]
         for section in sections:
             if isinstance(section, Mapping):
                 _refuse_other_mathematics(section, known, model_type)
@@ -136,6 +175,7 @@ class DecoderConfig:
         except msgspec.ValidationError as error:
             raise ConfigError(f"config.json of a {model_type!r} model: {error}") from None
         parsed.check()
+        _name_unread_rope_keys(parsed)
         return parsed
 
     def check(self) -> None:
@@ -184,6 +224,28 @@ class PartialRoPEConfig(DecoderConfig):
         """Features of a head with RoPE."""
         factor = self.rope.number("partial_rotary_factor", self.partial_rotary_factor)
         return int(self.head_size * factor)
+
+
+def _layer_section(rope: Mapping[str, Any] | None, layer_type: str) -> dict[str, Any]:
+    """RoPE keys of a layer type, from a section that has them directly or by layer type."""
+    section = dict(rope or {})
+    if isinstance(own := section.get(layer_type), dict):
+        section = dict(own)
+    if "type" in section:  # the older spelling
+        section.setdefault("rope_type", section["type"])
+    return section
+
+
+def _name_unread_rope_keys(config: DecoderConfig) -> None:
+    """Warn of RoPE keys that nothing reads: they may be meant to change the model."""
+    sections = [config.rope_scaling or {}, config.rope_parameters or {}]
+    sections += [own for rope in sections for own in rope.values() if isinstance(own, dict)]
+    found = {key for rope in sections for key, value in rope.items() if not isinstance(value, dict)}
+    if unread := sorted(found - ROPE_KEYS):
+        _logger.warning(
+            "config.json: RoPE scaling has %s, which mlxarch does not read",
+            ", ".join(map(repr, unread)),
+        )
 
 
 def _refuse_other_mathematics(section: Mapping[str, Any], known: set[str], model_type: Any) -> None:

@@ -51,7 +51,7 @@ class CausalLM(nn.Module):
         self.embed_scale = embed_scale
         self.softcap = softcap
         self.vocab_size = c.vocab_size
-        self.context_length = c.max_position_embeddings
+        self.context_length = c.context_length
         self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size)
@@ -60,6 +60,12 @@ class CausalLM(nn.Module):
     def layers(self) -> list[Layer]:
         """Layers in the order in which they run."""
         return self.model.layers
+
+    @property
+    def embedding_path(self) -> str:
+        """Path of the embedding table that tied embeddings share with the head."""
+        table = self.model.embed_tokens
+        return next(f"{path}.weight" for path, module in self.named_modules() if module is table)
 
     def embed(self, tokens: mx.array, context: ForwardContext) -> mx.array:
         """Compute the first hidden state: token ids (B, L) -> (B, L, hidden_size)."""

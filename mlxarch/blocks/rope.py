@@ -13,6 +13,18 @@ import numpy as np
 from mlxarch.cpu_kernels import native
 from mlxarch.errors import ConfigError
 
+ROPE_KEYS = frozenset(
+    {
+        "rope_type", "type", "rope_theta", "partial_rotary_factor",
+        "factor", "original_max_position_embeddings",
+        "low_freq_factor", "high_freq_factor",
+        "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+        "attention_factor", "attn_factor", "llama_4_scaling_beta",
+        "mrope_section", "mrope_interleaved",  # of images: for text it is the usual RoPE
+    }
+)  # fmt: skip
+"""Keys of ``rope_scaling`` and ``rope_parameters`` that some RoPE type or architecture reads."""
+
 
 @dataclass(frozen=True)
 class RoPEConfig:
@@ -172,14 +184,19 @@ def _yarn(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.nd
 
 
 def _yarn_attention_factor(config: RoPEConfig, factor: float) -> float:
-    """Factor of queries and keys: ``attention_factor``, or computed from mscale."""
+    """Factor of queries and keys: ``attention_factor``, or computed from mscale and attn_factor.
+
+    ``attn_factor`` multiplies what YaRN computes, as in its authors' code (jquesnelle/yarn) and in
+    vLLM; transformers does not read it.
+    """
     if config.scaling.get("attention_factor") is not None:
         return config.number("attention_factor")
+    multiple = config.number("attn_factor", 1)
     mscale = config.number("mscale", 0)
     all_dim = config.number("mscale_all_dim", 0)
     if mscale and all_dim:
-        return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
-    return yarn_mscale(factor)
+        return multiple * yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+    return multiple * yarn_mscale(factor)
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

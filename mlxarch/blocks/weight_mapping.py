@@ -18,6 +18,14 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class AddModelPrefix:
+    """Put ``model.`` before ``layers.0.…`` and the like, if no tensor's name begins with it.
+
+    A base model that was saved without a head has such names.
+    """
+
+
+@dataclass(frozen=True)
 class Ignore:
     """Leave out these tensors; ``what`` describes them to the user."""
 
@@ -148,6 +156,7 @@ class SplitHeads:
 
 Rule = (
     Rename
+    | AddModelPrefix
     | Ignore
     | IgnoreExtraLayers
     | IgnoreFrom

@@ -49,11 +49,13 @@ class LazyTensor(ABC):
         dtype: dtype of the rows.
         origin: the quantization format of another program and how it was converted, for messages;
             empty for other tensors.
+        local: whether the values are on this machine, so that reading them downloads nothing.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
     origin: str = ""
+    local: bool = True
 
     @property
     def row_count(self) -> int:

@@ -6,8 +6,9 @@ checks.
 
 import logging
 import os
+import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,8 +123,10 @@ class Checkpoint:
     """A model folder: its config, its shards, and every tensor with the shard that holds it.
 
     The index decides which files and tensors are used; others are ignored with a warning. Without
-    an index, the weights are model.safetensors, the only safetensors file of the folder, or a set
-    of tensor-parallel slices (see ``tp_shards``), whose tensors are named by ``tp_slice_name``.
+    an index, the weights are model.safetensors, the only safetensors file of the folder, a set
+    whose names count from 1 of N to N of N, or a set of tensor-parallel slices (see ``tp_shards``),
+    whose tensors are named by ``tp_slice_name``. The same counts, with a warning, beside an index
+    that belongs to other files.
 
     Attributes:
         config: config.json, parsed.
@@ -191,11 +194,13 @@ class Checkpoint:
         ranks: dict[str, int | None] = {}
         if INDEX_FILE in present:
             index = _read_index(safe_path(self.folder, INDEX_FILE))
+            index = self._drop_stale_index(index, weights)
+        if index is not None:
             names = sorted(set(index.values()))
         else:
             if SINGLE_FILE not in weights:
                 ranks = find_tp_files(self.folder, weights)
-            names = list(ranks) or [_single_file(self.folder, present, weights)]
+            names = list(ranks) or _unindexed_files(self.folder, present, weights)
         paths = [safe_path(self.folder, name) for name in names]
         if missing := [path.name for path in paths if not path.exists()]:
             raise CheckpointError(
@@ -217,7 +222,40 @@ class Checkpoint:
         check_tp_slices(
             self.folder, {shard.path.name: shard.tensors for shard in self.shards}, ranks
         )
+        if index is not None and self._disagrees(index) and _complete_set(names) == names:
+            _logger.warning(
+                "%s: %s belongs to other files, and is left alone: the weight files are a whole "
+                "set by their names",
+                self.folder,
+                INDEX_FILE,
+            )
+            index = None
         self._collect_tensors(index, ranks)
+
+    def _drop_stale_index(
+        self, index: dict[str, str], weights: Sequence[str]
+    ) -> dict[str, str] | None:
+        """Return the index; None if it names files that are not there and another whole set is."""
+        missing = sorted(set(index.values()).difference(weights))
+        whole = [SINGLE_FILE] if SINGLE_FILE in weights else _complete_set(weights)
+        if not missing or not whole:
+            return index
+        _logger.warning(
+            "%s: %s names %s, which are not there, and is left alone: %s are a whole set",
+            self.folder,
+            INDEX_FILE,
+            join_names(missing),
+            join_names(whole),
+        )
+        return None
+
+    def _disagrees(self, index: Mapping[str, str]) -> bool:
+        """Whether the index places some tensor in another file than the one that has it."""
+        return any(
+            index.get(name, shard.path.name) != shard.path.name
+            for shard in self.shards
+            for name in shard.tensors
+        )
 
     def _collect_tensors(
         self, index: dict[str, str] | None, ranks: Mapping[str, int | None]
@@ -246,18 +284,11 @@ class Checkpoint:
                     )
                 else:
                     self.tensors[unique_name] = shard, info
-        if index is not None and (lost := index.keys() - self.tensors.keys()):
-            name = min(lost)
-            raise CheckpointError(
-                f"{self.folder / index[name]}: tensor {short_repr(name)} is not in this file, "
-                f"where {INDEX_FILE} places it "
-                f"({len(lost)} such tensors). Shards of two versions are mixed: download all of "
-                "them again."
-            )
-        if unlisted:
-            _logger.warning(
-                "%s: %s left alone: not in the index", self.folder, join_names(sorted(unlisted))
-            )
+        lost = sorted(set(index or ()).difference(self.tensors))
+        for names, reason in ((unlisted, "not in the index"), (lost, "in the index alone")):
+            if names:
+                shown = join_names(sorted(names))
+                _logger.warning("%s: %s left alone: %s", self.folder, shown, reason)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -284,16 +315,33 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _single_file(folder: Path, present: list[str], weights: list[str]) -> str:
-    """Return the only weight file of a folder without an index."""
+def _complete_set(names: Sequence[str]) -> list[str]:
+    """Return the files whose names count from 1 of N to N of N; nothing if there are other sets."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(names):
+        if found := re.fullmatch(r"(.*)-[0-9]+-of-([0-9]+)\.safetensors", name):
+            sets.setdefault((found[1], found[2]), []).append(name)
+    whole = [
+        members
+        for (stem, total), members in sets.items()
+        if members
+        == [f"{stem}-{i:0{len(total)}}-of-{total}.safetensors" for i in range(1, int(total) + 1)]
+    ]
+    return whole[0] if len(whole) == 1 else []
+
+
+def _unindexed_files(folder: Path, present: list[str], weights: list[str]) -> list[str]:
+    """Return the weight files of a folder without an index: a single one, or a whole set."""
     if SINGLE_FILE in weights:
-        return SINGLE_FILE
+        return [SINGLE_FILE]
     if len(weights) == 1:
-        return weights[0]
+        return weights
+    if whole := _complete_set(weights):
+        return whole
     if weights:
         raise CheckpointError(
-            f"{folder}: {join_names(weights)} are there, and no {INDEX_FILE} says which belong "
-            "together. "
+            f"{folder}: {join_names(weights)} are there, and neither {INDEX_FILE} nor their "
+            "names say which belong together. "
             "Download the index too, or leave one file in the folder."
         )
     other = [

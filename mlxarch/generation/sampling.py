@@ -9,6 +9,9 @@ import mlx.core as mx
 
 from mlxarch.errors import InvalidInput
 
+# Every draw is greedy long before, and logits divided by much less overflow float32
+LEAST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -123,9 +126,11 @@ class RowSampler:
 
     @property
     def method(self) -> tuple[float, ...]:
-        """Parameters of the draw; rows that share them draw together."""
+        """Parameters of the draw; rows that share them draw together. Empty for greedy ones."""
         s = self.settings
-        return (s.temperature, s.top_k, s.top_p, s.min_p) if s.temperature else ()
+        if s.temperature < LEAST_TEMPERATURE:
+            return ()
+        return (s.temperature, s.top_k, s.top_p, s.min_p)
 
     def adjust(self, logits: mx.array) -> mx.array:
         """Add the bias to logits (V,) and apply the penalties."""
@@ -199,7 +204,7 @@ def sample(
 def _choose(rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
     """Choose tokens (B,) from logits (B, V) of rows with the same parameters of the draw."""
     settings = rows[0].settings
-    if settings.temperature == 0:
+    if not rows[0].method:
         return mx.argmax(logits, axis=-1)
     logits = logits.astype(mx.float32) / settings.temperature
     ids = None  # token ids of the logits that are left; None for all in order

@@ -164,6 +164,8 @@ class _OpenShards:
 class RemoteTensor(LazyTensor):
     """A tensor in a weight file that is downloaded when the tensor is read."""
 
+    local = False
+
     def __init__(self, open_shards: _OpenShards, shard: RemoteShard, info: TensorInfo) -> None:
         if info.dtype not in DTYPES:
             raise CheckpointError(

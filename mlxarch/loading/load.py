@@ -1,5 +1,6 @@
 """Loading of weights: from an open checkpoint to a network that can run."""
 
+import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from mlxarch.ssd_streaming.embeddings import attach_tables
 from mlxarch.system.dtypes import COMPUTE_DTYPES, mlx_dtype
 
 RESIDENT = Execution()
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -89,6 +92,8 @@ def load_weights(
         InvalidInput: an unknown ``dtype``, or numbers of slots that do not fit the layers.
     """
     model = checkpoint.model
+    for note in checkpoint.notes:
+        _logger.info("%s", note)
     compute = compute_dtype(dtype, checkpoint)
     offloaded: frozenset[str] = frozenset()
     try:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxarch.blocks import CausalLM, DecoderConfig
-from mlxarch.blocks.weight_mapping import Ignore, Rename, Rule
+from mlxarch.blocks.weight_mapping import AddModelPrefix, Ignore, Rename, Rule
 from mlxarch.errors import ConfigError, UnsupportedArchitecture
 from mlxarch.loading.model_types import BY_CLASS, MODELS
 
 # Keys of a multimodal config that apply to its text model
 INHERITED_KEYS = ("tie_word_embeddings",)
 
-# Published checkpoints and transformers 5 spell the prefix of the text model in two ways; both are
-# removed
+# Published checkpoints, transformers 5 and models saved without a head spell the prefix of the text
+# model in different ways, which become one
 MULTIMODAL_RULES: tuple[Rule, ...] = (
     Ignore(
         r"^(model\.)?(vision_tower|vision_model|visual|audio_tower|embed_vision|embed_audio"
@@ -23,7 +23,8 @@ MULTIMODAL_RULES: tuple[Rule, ...] = (
         "tower",
     ),
     Rename(r"^language_model\.(?=model\.|lm_head\.)", ""),
-    Rename(r"^model\.language_model\.", "model."),
+    Rename(r"^(model\.)?language_model\.", "model."),
+    AddModelPrefix(),
 )
 
 

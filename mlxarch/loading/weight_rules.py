@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxarch.blocks import DecoderConfig
 from mlxarch.blocks.weight_mapping import (
+    AddModelPrefix,
     Ignore,
     IgnoreExtraLayers,
     IgnoreFrom,
@@ -52,6 +53,8 @@ def apply_rule(
     match rule:
         case Rename(pattern, to):
             return {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
+        case AddModelPrefix():
+            return _add_model_prefix(tensors)
         case Ignore(pattern, what):
             ignored |= {name: what for name in tensors if re.search(pattern, name)}
         case IgnoreExtraLayers():
@@ -106,6 +109,17 @@ def _is_swapped(tensor: LazyTensor, columns: int, swap_square: bool) -> bool:
     if tensor.shape[-2] == tensor.shape[-1]:
         return swap_square
     return tensor.shape[-1] != columns and tensor.shape[-2] == columns
+
+
+def _add_model_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    bare = any(re.match(r"layers\.\d+\.", name) for name in tensors)
+    if not bare or any(name.startswith("model.") for name in tensors):
+        return tensors
+    outside = ("lm_head.", "mtp.")
+    return {
+        name if name.startswith(outside) else f"model.{name}": tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _from_layer(first: int, names: Iterable[str]) -> list[str]:

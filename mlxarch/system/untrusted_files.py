@@ -48,9 +48,10 @@ def safe_path(folder: str | os.PathLike[str], name: object) -> Path:
     """Return ``folder / name`` for a name from untrusted data, such as a shard index.
 
     The file need not exist. A name must be plain: 1 to 255 ASCII letters, digits and
-    ``_.,+=@~()[]-`` or blanks, no separator, and no reserved device name. A symbolic link is
-    refused unless the Hub's cache made it, from ``snapshots/REVISION`` to ``../../blobs`` and from
-    there into the cache's shared ``blobs``.
+    ``_.,+=@~()[]-`` or blanks, no separator, and no reserved device name. A symbolic link must lead
+    to a regular file of the same name, or from one safetensors file to another, so that a hostile
+    folder cannot make other files of this machine part of a model; or the Hub's cache made it, from
+    ``snapshots/REVISION`` to ``../../blobs`` and from there into the cache's shared ``blobs``.
 
     Raises:
         CheckpointError: the name is not plain, or it is a link to another place.
@@ -63,13 +64,20 @@ def safe_path(folder: str | os.PathLike[str], name: object) -> Path:
             f"without a folder. {REMEDY}"
         )
     path = Path(folder) / name
-    if os.path.islink(path) and not _is_hub_link(folder, path):
+    if os.path.islink(path) and not (_keeps_name(path) or _is_hub_link(folder, path)):
         raise CheckpointError(
             f"{where} is a symbolic link to {short_repr(os.path.realpath(path))}; links are "
-            "followed only inside the Hub's "
+            "followed only to a file of the same name, to a safetensors file, and inside the Hub's "
             "cache. Put the file itself into the folder."
         )
     return path
+
+
+def _keeps_name(link: Path) -> bool:
+    """Whether a link leads to a regular file of its name, or from a safetensors file to another."""
+    target = Path(os.path.realpath(link))
+    kinds = {link.suffix, target.suffix}
+    return target.is_file() and (target.name == link.name or kinds == {".safetensors"})
 
 
 def _is_hub_link(folder: str | os.PathLike[str], path: Path) -> bool:

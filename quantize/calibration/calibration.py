@@ -151,8 +151,7 @@ def generated_token_count(resolved: Resolved, method: str) -> int:
     ``TOKENS_PER_CHANNEL`` for each input channel of the widest matrix, limited by computing time
     (``MAX_PARAMETER_TOKENS``) and by memory (``MAX_ACTIVATION_BYTES``), times the method's budget.
     """
-    parameters = resolved.parameters
-    shapes = [parameters[path].shape for path in resolved.matrices & parameters.keys()]
+    shapes = [resolved.tensors[path].shape for path in resolved.matrices]
     elements = sum(map(prod, shapes))
     widest = max((shape[-1] for shape in shapes), default=1)
     budget = METHOD_BUDGET.get(method, 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.blocks import Embedding
+from mlxarch.blocks import Embedding, ForwardContext
 from mlxarch.blocks.linear import Matrix
 from mlxarch.loading.resolve import Resolved
 from mlxarch.progress import Progress, silent
@@ -87,10 +87,7 @@ def collect_embedding_stats(
         max_tokens: number of tokens to use, at most, but at least one window.
     """
     windows = mx.concatenate(list(batches))
-    length = windows.shape[1]
-    count = min(max(max_tokens // length, 1), len(windows))
-    selected = np.linspace(0, len(windows) - 1, count).astype(int)
-    passes = np.array_split(selected, -(-len(selected) * length // BATCH_TOKENS))
+    passes = _plan_passes(*windows.shape, max_tokens)
     collected = dict[str, list[EmbeddingStats]]()
     for number, ids in enumerate(ids for ids in passes if len(ids)):
         embedding_pass = _EmbeddingPass(
@@ -107,6 +104,28 @@ def collect_embedding_stats(
         for path, stats in embedding_pass.stats.items():
             collected.setdefault(path, []).append(stats)
     return {path: _concatenate_stats(parts) for path, parts in collected.items()}
+
+
+def _plan_passes(count: int, length: int, max_tokens: int) -> list[np.ndarray]:
+    """Choose evenly spaced ones of ``count`` windows, and split them into passes."""
+    used = min(max(max_tokens // length, 1), count)
+    selected = np.linspace(0, count - 1, used).astype(int)
+    return np.array_split(selected, -(-used * length // BATCH_TOKENS))
+
+
+def hidden_state_bytes(resolved: Resolved, batches: Sequence[mx.array], max_tokens: int) -> int:
+    """Return the bytes of the temporary file in which a pass keeps the hidden states of all layers.
+
+    Args:
+        batches: as for ``collect_embedding_stats``.
+        max_tokens: as for ``collect_embedding_stats``.
+    """
+    length = batches[0].shape[1]
+    passes = _plan_passes(sum(map(len, batches)), length, max_tokens)
+    tokens = max(map(len, passes)) * length
+    # never evaluated, as only the shape is needed
+    state = resolved.model.embed(mx.zeros((1, 1), mx.int32), ForwardContext(1))
+    return tokens * len(resolved.model.layers) * state.size * mx.float32.size
 
 
 def _concatenate_stats(parts: Sequence[EmbeddingStats]) -> EmbeddingStats:

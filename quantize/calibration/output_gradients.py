@@ -3,11 +3,12 @@
 Row-wise error feedback needs their second moments E[g gᵀ]; see ``methods.row_feedback``.
 """
 
-from math import prod
 from typing import IO
 
 import numpy as np
 
+from mlxarch.blocks import ExpertLinear, Router
+from mlxarch.blocks.linear import Matrix
 from mlxarch.loading.resolve import Resolved
 from mlxarch.quantize.calibration.gradient_records import MAX_OUTPUTS
 
@@ -16,14 +17,21 @@ def bytes_per_token(resolved: Resolved) -> int:
     """Estimate the bytes that ``OutputGradients`` stores per token.
 
     Two for each output of each matrix. Of expert matrices only those count that a token is routed
-    to.
+    to, and matrices per head are not stored.
     """
-    active_experts = getattr(resolved.architecture.config, "num_experts_per_tok", 1)
+    model = resolved.model
+    active_experts: dict[int, int] = {}  # id of an expert matrix -> experts that a token chooses
+    for modules in (layer.modules() for layer in model.layers):
+        chosen = max((module.k for module in modules if isinstance(module, Router)), default=0)
+        experts = (module for module in modules if isinstance(module, ExpertLinear))
+        active_experts |= {id(module): chosen for module in experts}
     outputs = 1
-    for path in resolved.matrices:
-        *stack, out_features, _ = resolved.parameters[path].shape
+    for path, module in model.named_modules():
+        if not isinstance(module, Matrix) or not module.quantizable:
+            continue
+        *stack, out_features, _ = resolved.tensors[f"{path}.weight"].shape
         if out_features <= MAX_OUTPUTS:
-            outputs += min(prod(stack), active_experts) * out_features
+            outputs += out_features * active_experts.get(id(module), 0 if stack else 1)
     return 2 * outputs
 
 

@@ -222,7 +222,7 @@ def _divisible_matrices(resolved: Resolved, quantization: Quantization) -> set[s
     """Paths of the matrices whose row length a supported group size divides."""
     return {
         path
-        for path in resolved.matrices & resolved.parameters.keys()
+        for path in resolved.matrices
         if fit_group_size(quantization, resolved.parameters[path].shape[-1]) is not None
     }
 

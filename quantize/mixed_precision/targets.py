@@ -37,7 +37,15 @@ def toward(conversion: Conversion, target: Target, progress: Progress = silent) 
     byte_budget = None
     if target.size is not None:
         entries = conversion.layout.entries.values()
-        quantized_bytes = sum(entry.nbytes for entry in entries if entry.treatment == "quantized")
+        chosen = {
+            conversion.resolved.architecture.published_name(path)
+            for path in conversion.resolved.matrices
+        }
+        quantized_bytes = sum(
+            entry.nbytes
+            for entry in entries
+            if entry.treatment == "quantized" and entry.path in chosen
+        )
         byte_budget = target.size - (conversion.disk_bytes - quantized_bytes)
     allocation = allocate_for_target(
         conversion.source,

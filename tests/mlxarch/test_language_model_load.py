@@ -139,6 +139,10 @@ def test_both_dialects_of_a_config_give_the_same_model(tmp_path: Path) -> None:
             Sampling(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1),
         ),
         (
+            {"do_sample": True, "top_k": -1},
+            Sampling(temperature=1.0, top_k=0),
+        ),
+        (
             {"do_sample": True, "repetition_penalty": 1.05},
             Sampling(temperature=1.0, repetition_penalty=1.05),
         ),

@@ -99,7 +99,6 @@ def test_what_no_key_of_the_config_says_shows_too(mistake: Any, tmp_path: Path) 
         ({"layer_types": [SLIDING, FULL, "chunked_attention"]}, "layer_types"),
         ({"sliding_window": None}, "sliding_window"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ({"attention_bias": True}, "attention_bias"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "spiral"),
     ],

@@ -147,7 +147,6 @@ def test_padding_far_to_the_left_is_no_number_out_of_range(tmp_path: Path) -> No
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_experts_per_tok": 4}, "num_experts_per_tok"),
         ({"attention_chunk_size": None}, "attention_chunk_size"),
-        ({"attention_bias": True}, "attention_bias"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ({"no_rope_layers": [1, 1, 1, 2]}, "no_rope_layers"),
         ({"layer_types": ["full_attention"] * 4}, "layer_types"),

@@ -173,10 +173,6 @@ ROPE = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 16.0}
             {"rope_parameters": ROPE | {"original_max_position_embeddings": 16}},
             "llama_4_scaling_beta",
         ),
-        (
-            {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1}},
-            "original_max_position_embeddings",
-        ),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
     ],
 )

@@ -126,7 +126,6 @@ def test_what_says_the_same_computes_the_same(change: Change, tmp_path: Path) ->
     ("name", "settings", "named"),
     [
         ("olmo2", {"hidden_act": "gelu"}, "hidden_act"),
-        ("olmo2", {"attention_bias": True}, "attention_bias"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmo2", {"sliding_window": 8}, "sliding_window"),
         ("olmo2", {"layer_types": [SLIDING, FULL]}, "sliding_attention"),

@@ -90,13 +90,18 @@ class LocalRoPEConfig(SlidingPatternConfig):
     rope_local_base_freq: Positive
 
     def rope_for(self, layer_type: str) -> RoPEConfig:
-        if self.rope_parameters:
-            if not isinstance(self.rope_parameters.get(layer_type), dict):
-                raise ConfigError(
-                    f"config.json: rope_parameters must hold those of {layer_type!r}, found "
-                    f"{', '.join(map(repr, sorted(self.rope_parameters)))}; take the original "
-                    "model's"
-                )
-        elif layer_type == "sliding_attention":
-            return RoPEConfig(self.rope_local_base_freq)
+        own = (self.rope_parameters or {}).get(layer_type)
+        if self.rope_parameters and not isinstance(own, dict):
+            raise ConfigError(
+                f"config.json: rope_parameters must hold those of {layer_type!r}, found "
+                f"{', '.join(map(repr, sorted(self.rope_parameters)))}; take the original "
+                "model's"
+            )
+        if layer_type == "sliding_attention":
+            return self.complete_rope({"rope_theta": self.rope_local_base_freq} | (own or {}))
         return super().rope_for(layer_type)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model is made for: published files count the scaling already."""
+        return self.max_position_embeddings

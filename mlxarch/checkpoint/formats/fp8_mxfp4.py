@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 
 from mlxarch.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
 from mlxarch.errors import CheckpointError
@@ -89,9 +90,12 @@ class Fp8BlockTensor(LazyTensor):
     """A float8 e4m3 matrix with one scale per ``block``; blocks at the edges may be smaller.
 
     Blocks of 128 by 128 are DeepSeek-V3's format; a block may as well be a row, or the whole
-    matrix.
+    matrix. Stacks of matrices have a stack of scales.
     Source: arXiv:2412.19437 section 3.3.2; the ``weight_scale_inv`` tensors of
     deepseek-ai/DeepSeek-V3.
+
+    Shape:
+        weight: (..., out, in), scale: (..., ceil(out / block rows), ceil(in / block columns))
     """
 
     def __init__(
@@ -106,13 +110,13 @@ class Fp8BlockTensor(LazyTensor):
         self.block = block
         self.shape = weight.shape
         self.dtype = mx.float32
-        expected = tuple(
-            -(-size // length) for size, length in zip(weight.shape, block, strict=False)
+        blocks = tuple(
+            -(-size // length) for size, length in zip(weight.shape[-2:], block, strict=False)
         )
         if (
-            len(weight.shape) != 2
+            len(weight.shape) < 2
             or weight.dtype != mx.uint8
-            or scale.shape != expected
+            or scale.shape != (*weight.shape[:-2], *blocks)
             or scale.dtype not in FLOAT_DTYPES
         ):
             raise CheckpointError(
@@ -127,8 +131,11 @@ class Fp8BlockTensor(LazyTensor):
 
     def read_rows(self, start: int, stop: int) -> mx.array:
         block_rows, block_columns = self.block
-        first = start // block_rows
-        scales = self.scale.read_rows(first, -(-stop // block_rows)).astype(mx.float32)
-        row_scales = scales[mx.arange(start, stop) // block_rows - first]
+        rows = np.arange(start, stop)
+        height = self.shape[-2]
+        blocks = rows // height * self.scale.shape[-2] + rows % height // block_rows
+        first = int(blocks[0])
+        scales = self.scale.read_rows(first, int(blocks[-1]) + 1).astype(mx.float32)
+        row_scales = scales[mx.array(blocks - first)]
         scales = mx.repeat(row_scales, block_columns, axis=1)[:, : self.shape[-1]]
         return mx.from_fp8(self.weight.read_rows(start, stop), mx.float32) * scales

@@ -21,6 +21,7 @@ from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.checkpoint.tensor_views import Reshaped
 from mlxarch.errors import CheckpointError, ConfigError
 from mlxarch.quantization.scheme import Quantization
+from mlxarch.system.untrusted_files import short_repr
 
 # Supported formats of compressed-tensors, and for each the supported values of a group's weight
 # keys.
@@ -39,10 +40,21 @@ COMPRESSED_TENSORS_FORMATS: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_bits": (8,),
         "symmetric": (True,),
         "strategy": ("channel", "tensor", "block"),
-        "block_structure": (None, [128, 128]),
         "dynamic": (None, False),
     },
 }
+
+
+UNEXPLAINED = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "a float8 format",
+    ".weight_scale_inv": "a float8 format",
+}
+"""Ends of tensor names that need a ``quantization_config``, and whose they are."""
+
+ACTIVATION_SCALES = (".input_scale", ".activation_scale", "_proj_activation_scale")
+"""Ends of the names of scales that float8 activations are divided by."""
 
 
 def convert_to_mlx(
@@ -57,17 +69,22 @@ def convert_to_mlx(
         CheckpointError: a tensor of a matrix is missing, or shapes do not match.
     """
     section = config.get("quantization_config") or {}
-    method = section.get("quant_method") if isinstance(section, dict) else section
+    if not isinstance(section, dict):
+        raise ConfigError(
+            f"config.json: quantization_config must be a table with a quant_method, found "
+            f"{short_repr(section)}; take the original model's config.json"
+        )
+    method = section.get("quant_method")
     if method == "fp8":
-        return _convert_fp8(stored, section)
+        return _convert_float8(stored, _float8_block(section, "weight_block_size", [128, 128]))
     if method == "compressed-tensors":
         weights = _weights_scheme(section)
         if section["format"] == "float-quantized":
-            return _convert_scaled_float8(stored, weights["strategy"])
+            return _convert_float8(stored, _float8_block(weights, "block_structure", None))
         group = weights["group_size"] if weights["strategy"] == "group" else None
         return _convert_packed_integers(stored, weights["num_bits"], group, weights["symmetric"])
     if method == "fbgemm_fp8":
-        return _convert_scaled_float8(stored, "channel")
+        return _convert_float8(stored, None)
     if method == "mxfp4":
         return _convert_mxfp4(stored)
     if isinstance(method, str) and method in awq_gptq.SUPPORTED:
@@ -78,28 +95,84 @@ def convert_to_mlx(
             "the original "
             "checkpoint, or one that is quantized for MLX"
         )
+    for ending, makers in UNEXPLAINED.items():
+        if name := next((name for name in stored if name.endswith(ending)), None):
+            raise ConfigError(
+                f"tensor {name} is packed as {makers} packs it, and config.json has no "
+                "quantization_config that says how; put the settings there, with a quant_method "
+                "(older repositories have them in quantize_config.json, quant_config.json or "
+                "hf_quant_config.json), or take another repository of the model"
+            )
     return dict(stored)
 
 
-def _convert_fp8(
-    stored: Mapping[str, LazyTensor], section: Mapping[str, Any]
-) -> dict[str, LazyTensor]:
-    """Join each float8 matrix ``X`` with its block scales ``X_scale_inv``."""
-    block = section.get("weight_block_size") or [128, 128]
-    if block != [128, 128]:
+def _float8_block(section: Mapping[str, Any], key: str, default: Any) -> tuple[int, int] | None:
+    """Return rows and columns of a block; None if the section says that scales are not per block.
+
+    Raises:
+        ConfigError: it is no pair of positive numbers.
+    """
+    block = section.get(key, default)
+    if block is None:
+        return None
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or any(type(size) is not int or size < 1 for size in block)
+    ):
         raise ConfigError(
-            f"config.json: float8 in blocks of {block} is not read; only [128, 128] is"
+            f"config.json: {key} of float8 must be two positive numbers or null, found "
+            f"{short_repr(block)}; take the original model's config.json"
         )
-    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale_inv")}
-    for name, scale in stored.items():
-        weight = name.removesuffix("_scale_inv")
+    return block[0], block[1]
+
+
+def _convert_float8(
+    stored: Mapping[str, LazyTensor], block: tuple[int, int] | None
+) -> dict[str, LazyTensor]:
+    """Join each float8 matrix ``X`` with its scales, ``X_scale_inv`` or ``X_scale``.
+
+    The shape of the scales says whether there is one for a matrix, for each row or for each block.
+    Scales of activations are dropped, because activations are not quantized here.
+    Source: the format float-quantized of github.com/vllm-project/compressed-tensors; transformers'
+    FineGrainedFP8 and FbgemmFp8Linear; github.com/neuralmagic/AutoFP8.
+
+    Args:
+        stored: tensors of the checkpoint.
+        block: rows and columns of a block; None if the config has no blocks.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    scales: dict[str, tuple[str, LazyTensor]] = {}
+    for name, tensor in stored.items():
+        weight = re.sub(r"(_scale_inv|(?<=\.weight)_scale)$", "", name)
+        if name.endswith(ACTIVATION_SCALES):
+            continue
+        if weight == name:
+            tensors[name] = tensor
+        else:
+            scales[weight] = name, tensor
+    for weight, (name, scale) in scales.items():
         if weight not in tensors:
             raise CheckpointError(
                 f"tensor {name} has no {weight} beside it; download the checkpoint again"
             )
-        if weight != name:
-            tensors[weight] = Fp8BlockTensor(weight, tensors[weight], scale)
+        tensors[weight] = _scaled_float8(weight, tensors[weight], scale, block)
     return tensors
+
+
+def _scaled_float8(
+    name: str, matrix: LazyTensor, scale: LazyTensor, block: tuple[int, int] | None
+) -> LazyTensor:
+    """Multiply a float8 matrix by its scales, whose shape says what each is for."""
+    *stack, rows, columns = matrix.shape if len(matrix.shape) > 1 else (1, 1)
+    per_matrix = (*stack, 1, 1)
+    if scale.shape == (*stack, 1) or (not stack and scale.shape == ()):
+        scale = Reshaped(scale, per_matrix)
+    if scale.shape == per_matrix:
+        block = rows, columns
+    elif block is None or scale.shape == (*stack, rows, 1):
+        block = 1, columns
+    return Fp8BlockTensor(name, matrix, scale, block)
 
 
 def _convert_mxfp4(stored: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -194,35 +267,6 @@ def _scales_and_biases(
 def _repeat_column(tensor: LazyTensor, times: int) -> LazyTensor:
     """Repeat a column: (out, 1) -> (out, times)."""
     return RowwiseMapped(tensor, times, tensor.dtype, lambda rows: mx.repeat(rows, times, axis=-1))
-
-
-def _convert_scaled_float8(
-    stored: Mapping[str, LazyTensor], strategy: str
-) -> dict[str, LazyTensor]:
-    """Join each float8 matrix ``X`` with its scales ``X_scale``, per row, matrix or block.
-
-    Scales of activations are dropped, because activations are not quantized here.
-    Source: the format float-quantized of github.com/vllm-project/compressed-tensors; transformers'
-    FbgemmFp8Linear.
-    """
-    tensors = {
-        name: tensor
-        for name, tensor in stored.items()
-        if not name.endswith((".weight_scale", ".input_scale"))
-    }
-    for name, scale in stored.items():
-        if not name.endswith(".weight_scale"):
-            continue
-        if (matrix := tensors.get(weight := name.removesuffix("_scale"))) is None:
-            raise CheckpointError(
-                f"tensor {name} has no {weight} beside it; download the checkpoint again"
-            )
-        rows, columns = matrix.shape if len(matrix.shape) == 2 else (1, 1)
-        block = {"channel": (1, columns), "tensor": (rows, columns), "block": (128, 128)}[strategy]
-        if strategy == "tensor" and scale.shape in ((), (1,)):
-            scale = Reshaped(scale, (1, 1))
-        tensors[weight] = Fp8BlockTensor(weight, matrix, scale, block)
-    return tensors
 
 
 def _weights_scheme(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ llama-vocab.cpp for defaults.
 """
 
 import json
+import logging
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import short_repr
 from mlxarch.tokenizer.added_tokens import is_tag
+
+_logger = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
@@ -184,14 +187,18 @@ class Vocabulary:
         return value
 
     def special(self, name: str) -> int | None:
-        """Return the token id ``tokenizer.ggml.<name>_token_id``, if any."""
-        token = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token is not None and (type(token) is not int or not 0 <= token < len(self.tokens)):
-            self.refuse(
-                f"tokenizer.ggml.{name}_token_id is {short_repr(token)}, which is none of "
-                f"{len(self.tokens)} tokens"
-            )
-        return token
+        """Return the token id ``tokenizer.ggml.<name>_token_id``, if any.
+
+        An id that is none of the tokens, such as 2^32 - 1 for "none", counts for nothing.
+        """
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = self.metadata.get(key)
+        if token is not None and type(token) is not int:
+            self.refuse(f"{key} must be a whole number, found {short_repr(token)}")
+        if token is None or 0 <= token < len(self.tokens):
+            return token
+        _logger.warning("%s is %d, which is none of %d tokens", key, token, len(self.tokens))
+        return None
 
     def special_ids(self) -> dict[str, int | list[int]]:
         """Return bos, eos and pad ids under config.json's keys.

@@ -130,7 +130,8 @@ def test_blocks_are_those_of_128() -> None:
         (np.zeros((4, 6), np.uint8), np.ones(4, np.float32)),
         (np.zeros((4, 6), np.uint8), np.ones((4, 1), np.int32)),
         (np.zeros((4, 6), np.float32), np.ones((4, 1), np.float32)),
-        (np.zeros((2, 4, 6), np.uint8), np.ones((2, 4, 1), np.float32)),
+        (np.zeros((2, 4, 6), np.uint8), np.ones((2, 3, 1), np.float32)),
+        (np.zeros((2, 4, 6), np.uint8), np.ones(2, np.float32)),
         (np.zeros(6, np.uint8), np.ones((6, 1), np.float32)),
         (np.zeros((0, 6), np.uint8), np.ones((4, 1), np.float32)),
     ],
@@ -158,10 +159,65 @@ def test_a_scale_alone_is_refused_by_name() -> None:
     [
         ({"num_bits": 4}, "num_bits 4"),
         ({"strategy": "group"}, "strategy 'group'"),
-        ({"strategy": "block", "block_structure": [64, 64]}, r"block_structure \[64, 64\]"),
+        ({"strategy": "block", "block_structure": [64]}, r"block_structure .* \[64\]"),
+        ({"strategy": "block", "block_structure": [64, 0]}, r"block_structure .* \[64, 0\]"),
         ({"type": "int"}, "type 'int'"),
     ],
 )
 def test_other_float8_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         convert_to_mlx({}, {"quantization_config": section(**settings)})
+
+
+# Method fp8: blocks of any size, and one scale for a matrix, as Ministral 3 and AutoFP8 store it
+
+
+def wide(scale: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    rows, columns = block
+    repeated = np.repeat(np.repeat(scale, rows, -2), columns, -1)
+    return repeated[..., : shape[-2], : shape[-1]]
+
+
+@pytest.mark.parametrize("block", [(64, 64), (1, 128), (128, 1), (32, 100), (500, 500)])
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_blocks_of_any_size_have_their_scales(block: tuple[int, int], stack: tuple[int]) -> None:
+    draw, shape = np.random.default_rng(0), (*stack, 200, 150)
+    codes = draw.integers(0, 127, shape).astype(np.uint8)
+    blocks = [-(-size // length) for size, length in zip(shape[-2:], block, strict=True)]
+    scale = draw.uniform(0.5, 2, (*stack, *blocks)).astype(np.float32)
+    stored = {"a.weight": Held(codes), "a.weight_scale_inv": Held(scale)}
+    section = {"quant_method": "fp8", "weight_block_size": list(block)}
+    found = convert_to_mlx(stored, {"quantization_config": section})["a.weight"]
+    wanted = (e4m3()[codes] * wide(scale, block, shape)).astype(np.float32)
+    assert found.shape == shape and np.array_equal(np.array(found.load()), wanted)
+    rows = wanted.reshape(-1, 150)
+    for start, stop in [(0, 1), (63, 66), (199, len(rows)), (0, len(rows))]:
+        assert np.array_equal(np.array(found.read_rows(start, stop)), rows[start:stop])
+
+
+@pytest.mark.parametrize(
+    "names", [("weight_scale_inv", "activation_scale"), ("weight_scale", "input_scale")]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("settings", [{}, {"weight_block_size": None}])
+def test_a_matrix_may_have_a_single_scale(
+    names: tuple[str, str], shape: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    codes = np.arange(200 * 150).reshape(200, 150).astype(np.uint8) % 127
+    stored = {
+        "a.weight": Held(codes),
+        f"a.{names[0]}": Held(np.full(shape, 0.25, np.float32)),
+        f"a.{names[1]}": Held(np.full(shape, 9, np.float32)),
+        "norm.weight": Held(np.ones(3, np.float32)),
+    }
+    section = {"quant_method": "fp8", "activation_scheme": "static"} | settings
+    found = convert_to_mlx(stored, {"quantization_config": section})
+    assert found.keys() == {"a.weight", "norm.weight"}
+    assert np.array_equal(
+        np.array(found["a.weight"].load()), (e4m3()[codes] * 0.25).astype(np.float32)
+    )
+
+
+def test_a_section_that_is_no_table_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="quantization_config must be a table.*found 'gptq'"):
+        convert_to_mlx({}, {"quantization_config": "gptq"})

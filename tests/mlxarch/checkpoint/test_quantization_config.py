@@ -315,3 +315,11 @@ def test_damaged_parts_do_not_reach_mlx(part: str, damage: Any, tmp_path: Path) 
 
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.(experts\.3|switch_mlp)\.up_proj"):
         load_model(parity.copy("kimi_k2", "config.json", tmp_path, change))
+
+
+@pytest.mark.parametrize("ending", ["qweight", "weight_packed", "weight_scale", "weight_scale_inv"])
+def test_packed_tensors_without_settings_ask_for_them(ending: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"x\.{ending} is packed as .* has no quantization_config"
+    ):
+        convert_to_mlx({f"x.{ending}": Held(np.ones((2, 2), np.float32))}, {})

@@ -85,19 +85,39 @@ def test_a_missing_shard_is_named_with_the_remedy(folder):
     refused(folder, "1 of 2 weight files are missing", TWO, "Download the model again")
 
 
-def test_a_tensor_missing_from_its_shard_is_named(folder):
+def opened(folder) -> set[str]:
+    with Checkpoint.open(folder) as checkpoint:
+        return set(checkpoint.tensors)
+
+
+def test_a_tensor_in_the_index_alone_is_named(folder, caplog):
     index(folder, {"a": ONE, "b": TWO, "c": TWO, "d": ONE})
-    refused(folder, ONE, "tensor 'd' is not in this file", "download all of them again")
+    assert opened(folder) == {"a", "b", "c"}
+    assert "'d' left alone: in the index alone" in caplog.text
 
 
-def test_a_tensor_in_another_shard_is_named(folder):
+def test_a_whole_set_counts_beside_the_index_of_other_files(folder, caplog):
+    index(folder, {"a": "model-00001-of-00001.safetensors", "z": ONE})
+    assert opened(folder) == {"a", "b", "c"}
+    assert "which are not there, and is left alone" in caplog.text
     index(folder, {"a": ONE, "b": ONE, "c": TWO})
-    refused(folder, TWO, "tensor 'b'", f"places it in {ONE}", "download all of them again")
+    assert opened(folder) == {"a", "b", "c"}
+    assert f"{INDEX_FILE} belongs to other files" in caplog.text
+    os.rename(folder / TWO, folder / "model-00003-of-00003.safetensors")
+    refused(folder, "1 of 2 weight files are missing", TWO)
+    (folder / "model.safetensors").write_bytes(safetensors(w=B))
+    assert opened(folder) == {"w"}
+
+
+def test_a_tensor_in_another_file_is_named_where_names_tell_no_whole_set(folder):
+    os.rename(folder / TWO, folder / "two.safetensors")
+    index(folder, {"a": ONE, "b": ONE, "c": "two.safetensors"})
+    refused(folder, "two", "tensor 'b'", f"places it in {ONE}", "download all of them again")
 
 
 def test_a_tensor_in_two_shards_is_refused(folder):
     (folder / TWO).write_bytes(safetensors(a=A, b=B, c=A))
-    refused(folder, TWO, "tensor 'a'", f"places it in {ONE}", "download all of them again")
+    refused(folder, TWO, "tensor 'a'", f"is in {ONE} too", "download all of them again")
 
 
 def test_a_file_under_two_names_is_refused(folder):
@@ -162,9 +182,21 @@ def test_the_only_safetensors_file_counts_whatever_its_name(folder, caplog):
     assert not caplog.records
 
 
-def test_several_files_without_an_index_are_refused(folder):
+def test_a_whole_set_needs_no_index(folder, caplog):
     os.remove(folder / INDEX_FILE)
-    refused(folder, ONE, TWO, f"no {INDEX_FILE}", "Download the index too")
+    assert opened(folder) == {"a", "b", "c"} and not caplog.records
+    (folder / "adapter.safetensors").write_bytes(safetensors(w=B))
+    assert opened(folder) == {"a", "b", "c"}
+    assert "'adapter.safetensors' left alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["three", "model-00002-of-00003", "model-2-of-00002", "x-00002-of-00002"]
+)
+def test_several_files_without_an_index_are_refused(name, folder):
+    os.remove(folder / INDEX_FILE)
+    os.rename(folder / TWO, folder / f"{name}.safetensors")
+    refused(folder, ONE, name, f"neither {INDEX_FILE} nor their names", "Download the index too")
 
 
 def test_a_folder_without_weights_says_what_is_there(folder):
@@ -219,7 +251,7 @@ BAD_SHARDS += [
 ]
 BAD_SHARDS += ["x" * 5_000 + ".safetensors", "../" * 500 + "outside.safetensors"]
 BAD_LINKS = [
-    "../outside.safetensors",
+    "../outside.bin",
     "/dev/zero",
     "/etc/passwd",
     "x.safetensors",
@@ -266,7 +298,8 @@ def opened_by(folders) -> list[tuple[str, str, list[str]]]:
 
 
 def test_nothing_outside_a_hostile_folder_is_opened(tmp_path):
-    (tmp_path / "outside.safetensors").write_bytes(safetensors(a=A))
+    for name in ("outside.safetensors", "outside.bin"):
+        (tmp_path / name).write_bytes(safetensors(a=A))
     folders = []
     for name in [*BAD_SHARDS, *BAD_LINKS, "a fifo", "a folder"]:
         folder = tmp_path / f"model{len(folders)}"

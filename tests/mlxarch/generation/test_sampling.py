@@ -64,6 +64,13 @@ def test_temperature_zero_takes_the_most_likely() -> None:
     assert draws(5, temperature=0)[0] == 1.0
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-39, 1e-45])
+def test_tiny_temperatures_take_the_most_likely(temperature: float) -> None:
+    logits = mx.array([[3.0, 20.0, 5.0, 19.0, -4.0]])
+    sampler = Sampler(Sampling(temperature=temperature, seed=1), 5, [[0]])
+    assert [int(np.asarray(sampler(logits))[0]) for _ in range(8)] == [1] * 8
+
+
 def test_the_same_seed_gives_the_same_tokens_and_another_does_not() -> None:
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(temperature=1.0, seed=seed), 8, [[]])

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint against its config: what does not fit is refused by name, before MLX sees it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import parity
 from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.errors import CheckpointError, ConfigError
@@ -227,18 +229,16 @@ def test_weights_packed_by_others_are_refused_by_name(
         open_checkpoint(changed(dense, tmp_path, change))
 
 
-@pytest.mark.parametrize("block", [5, "128", [64, 64], [128], {}, None])
-def test_float8_in_other_blocks_is_refused_or_plain(
-    block: Any, dense: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("block", [5, "128", [128], [128, 0], [128, True], {}, [64, 64], None])
+def test_blocks_of_float8_are_two_numbers_or_none(block: Any, dense: Path, tmp_path: Path) -> None:
     def change(config: Config, arrays: Arrays) -> None:
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": block}
 
     folder = changed(dense, tmp_path, change)
-    if not block:
+    if block in ([64, 64], None):
         open_checkpoint(folder)
         return
-    with pytest.raises(ConfigError, match="float8 in blocks"):
+    with pytest.raises(ConfigError, match="weight_block_size of float8 must be two"):
         open_checkpoint(folder)
 
 
@@ -296,7 +296,7 @@ WRONG: dict[str, tuple[Change, str]] = {
         r"unexpected: model\.extra\.weight",
     ),
     "unexpected bias": (
-        put(f"{GATE}.bias", np.zeros(128, np.float32)),
+        put(f"{GATE}.bias", np.eye(1, 128, 127, dtype=np.float32)[0]),
         rf"unexpected: {GATE}\.bias",
     ),
     "shape": (
@@ -339,10 +339,87 @@ def test_many_missing_tensors_are_counted(dense: Path, tmp_path: Path) -> None:
         load_model(changed(dense, tmp_path, grow(num_hidden_layers=6)))
 
 
-def test_tables_that_rope_computes_itself_are_passed_over(dense: Path, tmp_path: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    resolved = resolve(open_checkpoint(changed(dense, tmp_path, put(name, np.ones(8, np.float32)))))
-    assert list(resolved.ignored) == [name]
+USELESS = [
+    "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "model.rotary_emb.cos_cached",
+    "model.layers.1.self_attn.k_scale",
+    "model.layers.1.self_attn.v_proj.output_scale",
+    "model.layers.1.self_attn.kv_scale",
+    "score.weight",
+    "v_head.summary.bias",
+    f"{GATE}.bias",
+]
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_what_says_nothing_of_the_numbers_is_left_out_and_named(
+    name: str, dense: Path, tmp_path: Path, reached: list[str]
+) -> None:
+    folder = changed(dense, tmp_path, put(name, np.zeros(8, np.float32)))
+    resolved = resolve(open_checkpoint(folder))
+    assert list(resolved.ignored) == [name] and name not in resolved.parameters
+    assert not reached
+    [note] = convert(folder, tmp_path / "out", bits=None).notes
+    assert name in note and resolved.ignored[name] in note
+    assert name not in open_checkpoint(tmp_path / "out").tensors
+
+
+# Names of other savers
+
+
+def renamed(pattern: str, to: str) -> Change:
+    def change(config: Config, arrays: Arrays) -> None:
+        for name in list(arrays):
+            arrays[re.sub(pattern, to, name)] = arrays.pop(name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("pattern", "to"),
+    [
+        ("^model\\.", ""),  # saved without a head
+        ("^(?=model|lm_head)", "language_model."),
+        ("^model\\.", "model.language_model."),
+        ("^model\\.", "language_model."),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_prefixes_of_other_savers_are_understood(
+    pattern: str, to: str, tied: bool, tmp_path: Path
+) -> None:
+    make_llama(tmp_path / "model", tied=tied)
+    wanted = values(tmp_path / "model")
+    folder = changed(tmp_path / "model", tmp_path, renamed(pattern, to))
+    assert sorted(open_checkpoint(folder).tensors) != sorted(wanted)
+    found = values(folder)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def values(folder: Path) -> Arrays:
+    parameters = resolve(open_checkpoint(folder)).parameters
+    return {name: np.array(tensor.load()) for name, tensor in parameters.items()}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_tied_matrix_may_have_either_name(bits: int | None, tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", tied=True)
+    source = tmp_path / "model"
+    if bits:
+        source = convert(source, tmp_path / "packed", bits=bits, method="round").output
+    folder = changed(source, tmp_path, renamed("^model.embed_tokens", "lm_head"))
+    ids = mx.array([[3, 1, 4, 1, 5]])
+    assert np.array_equal(load_model(folder)[0](ids), load_model(source)[0](ids))
+    assert resolve(open_checkpoint(folder)).architecture.config.tie_word_embeddings
+
+
+def test_a_tied_matrix_of_gpt_2_may_be_its_head(tmp_path: Path) -> None:
+    def change(found: Config, weights: Arrays) -> None:
+        [name] = [name for name in weights if name.endswith("wte.weight")]
+        weights["lm_head.weight"] = weights.pop(name)
+
+    assert parity.effect("gpt2", "config.json", change, tmp_path) <= parity.TOLERANCE
 
 
 def test_a_head_in_the_file_counts_and_a_missing_one_is_the_embedding(

@@ -173,9 +173,31 @@ def test_the_layout_of_the_hubs_cache_is_asked_for(tmp_path):
     folder.mkdir(parents=True)
     (tmp_path / "a" / "blobs").mkdir()
     (tmp_path / "a" / "blobs" / "x").write_text("{}")
-    (folder / "x").symlink_to("../../blobs/x")
+    (folder / "y").symlink_to("../../blobs/x")
     with pytest.raises(CheckpointError, match="symbolic link"):
-        safe_path(folder, "x")
+        safe_path(folder, "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("config.json", "config.json"),
+        ("LICENSE", "LICENSE"),
+        ("model-00001-of-00002.safetensors", "weights.safetensors"),
+    ],
+)
+def test_links_that_keep_the_kind_of_a_file_are_followed(name, target, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / target).write_text("text")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).symlink_to(tmp_path / "elsewhere" / target)
+    assert safe_path(tmp_path / "model", name).read_text() == "text"
+    (tmp_path / "elsewhere" / target).unlink()
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        safe_path(tmp_path / "model", name)
+    (tmp_path / "elsewhere" / target).mkdir()
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        safe_path(tmp_path / "model", name)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

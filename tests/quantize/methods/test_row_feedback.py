@@ -2,21 +2,27 @@
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from divergence import of_moves
 
+from mlxarch.blocks import Router
 from mlxarch.checkpoint.lazy_tensor import LazyTensor
 from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.loading.load import load_model
 from mlxarch.loading.resolve import resolve
 from mlxarch.quantization.scheme import Quantization
 from mlxarch.quantize import schedule as methods
-from mlxarch.quantize.calibration.embedding_stats import collect_embedding_stats
+from mlxarch.quantize.calibration.embedding_stats import (
+    collect_embedding_stats,
+    hidden_state_bytes,
+)
 from mlxarch.quantize.calibration.input_stats import InputStats, random_tokens
 from mlxarch.quantize.calibration.output_gradients import OutputGradients, bytes_per_token
 from mlxarch.quantize.methods.gptq import round_values
@@ -89,10 +95,40 @@ def test_what_a_token_takes_in_the_file_is_known_beforehand(
     )  # tables, and heads of MLA
     collect_embedding_stats(resolved, batches, output_gradients=kept, max_tokens=256)
     assert kept.nbytes == 3 * first
-    assert scratch_bytes(resolved, "search", batches[:1]) == min(
-        batches[0].size, 1024
-    ) * bytes_per_token(resolved)
+    aside = scratch_bytes(resolved, "search", batches[:1])
+    assert aside == min(batches[0].size, 1024) * bytes_per_token(resolved) + hidden_state_bytes(
+        resolved, batches[:1], 1024
+    )
     assert scratch_bytes(resolved, "round", batches) == 0
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3n_text"])  # of one residual stream, and of four
+@pytest.mark.parametrize("tokens", [100, 320, 640])
+def test_the_file_of_hidden_states_is_as_large_as_forecast(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, tokens: int
+) -> None:
+    sizes = []
+
+    @contextmanager
+    def measured(**options: Any) -> Iterator[Any]:
+        with open(tmp_path / "states", "w+b") as file:
+            yield file
+            sizes.append(file.seek(0, 2))
+
+    resolved = resolve(open_checkpoint(GOLDEN / name))
+    batches = random_tokens(resolved.model.vocab_size, 64, 640)
+    monkeypatch.setattr("tempfile.TemporaryFile", measured)
+    collect_embedding_stats(resolved, batches, max_tokens=tokens)
+    assert max(sizes) == hidden_state_bytes(resolved, batches, tokens)
+
+
+def test_experts_per_token_are_those_of_the_router_whatever_the_config_calls_them() -> None:
+    resolved = resolve(open_checkpoint(GOLDEN / "qwen3_moe"))
+    before = bytes_per_token(resolved)
+    for router in (m for m in resolved.model.modules() if isinstance(m, Router)):
+        router.k += 1
+    expert = 2 * 12 + 32  # outputs of gate, up and down in each of two layers with experts
+    assert bytes_per_token(resolved) == before + 2 * 2 * expert
 
 
 def test_more_tokens_pass_back_where_that_takes_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,9 +340,12 @@ def test_a_sentencepiece_model_is_rebuilt_and_tokenizes_as_the_original(byte_fal
         ({"merges": ["a"]}, "the merge 'a' does not join two tokens to a third"),
         ({"merges": ["a nowhere"]}, "the merge 'a nowhere' does not join"),
         ({"merges": ["z |"]}, "the merge 'z |' does not join"),
-        ({"bos_token_id": 10**6}, "bos_token_id is 1000000, which is none of"),
-        ({"eos_token_id": -1}, "eos_token_id is -1"),
-        ({"padding_token_id": "x"}, "padding_token_id is 'x'"),
+        ({"eos_token_id": [1]}, "eos_token_id must be a whole number, found [1]"),
+        ({"padding_token_id": "x"}, "padding_token_id must be a whole number, found 'x'"),
+        (
+            {"add_bos_token": True, "bos_token_id": 10**6},
+            "add_bos_token is set, and there is no bos_token_id",
+        ),
         ({"add_bos_token": 1}, "add_bos_token must be a boolean"),
         (
             {"add_bos_token": True, "bos_token_id": None},
@@ -356,3 +359,13 @@ def test_a_tokenizer_that_cannot_be_rebuilt_exactly_is_refused_by_name(keys: dic
     with pytest.raises(TokenizerError) as caught:
         files(metadata(**keys))
     assert message in str(caught.value) and str(caught.value).startswith("file.gguf: ")
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, 2**32 - 1])
+@pytest.mark.parametrize("name", ["padding", "bos", "eos"])
+def test_an_id_that_is_no_token_counts_for_nothing(
+    name: str, token: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    without = files(metadata(**{f"{name}_token_id": None}))
+    assert files(metadata(**{f"{name}_token_id": token})) == without
+    assert f"{name}_token_id is {token}, which is none of" in caplog.text
