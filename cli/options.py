@@ -45,11 +45,13 @@ class TokenCount(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse a whole number of at least 1; k stands for 1024."""
-        text = str(value).strip().lower()
-        number = text.removesuffix("k")
-        if not re.fullmatch(r"[0-9]{1,15}", number) or not int(number):
-            self.fail(f"{value!r} is no number of tokens; write 4096 or 32k", param, ctx)
-        return int(number) * (1024 if text.endswith("k") else 1)
+        from mlxarch.errors import InvalidInput
+        from mlxarch.system.machines import parse_tokens
+
+        try:
+            return parse_tokens(str(value))
+        except InvalidInput as error:
+            self.fail(str(error), param, ctx)
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -145,6 +147,11 @@ answer_options = _combine(
             multiple=True,
             metavar="TEXT",
             help="Stop string, not part of the answer; repeatable (default: none)",
+        ),
+        click.option(
+            "--loop-guard/--no-loop-guard",
+            default=True,
+            help="Stop an answer that repeats itself without end, or not (default: stop).",
         ),
         click.option(
             "--stats", "--verbose", is_flag=True, help="Print speed and memory to standard error."

@@ -3,14 +3,16 @@
 Length: the docstrings of the public API are complete, so that ``help()`` is enough.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, Unpack, cast
 
 import mlx.core as mx
 import msgspec
+from mlx.utils import tree_flatten
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine import Engine
@@ -24,14 +26,16 @@ from mlxarch.generation.context_shift import (
     protected_tokens,
 )
 from mlxarch.generation.decode import check_tokens, decode, decode_batch, remaining_tokens
-from mlxarch.generation.sampling import Sampling
+from mlxarch.generation.prefill import Report
+from mlxarch.generation.sampling import Sampling, SamplingArguments
 from mlxarch.generation.session import Session
+from mlxarch.generation.stopping import LoopGuard
 from mlxarch.generation.timings import Timings
 from mlxarch.loading.load import load_weights, open_resolved
 from mlxarch.loading.matformer import Slice
 from mlxarch.planner.mlx_limits import set_limits
 from mlxarch.planner.plan import Plan, Request
-from mlxarch.progress import Progress, terminal_progress
+from mlxarch.progress import Progress, format_size, terminal_progress
 from mlxarch.quantization.scheme import Quantization
 from mlxarch.ssd_streaming.embeddings import cache_of
 from mlxarch.ssd_streaming.experts import ExpertStreaming, streaming_of
@@ -43,8 +47,9 @@ from mlxarch.structured_output.compiler import GrammarCompiler
 from mlxarch.structured_output.matcher import Grammar, Matcher
 from mlxarch.structured_output.python_types import answer_type
 from mlxarch.system import paths
-from mlxarch.system.machines import parse_size
+from mlxarch.system.machines import parse_size, parse_tokens
 from mlxarch.system.untrusted_files import read_json
+from mlxarch.tokenizer.chat_template import join_text_parts
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
 _PROMPT = "a prompt is a text, a list of messages with role and content, or a list of token ids"
@@ -57,7 +62,7 @@ def load(
     bits: int | str | None = None,
     dtype: str | mx.Dtype | None = None,
     memory: int | str | None = None,
-    context: int | None = None,
+    context: int | str | None = None,
     kv_bits: int | None = None,
     ple: Literal["auto", "ssd", "memory"] = "auto",
     wire: bool = False,
@@ -77,7 +82,8 @@ def load(
         memory: memory budget beside models loaded before, in bytes or as "16GB"; None takes the
             available memory. Experts and per-layer embeddings that exceed it are read from the SSD;
             a model that cannot fit is refused before it is downloaded.
-        context: context length in tokens; KV caches of that size are allocated at once. None lets
+        context: context length in tokens, 4096 or "4k"; KV caches of that size are allocated at
+            once. None lets
             them grow, up to the limits of the model and the memory.
         kv_bits: bits of keys and values in the KV cache, 8 or 4; None keeps them in the compute
             dtype.
@@ -96,7 +102,8 @@ def load(
         InvalidInput: an argument is out of range.
     """
     allowed = parse_size(memory) if isinstance(memory, str) else memory
-    request = Request(memory=allowed, context=context, kv_bits=kv_bits, ple=ple)
+    length = parse_tokens(context) if isinstance(context, str) else context
+    request = Request(memory=allowed, context=length, kv_bits=kv_bits, ple=ple)
     with terminal_progress(progress) as report:
         path = obtain(name_or_path, bits=bits, progress=report, request=request)
         return load_folder(path, request, dtype=dtype, wire=wire, slice=slice, progress=report)
@@ -127,6 +134,44 @@ def load_folder(
     loaded.context_length = plan.context
     loaded.plan = plan
     return loaded
+
+
+class AnswerArguments(SamplingArguments, total=False):
+    """Arguments of ``LanguageModel.stream`` and ``generate``, for type checkers."""
+
+    max_tokens: int | None
+    stop: str | Sequence[str]
+    sampling: Sampling | None
+    session: Session | None
+    template: Mapping[str, Any] | None
+    overflow: Overflow
+    schema: Any
+    grammar: Grammar | None
+    loop_guard: bool
+    on_prompt: Report | None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _spelt_out(model: Callable[..., Any] | None = None) -> Callable[[Function], Function]:
+    """Make a decorator with which ``help()`` lists each argument that ``**`` stands for.
+
+    Args:
+        model: function whose arguments the decorated one has; None if it takes the fields of
+            ``Sampling``.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(model or function)
+        fields = inspect.signature(Sampling).parameters.values()
+        own = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+        listed = own if model else [*own, *fields]
+        result = inspect.signature(function).return_annotation
+        vars(function)["__signature__"] = inspect.Signature(listed, return_annotation=result)
+        return function
+
+    return decorate
 
 
 class LanguageModel:
@@ -198,6 +243,14 @@ class LanguageModel:
             settings["prefix_cache_bytes"] = self.plan.kv_room
         return Engine(self.model, **(settings | options))
 
+    def __repr__(self) -> str:
+        size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        return (
+            f"<LanguageModel {self.path.name}: {self.config.get('model_type')}, "
+            f"{len(self.model.layers)} layers, {format_size(size)} of weights, "
+            f"{self.context_length} tokens of context>"
+        )
+
     @property
     def streaming(self) -> ExpertStreaming | None:
         """Experts that are read from the SSD when needed, with ``stats``; None if all are in memory."""
@@ -265,7 +318,7 @@ class LanguageModel:
             raise InvalidInput(f"{_PROMPT}; found {type(prompt).__name__}")
         elif prompt and isinstance(prompt[0], Mapping):
             rendered = self.tokenizer.apply_chat_template(
-                cast(Sequence[Mapping[str, Any]], prompt), **(template or {})
+                join_text_parts(cast(Sequence[Mapping[str, Any]], prompt)), **(template or {})
             )
             if isinstance(rendered, str):
                 raise TokenizerError("the chat template was rendered, not tokenized")
@@ -279,6 +332,7 @@ class LanguageModel:
         check_tokens(tokens, self.model.vocab_size)
         return tokens
 
+    @_spelt_out()
     def stream(
         self,
         prompt: Prompt,
@@ -291,7 +345,9 @@ class LanguageModel:
         overflow: Overflow = "refuse",
         schema: Any = None,
         grammar: Grammar | None = None,
-        **settings: Any,
+        loop_guard: bool = False,
+        on_prompt: Report | None = None,
+        **settings: Unpack[SamplingArguments],
     ) -> Iterator[Piece]:
         """Generate an answer piece by piece. Closing the iterator stops the generation.
 
@@ -310,6 +366,10 @@ class LanguageModel:
                 Only tokens that keep it are chosen.
             grammar: a compiled grammar of ``grammars`` in place of a schema: a regular expression,
                 a Lark grammar, or a JSON schema that is not held strictly.
+            loop_guard: whether to end an answer that repeats a block of tokens without end; its
+                ``finish_reason`` is then "loop".
+            on_prompt: called while the prompt is read, with the tokens read so far and their
+                number, several times a second.
             **settings: fields of ``Sampling``, which replace those of ``sampling``.
 
         Raises:
@@ -321,7 +381,7 @@ class LanguageModel:
         """
         if session is not None and not isinstance(session, Session):
             raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
-        chosen = _sampling(sampling, settings)
+        chosen = _sampling(sampling, settings, LanguageModel.stream)
         tokens = self.tokens_of(prompt, template)
         reader = AnswerReader(self.tokenizer, tokens, stop)
         form = self._answer_form(schema, grammar)
@@ -329,16 +389,25 @@ class LanguageModel:
         session = session or self._session(rewind=0)  # for this answer alone
         check_overflow(overflow)
         limit = self._limit(tokens, max_tokens, overflow)
+        guard = LoopGuard() if loop_guard else None
         if overflow == "refuse":
-            steps = decode(self.model, session, tokens, chosen, limit, matcher)
-            return self._pieces(steps, limit, reader, matcher)
+            steps = decode(self.model, session, tokens, chosen, limit, matcher, on_prompt)
+            return self._pieces(steps, limit, reader, matcher, guard)
         protected = protected_tokens(
             prompt, tokens, lambda messages: self.tokens_of(messages, template)
         )
         steps = decode_with_shift(
-            self.model, session, tokens, chosen, limit, self.context_length, protected, matcher
+            self.model,
+            session,
+            tokens,
+            chosen,
+            limit,
+            self.context_length,
+            protected,
+            matcher,
+            on_prompt,
         )
-        return self._pieces(steps, limit, reader, matcher)
+        return self._pieces(steps, limit, reader, matcher, guard)
 
     def _limit(
         self, tokens: Sequence[int], max_tokens: int | None, overflow: Overflow = "refuse"
@@ -355,14 +424,18 @@ class LanguageModel:
         limit: int,
         reader: AnswerReader,
         matcher: Matcher | None,
+        guard: LoopGuard | None,
     ) -> Iterator[Piece]:
         for count, (token, timings) in enumerate(steps, 1):
             segments = reader.add(token)
             reason = None
             ended = reader.ended or (matcher is not None and matcher.stopped)
-            if ended or count == limit:
+            looping = guard is not None and guard.add(token)
+            if ended or looping or count == limit:
                 segments += reader.finish()
-                reason = "stop" if ended or reader.ended else "length"
+                reason = "loop" if looping else "length"
+                if ended or reader.ended:
+                    reason = "stop"
             *before, (text, thinking) = segments or [("", reader.thinking)]
             for part, kind in before:
                 yield Piece(part, None, None, timings, kind)
@@ -370,7 +443,8 @@ class LanguageModel:
             if reason:
                 return
 
-    def generate(self, prompt: Prompt, **arguments: Any) -> Result:
+    @_spelt_out(stream)
+    def generate(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> Result:
         """Generate a complete answer; arguments as for ``stream``.
 
         With a schema, ``Result.parsed`` is the answer as a value: an instance of the type that was
@@ -400,6 +474,7 @@ class LanguageModel:
             return None
         return AnswerForm(grammar, msgspec.json.decode if grammar.is_json else None)
 
+    @_spelt_out()
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
@@ -409,7 +484,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         template: Mapping[str, Any] | None = None,
         batch_size: int = 32,
-        **settings: Any,
+        **settings: Unpack[SamplingArguments],
     ) -> list[Result]:
         """Generate answers to several prompts in batches.
 
@@ -429,7 +504,7 @@ class LanguageModel:
             raise InvalidInput(f"prompts must be a list of prompts, found {type(prompts).__name__}")
         if type(batch_size) is not int or batch_size < 1:
             raise InvalidInput(f"batch_size must be a whole number from 1 on, found {batch_size!r}")
-        chosen = _sampling(sampling, settings)
+        chosen = _sampling(sampling, settings, LanguageModel.generate_batch)
         ids: list[list[int]] = []
         for index, prompt in enumerate(prompts):
             try:
@@ -464,20 +539,17 @@ class LanguageModel:
         return [row.result(timings) for row in rows]
 
 
-def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
+def _sampling(
+    sampling: Sampling | None, settings: Mapping[str, Any], function: Callable[..., Any]
+) -> Sampling:
+    """Sampling with some fields replaced.
+
+    Args:
+        function: the public function that was called, whose arguments an error lists.
+    """
     if not isinstance(sampling, Sampling | None):
         raise InvalidInput(f"sampling must be a Sampling, found {type(sampling).__name__}")
     if unknown := sorted(settings.keys() - Sampling.__dataclass_fields__.keys()):
-        own = (
-            "max_tokens",
-            "stop",
-            "sampling",
-            "session",
-            "template",
-            "overflow",
-            "schema",
-            "grammar",
-        )
-        known = ", ".join((*own, "batch_size", *Sampling.__dataclass_fields__))
+        known = ", ".join(list(inspect.signature(function).parameters)[2:])
         raise InvalidInput(f"unknown argument {', '.join(unknown)}; known: {known}")
     return replace(sampling or Sampling(), **settings)

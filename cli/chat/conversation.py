@@ -20,6 +20,7 @@ from mlxarch.cli.chat.saved_chats import (
     write_chat,
 )
 from mlxarch.cli.options import SAMPLING_NAMES
+from mlxarch.cli.prompt_progress import PromptProgress
 from mlxarch.cli.render import Writer
 from mlxarch.errors import InvalidInput, OutputError
 from mlxarch.generation.thinking import EFFORTS, Switches, switches
@@ -77,7 +78,7 @@ class Conversation:
         system: the system prompt, or None.
         messages: messages of user and assistant, in turns.
         sampling, max_tokens, stop, think, effort: the settings.
-        overflow: the handling of a full context window, see ``LanguageModel.stream``.
+        overflow, loop_guard: see ``LanguageModel.stream``.
         file: the file it was last saved to or loaded from, or None.
         timings: timings of every answer, including answers taken back.
     """
@@ -98,6 +99,7 @@ class Conversation:
         self.think: bool | None = None
         self.effort: str | None = None
         self.overflow: Literal["refuse", "keep-ends"] = "refuse"
+        self.loop_guard = True
         self.messages: list[Message] = []
         self.file: Path | None = None
         self.timings: list[Timings] = []
@@ -148,6 +150,7 @@ class Conversation:
             raise
 
     def _generate_answer(self, writer: Writer, thinking_writer: Writer | None) -> Answer:
+        progress = PromptProgress()
         pieces = self.model.stream(
             self.prompt(),
             session=self._session,
@@ -156,9 +159,11 @@ class Conversation:
             sampling=self.sampling,
             template=self.thinking_switches().variables,
             overflow=self.overflow,
+            loop_guard=self.loop_guard,
+            on_prompt=progress,
         )
         try:
-            return receive_answer(pieces, writer, thinking_writer)
+            return receive_answer(pieces, writer, thinking_writer, progress)
         except BaseException:
             # the old session may have been interrupted within a step
             self._session = self.model.session()

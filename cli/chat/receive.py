@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlxarch.cli.output import is_terminal
+from mlxarch.cli.prompt_progress import PromptProgress
 from mlxarch.cli.render import NullWriter, Writer
 from mlxarch.cli.signals import Reacting
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from mlxarch.generation.timings import Timings
 
 STOPPED = "stopped"  # finish reason of an answer that Ctrl-C ended
+LOOP_NOTE = "stopped, because the answer repeats itself; --no-loop-guard lets it go on"
 
 
 @dataclass
 class Answer:
-    """An answer as received; ``finish_reason`` is "stop", "length" or ``STOPPED``."""
+    """An answer as received; ``finish_reason`` is one of ``Piece`` or ``STOPPED``."""
 
     text: str
     finish_reason: str
@@ -29,16 +31,23 @@ class Answer:
 
 
 def receive_answer(
-    pieces: "Iterator[Piece]", writer: Writer, thinking_writer: Writer | None = None
+    pieces: "Iterator[Piece]",
+    writer: Writer,
+    thinking_writer: Writer | None = None,
+    progress: PromptProgress | None = None,
 ) -> Answer:
     """Write an answer piece by piece, and the thinking to a writer of its own, if there is one.
 
     Ctrl-C ends the answer between two tokens, where the KV cache is consistent.
 
+    Args:
+        progress: line that is erased once the answer begins.
+
     Raises:
         KeyboardInterrupt: Ctrl-C before the first token, or a second time. The KV cache may then be
             inconsistent and must not be used again.
     """
+    progress = progress or PromptProgress()
     texts = {False: "", True: ""}
     writers = {False: writer, True: thinking_writer or NullWriter()}
     thinking = False
@@ -47,6 +56,7 @@ def receive_answer(
         try:
             for last in pieces:
                 interrupt.deferred = True
+                progress.clear()
                 if last.text:
                     if last.thinking != thinking:
                         writers[thinking].finish()
@@ -56,6 +66,7 @@ def receive_answer(
                 if interrupt.requested:
                     break
         finally:
+            progress.clear()
             getattr(pieces, "close", lambda: None)()
             for each in writers.values():
                 each.finish()

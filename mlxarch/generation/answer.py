@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxarch.generation.stop_strings import StopStrings
+from mlxarch.generation.stopping import StopStrings
 from mlxarch.generation.thinking import Segment, splitter
 from mlxarch.generation.timings import Timings
 from mlxarch.tokenizer.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ class Piece:
         text: text to append; may be empty while a character or a stop string is incomplete.
         token: token that completed the text; None where remaining text is flushed.
         finish_reason: None until the last piece, then "stop" after an end token or a stop string,
-            or "length" at the limit.
+            "length" at the limit, or "loop" where the loop guard ended it.
         timings: timings so far.
         thinking: whether the text belongs to the model's thinking rather than to the answer.
     """
@@ -38,7 +38,7 @@ class Result:
         text: the answer without thinking, end token and stop string; empty if the limit came before
             the end of the thinking.
         tokens: all sampled tokens.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length" or "loop".
         timings: duration and token counts.
         thinking: the model's thinking before the answer, without its tags.
         parsed: the answer as a value, if a schema was given and the answer is complete; else None.

@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import mlx.core as mx
 
@@ -64,6 +65,20 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             _in_range("token id in logit_bias", token, 0, 2**31 - 1, whole=True)
             _in_range(f"logit_bias of token {token}", bias, -1000, 1000)
+
+
+class SamplingArguments(TypedDict, total=False):
+    """Fields of ``Sampling`` as arguments of a function, for type checkers."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int | None
+    logit_bias: Mapping[int, float]
 
 
 def _in_range(

@@ -199,5 +199,17 @@ def parse_size(text: str) -> int:
     return count
 
 
+def parse_tokens(text: str) -> int:
+    """Parse a positive number of tokens: ``4096``, ``4k`` or ``32K``; k stands for 1024.
+
+    Raises:
+        InvalidInput: it is no number of tokens.
+    """
+    number = text.strip().lower().removesuffix("k")
+    if not re.fullmatch(r"[0-9]{1,15}", number, re.ASCII) or not int(number):
+        raise InvalidInput(f"{text!r} is no number of tokens; write 4096 or 32k")
+    return int(number) * (1024 if text.strip().lower().endswith("k") else 1)
+
+
 def _join(names: Iterable[str]) -> str:
     return ", ".join(names)

@@ -246,6 +246,34 @@ def _normalize_messages(messages: Any) -> list[dict[str, Any]]:
     return normalized
 
 
+def join_text_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Join the content of messages that is given in parts, as in the OpenAI API, to texts.
+
+    Many templates accept a text only.
+
+    Raises:
+        InvalidInput: a part is no text.
+    """
+    joined: list[Mapping[str, Any]] = []
+    for index, message in enumerate(messages):
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(parts, list | tuple):
+            texts = [_text_of_part(part, f"messages[{index}]") for part in parts]
+            message = {**message, "content": "".join(texts)}
+        joined.append(message)
+    return joined
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise InvalidInput(
+            f"{where} has the part {short_repr(part)}; content is a text, or a list of parts such "
+            'as {"type": "text", "text": "…"}. Images and sound are not supported.'
+        )
+    return text
+
+
 def _check_list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise InvalidInput(f"{name} is {short_repr(value)}; it must be a list.")

@@ -1,6 +1,7 @@
 """LanguageModel: prompts, answers, stop strings, limits."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ import mlxarch
 from mlxarch import LanguageModel, Result, Sampling
 from mlxarch.blocks import CausalLM
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits, TokenizerError
+from mlxarch.generation.sampling import SamplingArguments
+from mlxarch.language_model import AnswerArguments
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 TOKENS, END = 465, 461
@@ -317,6 +320,7 @@ def test_max_tokens_is_a_whole_number_from_1_on(count: Any, model: LanguageModel
             "unknown argument temprature; known: max_tokens, stop, .*temperature",
         ),
         ({"temperature": 0.5, "n": 2}, "unknown argument n;"),
+        ({"max_token": 3}, "unknown argument max_token; known: max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"sampling": "greedy"}, "sampling must be a Sampling, found str"),
@@ -455,3 +459,60 @@ def test_a_breakdown_is_an_error_of_every_way_to_generate(talker: Path) -> None:
     for call in calls:
         with pytest.raises(NonFiniteLogits):
             call("x", max_tokens=3)
+
+
+# Arguments
+
+
+def test_type_checkers_and_help_know_every_argument() -> None:
+    stream = inspect.signature(LanguageModel.stream).parameters
+    assert list(inspect.signature(LanguageModel.generate).parameters) == list(stream)
+    assert set(AnswerArguments.__annotations__) | {"self", "prompt"} == set(stream)
+    assert set(SamplingArguments.__annotations__) == set(Sampling.__dataclass_fields__)
+    batch = inspect.signature(LanguageModel.generate_batch).parameters
+    assert set(Sampling.__dataclass_fields__) < set(batch)
+    kinds = {each.kind for each in (*stream.values(), *batch.values())}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_a_batch_lists_its_own_arguments(model: LanguageModel) -> None:
+    unknown: dict[str, Any] = {"session": model.session()}
+    with pytest.raises(InvalidInput, match=r"unknown argument session; known: .*batch_size") as got:
+        model.generate_batch(["a"], **unknown)
+    assert "session," not in str(got.value).split("known:")[1]
+
+
+def test_a_context_may_be_written_as_on_the_command_line(talker: Path) -> None:
+    assert mlxarch.load(talker, context="128").context_length == 128
+    with pytest.raises(InvalidInput, match="'4q' is no number of tokens"):
+        mlxarch.load(talker, context="4q")
+
+
+def test_content_in_parts_is_their_text(model: LanguageModel) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert model.tokens_of([{"role": "user", "content": parts}]) == model.tokens_of(MESSAGES)
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(InvalidInput, match=r"messages\[0\] has the part .*image_url"):
+        model.tokens_of([{"role": "user", "content": image}])
+
+
+def test_a_model_names_itself(model: LanguageModel) -> None:
+    assert repr(model).startswith(f"<LanguageModel {model.path.name}: llama, 2 layers, ")
+    assert f"{CONTEXT} tokens of context" in repr(model)
+
+
+def test_the_loop_guard_ends_an_answer_that_repeats_itself(
+    model: LanguageModel, speak: Speak
+) -> None:
+    speak([3, 4, 5, 6])  # and 6 for ever
+    guarded = model.generate("x", max_tokens=200, loop_guard=True)
+    assert guarded.finish_reason == "loop" and len(guarded.tokens) == 3 + 128
+    speak([3, 4, 5, 6])
+    assert model.generate("x", max_tokens=200).finish_reason == "length"
+
+
+def test_a_prompt_says_how_far_it_is(model: LanguageModel) -> None:
+    seen: list[tuple[int, int]] = []
+    model.generate("hello world", max_tokens=1, on_prompt=lambda *report: seen.append(report))
+    length = len(model.tokens_of("hello world"))
+    assert seen and seen[-1][1] == length and all(done <= length for done, _ in seen)

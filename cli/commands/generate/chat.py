@@ -10,7 +10,7 @@ import click
 from mlxarch.cli import options
 from mlxarch.cli.chat.conversation import Conversation
 from mlxarch.cli.chat.line_editor import Editor, Interrupted, PipeReader, make_editor
-from mlxarch.cli.chat.receive import STOPPED, Answer, dropped_tokens_note
+from mlxarch.cli.chat.receive import LOOP_NOTE, STOPPED, Answer, dropped_tokens_note
 from mlxarch.cli.chat.slash_commands import ALIASES, COMMANDS, run_slash_command
 from mlxarch.cli.output import is_terminal, print_stderr
 from mlxarch.cli.render import Writer, make_answer_writer, make_thinking_writer
@@ -50,6 +50,7 @@ def chat_command(model: str | None, model_flag: str | None, **given: Any) -> Non
     conversation.think = given["think"]
     conversation.effort = given["effort"]
     conversation.overflow = given["overflow"]
+    conversation.loop_guard = given["loop_guard"]
     editor = make_editor(paths.state() / "history", [*COMMANDS, *ALIASES])
     chat = Chat(
         conversation,
@@ -141,6 +142,8 @@ class Chat:
             notes.append("stopped; the answer is kept as far as it came")
         if note := dropped_tokens_note(answer.timings):
             notes.append(note)
+        if answer.finish_reason == "loop":
+            notes.append(LOOP_NOTE)
         if answer.finish_reason == "length":
             full = self.conversation.max_tokens is None
             reason = "the context is full, /clear or /undo makes room" if full else "max_tokens"

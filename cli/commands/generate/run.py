@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxarch.cli import options
-from mlxarch.cli.chat.receive import STOPPED, Answer, dropped_tokens_note, receive_answer
+from mlxarch.cli.chat.receive import LOOP_NOTE, STOPPED, Answer, dropped_tokens_note, receive_answer
 from mlxarch.cli.output import is_terminal, print_json, print_stderr
+from mlxarch.cli.prompt_progress import PromptProgress
 from mlxarch.cli.render import NullWriter, make_answer_writer, make_thinking_writer
 from mlxarch.cli.stats import (
     kernels_line,
@@ -190,6 +191,7 @@ def _generate_answer(
     thinking = switches(model.tokenizer, given["think"], given["effort"])
     for warning in thinking.warnings:
         print_stderr(f"mlxarch: {name} {warning}")
+    progress = PromptProgress()
     pieces = model.stream(
         _build_messages(model, text, thinking.system(given["system"]), given["raw"]),
         template=thinking.variables,
@@ -198,9 +200,12 @@ def _generate_answer(
         overflow=given["overflow"],
         grammar=grammar,
         sampling=replace(model.recommended_sampling, **sampling),
+        loop_guard=given["loop_guard"],
+        on_prompt=progress,
     )
     writer = NullWriter() if as_json else make_answer_writer(given["plain"])
-    return receive_answer(pieces, writer, make_thinking_writer(as_json or given["hide_thinking"]))
+    thinking_writer = make_thinking_writer(as_json or given["hide_thinking"])
+    return receive_answer(pieces, writer, thinking_writer, progress)
 
 
 def _build_messages(
@@ -242,6 +247,8 @@ def _print_notes(model: "LanguageModel", answer: Answer, given: dict[str, Any]) 
             print_stderr(streaming, dim=True)
     if note := dropped_tokens_note(answer.timings):
         print_stderr(f"mlxarch: {note}", dim=True)
+    if answer.finish_reason == "loop":
+        print_stderr(f"mlxarch: {LOOP_NOTE}", dim=True)
     if answer.finish_reason == "length":
         limit = "--max-tokens"
         if not given["max_tokens"]:

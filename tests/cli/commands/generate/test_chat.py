@@ -13,7 +13,7 @@ PROMPT = ">>>"
 @pytest.fixture
 def person(home, tiny):
     def sit_down(*arguments: str, model: str = tiny, **environment: str) -> Person:
-        command = [sys.executable, "-m", "mlxarch", "chat", model, *arguments]
+        command = [sys.executable, "-m", "mlxarch", "chat", model, "--no-loop-guard", *arguments]
         return Person(*command, **{"NO_COLOR": "1"} | environment)
 
     return sit_down
@@ -182,7 +182,9 @@ def test_what_is_typed_during_an_answer_is_not_shown_in_it_and_comes_next(person
 
 
 def test_run_at_a_terminal_stops_at_ctrl_c(home, endless):
-    with Person(sys.executable, "-m", "mlxarch", "run", endless, "Hello", NO_COLOR="1") as user:
+    with Person(
+        sys.executable, "-m", "mlxarch", "run", endless, "--no-loop-guard", "Hello", NO_COLOR="1"
+    ) as user:
         user.sees(r"(?s:.){30}")
         user.type("\x03")
         assert user.leaves() == 130

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_chat import script
 
 import mlxarch
 
@@ -256,3 +257,13 @@ def test_a_broken_schema_is_refused(invoke, tiny, schema, reason):
     assert result.exit_code == 2
     assert reason in result.stderr
     assert not result.stdout
+
+
+def test_an_answer_that_repeats_itself_is_stopped(invoke, tiny, monkeypatch):
+    script(monkeypatch, tiny, "ab" * 300)
+    stopped = invoke("run", tiny, "Hi", "-n", "500")
+    assert (
+        len(stopped.stdout.strip()) == 128 and "repeats itself; --no-loop-guard" in stopped.stderr
+    )
+    script(monkeypatch, tiny, "ab" * 300)
+    assert len(invoke("run", tiny, "Hi", "-n", "500", "--no-loop-guard").stdout.strip()) == 500

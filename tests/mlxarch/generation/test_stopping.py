@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mlxarch.errors import InvalidInput
-from mlxarch.generation.stop_strings import StopStrings
+from mlxarch.generation.stopping import LoopGuard, StopStrings
 
 TEXTS = ["one two END three", "EN EN END", "no stop here", "aaab", "ababac", "END", "", "E", "xEND"]
 STOPS = [["END"], ["aab", "END"], ["abac"], [" two", "END"], ["END", "EN"], ["abac", "b"]]
@@ -52,3 +52,25 @@ def test_refuses_what_is_no_text(stops: object) -> None:
         assert StopStrings([]).feed("a") == "a"  # no stop at all is fine, an empty one is not
     with pytest.raises(InvalidInput, match="not empty"):
         StopStrings(stops)  # pyright: ignore[reportArgumentType]
+
+
+def first_loop(tokens: list[int]) -> int | None:
+    """How many tokens the guard has seen when it first finds a loop."""
+    guard = LoopGuard()
+    return next((index + 1 for index, token in enumerate(tokens) if guard.add(token)), None)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 16, 40, 64])
+def test_a_block_that_repeats_without_end_is_a_loop(block: int) -> None:
+    begin, repeated = list(range(1000, 1030)), list(range(block))
+    needed = max(LoopGuard.MIN_TOKENS, LoopGuard.MIN_REPEATS * block)
+    assert first_loop(begin + repeated * 200) == len(begin) + needed
+
+
+def test_what_differs_now_and_then_is_no_loop() -> None:
+    table = [token for row in range(100) for token in (1, 2, 1000 + row, 3, 4)]
+    assert first_loop(table) is None
+    few = list(range(30)) * 7  # a refrain
+    assert first_loop(few + list(range(500, 600)) + few) is None
+    assert first_loop(list(range(65)) * 50) is None  # longer than any block that is looked for
+    assert first_loop([5] * 127 + [6] + [5] * 127) is None

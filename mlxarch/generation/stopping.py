@@ -1,4 +1,4 @@
-"""Stop strings: texts that end an answer, found across the boundaries of streamed pieces."""
+"""Ends of an answer besides its end token: stop strings, and repetition without end."""
 
 from collections.abc import Sequence
 
@@ -56,3 +56,33 @@ class StopStrings:
         """Length of the longest beginning of ``stop`` at the end of the pending text."""
         longest = min(len(stop) - 1, len(self._pending))
         return next((n for n in range(longest, 0, -1) if self._pending.endswith(stop[:n])), 0)
+
+
+class LoopGuard:
+    """Detection of an answer that repeats itself without end.
+
+    The last tokens are a loop if they are one block of at most ``LONGEST_BLOCK`` tokens, repeated at
+    least ``MIN_REPEATS`` times over at least ``MIN_TOKENS`` tokens. Rows of a table or lines of code
+    that differ in a single token are none.
+    """
+
+    LONGEST_BLOCK = 64
+    MIN_REPEATS = 8
+    MIN_TOKENS = 128
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        # for each length of a block: how many of the last tokens equal the one a block earlier
+        self._equal = [0] * (self.LONGEST_BLOCK + 1)
+
+    def add(self, token: int) -> bool:
+        """Add a token; return whether the answer is in a loop now."""
+        self._tokens.append(token)
+        count = len(self._tokens)
+        looping = False
+        for length in range(1, min(self.LONGEST_BLOCK, count - 1) + 1):
+            same = self._tokens[-1 - length] == token
+            self._equal[length] = self._equal[length] + 1 if same else 0
+            repeated = self._equal[length] + length  # tokens that consist of this block
+            looping |= repeated >= max(self.MIN_TOKENS, self.MIN_REPEATS * length)
+        return looping
