@@ -26,6 +26,8 @@ COMMANDS = {
     "run": ("generate.run", "Answer one prompt."),
     "chat": ("generate.chat", "Chat with a model."),
     "serve": ("generate.serve", "Serve models to HTTP clients."),
+    "ps": ("generate.ps", "List the loaded models of a running server."),
+    "stop": ("generate.stop", "Unload models of a running server."),
     "pull": ("models.pull", "Download a model, and quantize it if needed."),
     "list": ("models.list", "List available and installed models."),
     "show": ("models.show", "Show the properties of a model without downloading it."),
@@ -69,6 +71,7 @@ Environment:
   MLXARCH_MODEL    default model
   MLXARCH_CONTEXT  default of --context, in tokens
   MLXARCH_API_KEY  key that clients of `mlxarch serve` must present
+  MLXARCH_SERVER   address of the server for `mlxarch ps` and `stop`
   MLXARCH_HOME     one folder for all files (see `mlxarch paths`)
   MLXARCH_MODELS   additional read-only model folders, separated by colons
   MLXARCH_DEBUG    1 to print tracebacks and log messages

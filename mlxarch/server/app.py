@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -59,6 +60,7 @@ class App:
         names: names of the models, the first one loaded at the start.
         load: loads a model by its name.
         settings: settings of the server.
+        aliases: further names of the models, in lower case.
         on_death: called when an engine or the first load has failed; the process must end.
 
     Attributes:
@@ -71,11 +73,13 @@ class App:
         load: Load,
         settings: Settings,
         on_death: Callable[[], None] = lambda: None,
+        aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._names = names
         self._load = load
         self._settings = settings
         self._on_death = on_death
+        self._aliases = aliases
         self._router = Router(_routes(), redirect_slashes=False, lifespan=self._lifespan)
         self._gate = Gate(self._route, AccessRules(settings))
         self.server: Server | None = None
@@ -91,7 +95,9 @@ class App:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: ASGIApp) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        served = ServedModels(self._names, self._load, self._settings, self._engine_died)
+        served = ServedModels(
+            self._names, self._load, self._settings, self._engine_died, self._aliases
+        )
         self.server = Server(self._settings, served, Mailbox(loop), time.time())
         served.default.state = "loading"
         tasks = [asyncio.create_task(self._load_first()), asyncio.create_task(self._unload_idle())]

@@ -5,8 +5,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from types import FrameType, MappingProxyType
 
 import uvicorn
 
@@ -49,13 +49,19 @@ class _Process(uvicorn.Server):
         loop.call_later(_DEATH_SECONDS, setattr, self, "should_exit", True)
 
 
-def serve(names: Sequence[str], load: Load, settings: Settings) -> None:
+def serve(
+    names: Sequence[str],
+    load: Load,
+    settings: Settings,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Serve models until a signal ends the process.
 
     Args:
         names: names of the models, the first one loaded at the start.
         load: loads a model by its name.
         settings: settings of the server.
+        aliases: further names of the models, in lower case.
 
     Raises:
         InvalidInput: other machines would be served without a key.
@@ -66,7 +72,7 @@ def serve(names: Sequence[str], load: Load, settings: Settings) -> None:
     check_bind(settings)
     _log_to_stderr()
     processes: list[_Process] = []
-    app = App(names, load, settings, lambda: processes[0].end_soon())
+    app = App(names, load, settings, lambda: processes[0].end_soon(), aliases)
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -8,15 +8,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from mlxarch.engine.engine import Engine
 from mlxarch.errors import MemoryBudgetError, MlxArchError
 from mlxarch.generation.sampling import Sampling
+from mlxarch.hub.catalog import normalize_name
 from mlxarch.language_model import LanguageModel
 from mlxarch.progress import Progress
 from mlxarch.server.http.context import RequestContext
@@ -104,6 +106,7 @@ class ServedModels:
         load: loads a model by its name; called on a thread of its own, one at a time.
         settings: settings of the server.
         on_death: called on the event loop when an engine has failed.
+        aliases: further names of models, in lower case.
     """
 
     def __init__(
@@ -112,12 +115,14 @@ class ServedModels:
         load: Load,
         settings: Settings,
         on_death: Callable[[BaseException], None],
+        aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         now = int(time.time())
         self._models = {name: ServedModel(name, now, settings.idle_seconds) for name in names}
         self._load = load
         self._settings = settings
         self._on_death = on_death
+        self._aliases = aliases
         self._loading = asyncio.Lock()
         self.texts = ThreadPoolExecutor(2, "mlxarch-text")  # templates, tokenizers, grammars
 
@@ -138,9 +143,15 @@ class ServedModels:
         """
         if name is None or name in ("", "default"):
             return self.default
-        for spelling in (name, name.removesuffix(":latest"), name.lower()):
+        text = name.removesuffix(":latest")
+        for spelling in (name, text, self._aliases.get(text.lower(), text)):
             if spelling in self._models:
                 return self._models[spelling]
+        wanted, bits = normalize_name(text)
+        for served in self.all():
+            other, others_bits = normalize_name(served.name)
+            if wanted == other and (bits == others_bits or bits is None or others_bits is None):
+                return served
         known = ", ".join(self._models)
         raise ApiError(
             404,
@@ -179,6 +190,7 @@ class ServedModels:
             if served.state == "loaded":
                 return
             served.state = "loading"
+            served.keep_seconds = self._settings.idle_seconds
             started = time.monotonic()
             try:
                 await self._load_beside_others(served)

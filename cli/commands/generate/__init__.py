@@ -1,1 +1,1 @@
-"""Commands that generate text: run, chat, serve."""
+"""Commands that generate text, and the server: run, chat, serve, ps, stop."""

@@ -95,6 +95,7 @@ def serve_command(names: tuple[str, ...], **given: Any) -> None:
         settings = {key: given[key] for key in ("dtype", "wire", "slice")}
         return load_folder(folders[name], request, progress=progress, **settings)
 
+    from mlxarch.hub.catalog import load_aliases
     from mlxarch.server.launch import serve
     from mlxarch.server.settings import Settings
 
@@ -111,7 +112,7 @@ def serve_command(names: tuple[str, ...], **given: Any) -> None:
         idle_seconds=given["keep_alive"],
         deterministic=given["deterministic"],
     )
-    serve(list(folders), load, settings)
+    serve(list(folders), load, settings, load_aliases())
 
 
 def _served_name(name: str) -> str:

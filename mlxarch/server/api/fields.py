@@ -1,8 +1,11 @@
 """Types of fields that several APIs share."""
 
+import re
 from typing import Annotated, Any
 
 import msgspec
+
+from mlxarch.server.http.errors import invalid
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=100)]
@@ -14,6 +17,9 @@ RepetitionPenalty = Annotated[float, msgspec.Meta(gt=0, le=100)]
 TopLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
 AnswerCount = Annotated[int, msgspec.Meta(ge=1, le=16)]
 JsonObject = dict[str, Any]
+KeepAlive = str | int | float | None
+_DURATION = re.compile(r"(-?\d+(?:\.\d+)?)(ms|s|m|h|)")
+_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def positive(probability: float | None) -> float | None:
@@ -50,3 +56,19 @@ class LogitSampling(Strict):
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
         }
+
+
+def keep_seconds(value: KeepAlive, default: float) -> float:
+    """Seconds of a duration such as "5m", 300 or -1.
+
+    Raises:
+        ApiError: it is no duration.
+    """
+    if value is None:
+        return default
+    if isinstance(value, int | float):
+        return float(value)
+    parts = _DURATION.findall(value)
+    if not parts or "".join(number + unit for number, unit in parts) != value.strip():
+        raise invalid("keep_alive is a duration such as 5m, 300 or -1", "keep_alive")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)

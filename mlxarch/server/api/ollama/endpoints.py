@@ -14,11 +14,11 @@ from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.collected import collect
 from mlxarch.server.answers.events import Delta, End
 from mlxarch.server.answers.options import Options
+from mlxarch.server.api.fields import keep_seconds
 from mlxarch.server.api.ollama.requests import (
     ChatRequest,
     GenerateRequest,
     ShowRequest,
-    keep_seconds,
     to_messages,
     to_options,
 )
@@ -187,6 +187,7 @@ async def _load_or_unload(
     seconds = keep_seconds(keep_alive, served.keep_seconds)
     reason = "unload" if seconds == 0 else "load"
     if seconds == 0:
+        served.keep_seconds = 0  # until requests that run have ended
         await server.models.unload(served)
     else:
         await server.models.acquire(served.name, context)

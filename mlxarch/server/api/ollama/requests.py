@@ -1,12 +1,12 @@
 """Requests of Ollama's API: their fields, and their translation."""
 
-import re
 from typing import Any, Literal
 
 from mlxarch.server.answers.constraint import AnswerSchema
 from mlxarch.server.answers.options import Options, stop_strings
 from mlxarch.server.api.fields import (
     JsonObject,
+    KeepAlive,
     Penalty,
     Probability,
     RepetitionPenalty,
@@ -21,10 +21,6 @@ from mlxarch.server.api.openai.chat_request import effort_switch
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import invalid
 from mlxarch.server.served_models import ServedModel
-
-KeepAlive = str | int | float | None
-_DURATION = re.compile(r"(-?\d+(?:\.\d+)?)(ms|s|m|h|)")
-_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class ModelOptions(Strict):
@@ -218,19 +214,3 @@ def _form(given: str | JsonObject | None) -> AnswerSchema | None:
     if given != "json":
         raise invalid('format is "json" or a JSON schema', "format")
     return AnswerSchema(None, strict=False, param="format")
-
-
-def keep_seconds(value: KeepAlive, default: float) -> float:
-    """Seconds of a duration such as "5m", 300 or -1.
-
-    Raises:
-        ApiError: it is no duration.
-    """
-    if value is None:
-        return default
-    if isinstance(value, int | float):
-        return float(value)
-    parts = _DURATION.findall(value)
-    if not parts or "".join(number + unit for number, unit in parts) != value.strip():
-        raise invalid("keep_alive is a duration such as 5m, 300 or -1", "keep_alive")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)

@@ -15,6 +15,7 @@ from mlxarch.errors import MlxArchError
 from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.collected import Collected, collect
 from mlxarch.server.answers.events import Delta, End, Usage, Waiting
+from mlxarch.server.api.fields import keep_seconds
 from mlxarch.server.api.openai.chat_request import ChatRequest, to_messages, to_options
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import openai_error, to_api_error
@@ -31,6 +32,7 @@ async def chat_completions(request: Request) -> Response:
     body = server.read(context, ChatRequest)
     messages = to_messages(body.messages)
     served = await server.models.acquire(body.model, context)
+    served.keep_seconds = keep_seconds(body.keep_alive, served.keep_seconds)
     options = to_options(body, served, context)
     prompt = await server.render(served, messages, options, context)
     answers = await server.answer(served, [prompt], options, context)

@@ -9,6 +9,7 @@ from mlxarch.server.api.fields import (
     AnswerCount,
     Count,
     JsonObject,
+    KeepAlive,
     LogitSampling,
     Strict,
     TopLogprobs,
@@ -119,7 +120,7 @@ class ChatRequest(LogitSampling):
     enable_thinking: bool | None = None
     chat_template_kwargs: JsonObject | None = None
     prediction: JsonObject | None = None
-    keep_alive: str | int | float | None = None
+    keep_alive: KeepAlive = None
     modalities: list[str] | None = None
     audio: JsonObject | None = None
     web_search_options: JsonObject | None = None

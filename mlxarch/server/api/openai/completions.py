@@ -17,7 +17,14 @@ from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.collected import Collected, collect
 from mlxarch.server.answers.events import Delta, End, PromptRead, Waiting
 from mlxarch.server.answers.options import Options, logit_bias, stop_strings
-from mlxarch.server.api.fields import AnswerCount, Count, LogitSampling, TopLogprobs
+from mlxarch.server.api.fields import (
+    AnswerCount,
+    Count,
+    KeepAlive,
+    LogitSampling,
+    TopLogprobs,
+    keep_seconds,
+)
 from mlxarch.server.api.openai.chat import fingerprint, usage_object
 from mlxarch.server.api.openai.chat_request import StreamOptions
 from mlxarch.server.http.context import RequestContext
@@ -45,7 +52,7 @@ class CompletionRequest(LogitSampling):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    keep_alive: str | int | float | None = None
+    keep_alive: KeepAlive = None
     cache_prompt: bool | None = None
 
 
@@ -56,6 +63,7 @@ async def completions(request: Request) -> Response:
     body = server.read(context, CompletionRequest)
     prompts = prompts_of(body)
     served = await server.models.acquire(body.model, context)
+    served.keep_seconds = keep_seconds(body.keep_alive, served.keep_seconds)
     options = _options(body, served)
     limit = server.settings.parallel + server.settings.max_waiting
     if len(prompts) * options.count > limit:
