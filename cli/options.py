@@ -1,7 +1,6 @@
 """Options and arguments that several commands share, and the library calls behind them."""
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace

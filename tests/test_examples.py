@@ -43,7 +43,7 @@ def test_a_script_has_at_most_50_lines_and_a_place_in_the_table():
     for script in SCRIPTS:
         assert len((EXAMPLES / script).read_text().splitlines()) <= 50, script
         assert f"| `{script}" in page
-    assert len(SCRIPTS) == page.count("\n| `") == 4
+    assert len(SCRIPTS) == page.count("\n| `") == 7
 
 
 # summarize_folder.py -------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """The vendors' own Python packages against a real process."""
 
 import json
+import subprocess
+import sys
 
 import anthropic
 import ollama
 import openai
 import pytest
+from house import ROOT
 from live_server import LiveServer
 
 USER = [{"role": "user", "content": "hi"}]
@@ -172,3 +175,14 @@ def test_ollama(ollama_client):
     with pytest.raises(ollama.ResponseError) as refused:
         ollama_client.pull("org/evil")
     assert refused.value.status_code == 403
+
+
+@pytest.mark.parametrize("name", ["openai", "anthropic", "ollama"])
+def test_the_examples_for_clients_run(server: LiveServer, name):
+    url = f"http://127.0.0.1:{server.port}"
+    script = str(ROOT / "examples" / f"client_{name}.py")
+    done = subprocess.run(
+        [sys.executable, script, "hi", "--url", url], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 or "LengthFinishReason" in done.stderr, done.stderr
+    assert len(done.stdout) > 100
