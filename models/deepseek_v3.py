@@ -1,4 +1,4 @@
-"""DeepSeek V3 (DeepSeek, 2024), also R1 and V3.1.
+"""DeepSeek V3 (DeepSeek, 2024), also R1, V3.1, and GLM-4.7 Flash.
 
     x ─┬─ norm ─ latent attention ─ + ─┬─ norm ─┬─ router ─ 8 of 256 experts ─ + ─ + ─
        │                            │  │        └─ shared expert ──────────────┘   │

@@ -24,25 +24,21 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxarch.blocks import (
-    Attention,
     Cache,
     CausalLM,
-    Embedding,
     ForwardContext,
     GatedMLP,
     Linear,
-    Quantization,
     RMSNorm,
     RoPE,
-    by_row,
 )
 from mlxarch.blocks.attention.layer_types import LocalRoPEConfig
+from mlxarch.blocks.attention.shared_kv_attention import SharedKVAttention
 from mlxarch.blocks.config import Positive, Size
 from mlxarch.blocks.feed_forward import geglu
+from mlxarch.blocks.per_layer_embeddings import SQRT_HALF, PerLayerEmbeddingLM
 from mlxarch.blocks.weight_mapping import IgnoreFrom
 from mlxarch.errors import ConfigError
-
-SQRT_HALF = 2**-0.5  # factor of a sum of two terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,48 +174,6 @@ class SparseGeGLU:
         return geglu(mx.maximum(x - cutoff, 0).astype(gate.dtype), up)
 
 
-class SharingAttention(Attention):
-    """Attention with normalised values and unscaled scores; the last layers have queries only.
-
-    They use the keys, values and mask of the last layer with the same span that has its own;
-    ``context.shared`` contains these by span.
-    """
-
-    def __init__(self, c: Config, index: int) -> None:
-        rope = RoPE(c.head_size, c.rope_for(c.layer_type(index)))
-        super().__init__(
-            c,
-            rope=rope,
-            span=c.span(index),
-            scale=1.0,
-            norm=partial(RMSNorm, eps=c.rms_norm_eps),
-            bias=c.attention_bias,
-            output_bias=c.attention_bias,
-        )
-        self.eps = c.rms_norm_eps
-        self.shares_kv = index >= c.first_sharing_layer
-        if self.shares_kv:
-            del self.k_proj, self.v_proj, self.k_norm, self.qkv
-
-    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache | None:
-        return None if self.shares_kv else super().make_cache(capacity, kv)
-
-    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
-        projected = [self.q_proj(x)] if self.shares_kv else self.qkv(x)
-        q, *own = (mx.unflatten(t, -1, (-1, self.head_size)) for t in projected)  # (B, L, heads, D)
-        q = self.rope(self.q_norm(q).swapaxes(1, 2), context.offset)  # (B, H, L, D)
-        if own:
-            k = self.rope(self.k_norm(own[0]).swapaxes(1, 2), context.offset)  # (B, K, L, D)
-            v = mx.fast.rms_norm(own[1], None, self.eps).swapaxes(1, 2)
-            mask = context.mask(self.span, cache)
-            if cache is not None:
-                k, v = cache.append(k, v)
-            context.shared[self.span] = (k, v, mask)
-        k, v, mask = context.shared[self.span]
-        out = by_row(self.attend, q, k, v, mask, context.by_row)
-        return self.o_proj(out.swapaxes(1, 2).flatten(-2))
-
-
 class DecoderLayer(nn.Module):
     """Decoder layer that updates all streams: (B, L, S, hidden_size) -> the same."""
 
@@ -229,7 +183,14 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.index = index
         self.scaled = c.altup_correct_scale
-        self.self_attn = SharingAttention(c, index)
+        self.self_attn = SharedKVAttention(
+            c,
+            rope=RoPE(c.head_size, c.rope_for(c.layer_type(index))),
+            span=c.span(index),
+            shares_kv=index >= c.first_sharing_layer,
+            bias=c.attention_bias,
+            output_bias=c.attention_bias,
+        )
         sizes = c.intermediate_size
         hidden = sizes if isinstance(sizes, int) else sizes[index]
         sparsity = c.activation_sparsity_pattern[index]
@@ -262,14 +223,8 @@ class DecoderLayer(nn.Module):
         return mx.concatenate([first, state[..., 1:, :] + x], axis=-2)
 
 
-class Gemma3n(CausalLM):
-    """Model whose hidden state is S streams, (B, L, S, hidden_size).
-
-    ``context.shared["embeddings"]`` contains the per-layer embeddings, (B, L, layers, features).
-    """
-
-    # tables that are only looked up by token, so that they may stay on the SSD
-    token_tables = ("model.embed_tokens_per_layer",)
+class Gemma3n(PerLayerEmbeddingLM):
+    """Model whose hidden state is S streams, (B, L, S, hidden_size)."""
 
     def __init__(self, c: Config) -> None:
         layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
@@ -281,11 +236,9 @@ class Gemma3n(CausalLM):
             softcap=c.final_logit_softcapping,
         )
         model = self.model
-        features = c.hidden_size_per_layer_input
-        self.per_layer_vocab = c.vocab_size_per_layer_input
-        model.embed_tokens_per_layer = Embedding(self.per_layer_vocab, len(layers) * features)
-        model.per_layer_model_projection = Linear(c.hidden_size, len(layers) * features)
-        model.per_layer_projection_norm = RMSNorm(features, c.rms_norm_eps)
+        self.add_per_layer_embeddings(
+            c.vocab_size_per_layer_input, c.hidden_size_per_layer_input, c.rms_norm_eps
+        )
         square = partial(Linear, c.hidden_size, c.hidden_size)
         model.altup_projections = [square() for _ in range(1, c.altup_num_inputs)]
         model.altup_unembed_projections = [square() for _ in range(1, c.altup_num_inputs)]
@@ -293,15 +246,8 @@ class Gemma3n(CausalLM):
     def embed(self, tokens: mx.array, context: ForwardContext) -> mx.array:
         """Compute the first hidden state: token ids (B, L) -> (B, L, S, hidden_size)."""
         x = super().embed(tokens, context)
-        model = self.model
-        layers = len(self.layers)
-        known = mx.where(tokens < self.per_layer_vocab, tokens, 0)  # image and audio tokens are not
-        rows = mx.unflatten(model["embed_tokens_per_layer"](known), -1, (layers, -1))
-        rows = rows * mx.array(rows.shape[-1] ** 0.5, rows.dtype)  # (B, L, layers, features)
-        projected = model["per_layer_model_projection"](x) * mx.array(x.shape[-1] ** -0.5, x.dtype)
-        projected = model["per_layer_projection_norm"](mx.unflatten(projected, -1, (layers, -1)))
-        context.shared["embeddings"] = (projected + rows) * SQRT_HALF
-        others = [match_rms(project(x), x) for project in model["altup_projections"]]
+        self.embed_for_layers(tokens, x, context)
+        others = [match_rms(project(x), x) for project in self.model["altup_projections"]]
         return mx.stack([x, *others], axis=-2)
 
     def head(self, state: mx.array) -> mx.array:

@@ -1,10 +1,11 @@
-"""Qwen3 dense (Alibaba, 2025), also Qwen2 and Qwen2.5.
+"""Qwen3 dense (Alibaba, 2025), also Qwen2, Qwen2.5, and the text decoders of their VL models.
 
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ SwiGLU ─ + ─
        └──────────────────────┘  └────────────────┘
 
 Stands out: QK-norm on every head before RoPE; heads wider than hidden_size / heads; no biases.
-Qwen2 has biases on queries, keys and values instead of the QK-norm.
+Qwen2 has biases on queries, keys and values instead of the QK-norm. For text the three-axis RoPE of
+the VL models is plain RoPE.
 Source: arXiv:2505.09388; arXiv:2407.10671; config.json of Qwen/Qwen3-0.6B and
 Qwen/Qwen2.5-7B-Instruct.
 """
@@ -43,6 +44,11 @@ class Config(LayerTypesConfig):
     max_window_layers: int = 28
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """Whether it is a Qwen2, with biases on queries, keys and values in place of QK-norm."""
+        return self.model_type.startswith("qwen2")
+
+    @property
     def window(self) -> int | None:
         return self.sliding_window if self.use_sliding_window else None
 
@@ -55,7 +61,7 @@ class Config(LayerTypesConfig):
 
     def check(self) -> None:
         super().check()
-        if self.model_type == "qwen2" and self.attention_bias:
+        if self.has_qkv_bias and self.attention_bias:
             raise ConfigError(
                 "config.json: attention_bias = true is not Qwen2's, which has biases on q, k and v "
                 "only"
@@ -69,7 +75,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
         attention = partial(Attention, c, rope=RoPE(c.head_size, c.rope), span=c.span(index))
-        if c.model_type == "qwen2":
+        if c.has_qkv_bias:
             self.self_attn = attention(bias=True)
         else:
             self.self_attn = attention(

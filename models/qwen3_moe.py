@@ -1,4 +1,4 @@
-"""Qwen3 MoE (Alibaba, 2025), also Qwen1.5 MoE and Qwen2 MoE.
+"""Qwen3 MoE (Alibaba, 2025), also Qwen1.5 MoE, Qwen2 MoE, and the text decoder of Qwen3-VL MoE.
 
     x ─┬─ norm ─ attention ─ + ─┬─ norm ─ router ─ 8 of 128 experts ─ + ─
        └──────────────────────┘  └───────────────────────────────────┘
@@ -32,7 +32,7 @@ from mlxarch.blocks import (
     swiglu,
 )
 from mlxarch.blocks.moe.shared_experts import GatedSharedMoE
-from mlxarch.blocks.weight_mapping import Stack
+from mlxarch.blocks.weight_mapping import Rename, SplitRows, Stack, TransposeTo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,11 @@ class Config(DecoderConfig):
     qkv_bias: bool = True
     use_sliding_window: Literal[False] = False
     sliding_window: int | None = None
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the weights of the chosen experts are divided by their sum; always in VL models."""
+        return self.norm_topk_prob or self.model_type.startswith("qwen3_vl")
 
 
 class DecoderLayer(nn.Module):
@@ -83,7 +88,7 @@ class DecoderLayer(nn.Module):
 def moe(c: Config) -> MoE:
     """Create the experts of one layer and their router."""
     experts = c.num_experts or c.num_local_experts
-    gate = SoftmaxTopK(c.hidden_size, experts, c.num_experts_per_tok, renormalise=c.norm_topk_prob)
+    gate = SoftmaxTopK(c.hidden_size, experts, c.num_experts_per_tok, renormalise=c.renormalises)
     switch_mlp = Experts(c.hidden_size, c.moe_intermediate_size, experts, swiglu)
     if c.shared_expert_intermediate_size:
         shared = GatedMLP(c.hidden_size, c.shared_expert_intermediate_size, swiglu)
@@ -94,4 +99,11 @@ def moe(c: Config) -> MoE:
 build = causal_lm(DecoderLayer)
 
 
-WEIGHTS = (Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."),)
+WEIGHTS = (
+    Stack(r"\.mlp\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".mlp.switch_mlp.\2."),
+    # Qwen3-VL publishes the experts of a layer in one tensor, as (E, in, out)
+    TransposeTo(r"\.experts\.gate_up_proj$", "hidden_size", swap_square=True),
+    TransposeTo(r"\.experts\.down_proj$", "moe_intermediate_size", swap_square=True),
+    Rename(r"\.experts\.(gate_up_proj|down_proj)$", r".switch_mlp.\1.weight"),
+    SplitRows(r"\.gate_up_proj\.weight$", (".gate_proj.weight", ".up_proj.weight")),
+)

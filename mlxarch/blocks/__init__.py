@@ -20,13 +20,15 @@ from mlxarch.blocks.attention.layer_types import (
 from mlxarch.blocks.attention.span import Chunked, Full, Sliding, Span
 from mlxarch.blocks.config import Count, DecoderConfig, Layers, Positive, Size
 from mlxarch.blocks.decoder import CausalLM, causal_lm
-from mlxarch.blocks.feed_forward import GatedMLP, geglu, gelu, swiglu
+from mlxarch.blocks.feed_forward import MLP, GatedMLP, geglu, gelu, relu2, swiglu
 from mlxarch.blocks.layer import POST_NORM, Layer, ResidualOutput
 from mlxarch.blocks.linear import Embedding, ExpertLinear, Linear, fuse
 from mlxarch.blocks.moe.moe import Experts, MoE
 from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from mlxarch.blocks.recurrent.gated_delta_net import GatedDeltaNet
+from mlxarch.blocks.recurrent.mamba2 import Mamba2, Mamba2Sizes
+from mlxarch.blocks.recurrent.short_convolution import ShortConvolution
 from mlxarch.blocks.rope import NoRoPE, RoPE, RoPEConfig
 from mlxarch.kv_cache import Cache, KVArray, by_row
 from mlxarch.quantization.scheme import Quantization
@@ -57,6 +59,9 @@ __all__ = [
     "Layers",
     "Linear",
     "LocalRoPEConfig",
+    "MLP",
+    "Mamba2",
+    "Mamba2Sizes",
     "Mask",
     "MoE",
     "NoRoPE",
@@ -68,6 +73,7 @@ __all__ = [
     "RoPE",
     "RoPEConfig",
     "Router",
+    "ShortConvolution",
     "Size",
     "Sliding",
     "SlidingPatternConfig",
@@ -79,5 +85,6 @@ __all__ = [
     "fuse",
     "geglu",
     "gelu",
+    "relu2",
     "swiglu",
 ]

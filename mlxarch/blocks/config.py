@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 
@@ -55,7 +55,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Config keys that nearly every decoder has; a subclass adds those of its architecture."""
+    """Config keys that nearly every decoder has; a subclass adds those of its architecture.
+
+    Attributes:
+        aliases: other spellings of keys in published files, each with the name of its field.
+    """
+
+    aliases: ClassVar[Mapping[str, str]] = {}
 
     model_type: str
     vocab_size: Size
@@ -149,6 +155,8 @@ class DecoderConfig:
                 implemented and would give wrong results.
         """
         model_type = config.get("model_type")
+        renamed = {cls.aliases[key]: value for key, value in config.items() if key in cls.aliases}
+        config = {**config, **renamed}
         missing = sorted(
             f.name for f in fields(cls) if f.name not in config and f.default is MISSING
         )
@@ -201,7 +209,7 @@ class DecoderConfig:
             )
         chosen = getattr(self, "num_experts_per_tok", 0)
         experts = max(
-            getattr(self, key, 0)
+            getattr(self, key, 0) or 0
             for key in ("num_experts", "num_local_experts", "n_routed_experts")
         )
         if chosen > experts:

@@ -1,4 +1,4 @@
-"""Gated feed-forward: down(activation(gate(x)) * up(x)) (arXiv:2002.05202)."""
+"""Feed-forward networks: gated, down(activation(gate(x)) * up(x)) (arXiv:2002.05202), and plain."""
 
 import math
 from collections.abc import Callable
@@ -49,6 +49,41 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) * up."""
     y = native.gated(gate, up, "gelu")
     return gelu(gate) * up if y is None else y
+
+
+@compile_elementwise
+def relu2(x: mx.array) -> mx.array:
+    """Square of the positive part (arXiv:2109.08668)."""
+    return mx.square(mx.maximum(x, 0))
+
+
+class MLP(nn.Module):
+    """Feed-forward without gate: down(activation(up(x))).
+
+    Args:
+        dim: hidden size of the model.
+        hidden: width of the feed-forward.
+        activation: elementwise function of the up projection.
+        bias: whether the projections have biases.
+
+    Shape:
+        x: (..., dim) -> the same
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: Callable[[mx.array], mx.array],
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.up_proj = Linear(dim, hidden, bias)
+        self.down_proj = Linear(hidden, dim, bias)
+        self.activation = activation
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class GatedMLP(nn.Module):

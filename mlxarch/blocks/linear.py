@@ -194,7 +194,8 @@ class FusableProjections:
     def _can_fuse(self) -> bool:
         first, *others = self.projections
         return (
-            all(other.quantization == first.quantization for other in others)
+            bool(others)
+            and all(other.quantization == first.quantization for other in others)
             and all(set(other.keys()) == set(first.keys()) for other in others)
             # a weight without a shape is still to be loaded
             and all(projection["weight"].ndim > 1 for projection in self.projections)

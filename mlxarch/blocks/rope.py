@@ -68,7 +68,8 @@ class RoPE(nn.Module):
 
     Args:
         dims: an even number; the features after it are left unchanged.
-        config: base and scaling. Types: default, linear, llama3, yarn.
+        config: base and scaling. Types: default, linear, llama3,
+            mrope (for text), proportional, yarn.
         interleaved: rotate pairs of neighbours (2i, 2i+1) instead of halves (i, i + dims/2).
 
     Shape:
@@ -101,14 +102,15 @@ class RoPE(nn.Module):
         self.factor = 1.0  # of queries and keys
         with contextlib.suppress(ArithmeticError, ValueError), np.errstate(all="ignore"):
             frequencies, self.factor = _SCALINGS[config.type](unscaled, config, dims)
-        if not (np.isfinite(frequencies) & (frequencies > 0)).all():
+        if not (np.isfinite(frequencies) & (frequencies >= 0)).all() or not frequencies[0]:
             raise ConfigError(
                 f"config.json: RoPE of type {config.type!r} has no frequencies with "
                 f"{dict(config.scaling)}; take the numbers of the original model's"
             )
         # mx.fast.rope calls periods freqs: it divides positions by them. The underscore keeps the
         # array out of the parameters
-        self._freqs = mx.array((1 / frequencies).astype(np.float32))
+        with np.errstate(divide="ignore"):  # features that do not turn have infinite periods
+            self._freqs = mx.array((1 / frequencies).astype(np.float32))
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         if self.factor != 1.0:
@@ -144,6 +146,18 @@ def _default(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np
 def _linear(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
     """Position interpolation: positions divided by a factor (arXiv:2306.15595)."""
     return frequencies / config.number("factor"), 1.0
+
+
+def _proportional(
+    frequencies: np.ndarray, config: RoPEConfig, dims: int
+) -> tuple[np.ndarray, float]:
+    """Frequencies of the whole head, of which only the first share is used.
+
+    Source: transformers' _compute_proportional_rope_parameters (Gemma 4).
+    """
+    turning = int(config.number("partial_rotary_factor", 1.0) * dims // 2)
+    kept = np.where(np.arange(dims // 2) < turning, frequencies, 0.0)
+    return kept / config.number("factor", 1.0), 1.0
 
 
 def _llama3(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
@@ -204,4 +218,11 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_SCALINGS = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "mrope": _default,  # the positions of a text token are the same on all three axes
+    "proportional": _proportional,
+    "yarn": _yarn,
+}

@@ -242,7 +242,7 @@ def _feed_forward_shape(layer: nn.Module) -> FeedForwardShape:
     stack = next((matrix for matrix in projections if isinstance(matrix, ExpertLinear)), None)
     if stack is None:
         return FeedForwardShape(activation, max(map(_input_features, projections)))
-    router = cast(Any, next(module for module in modules if isinstance(module, Router)))
+    router = cast(Any, next(module for module in layer.modules() if isinstance(module, Router)))
     return FeedForwardShape(
         activation,
         _input_features(stack),

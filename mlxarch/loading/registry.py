@@ -18,8 +18,8 @@ INHERITED_KEYS = ("tie_word_embeddings",)
 # model in different ways, which become one
 MULTIMODAL_RULES: tuple[Rule, ...] = (
     Ignore(
-        r"^(model\.)?(vision_tower|vision_model|visual|audio_tower|embed_vision|embed_audio"
-        r"|multi_modal_projector)\.",
+        r"^(model\.)?(vision_tower|vision_model|visual|vision_embedder|audio_tower|embed_vision"
+        r"|embed_audio|multi_modal_projector)\.",
         "tower",
     ),
     Rename(r"^language_model\.(?=model\.|lm_head\.)", ""),
@@ -38,16 +38,20 @@ class Architecture:
         rules: ``WEIGHTS`` of the file: mapping from published tensors to parameters.
         prefix: prefix of parameter names in a checkpoint of this ``model_type``; if it begins with
             "model.", it replaces that word.
+        saved: ``SAVED`` of the file: names of parameters in a checkpoint, where they differ.
     """
 
     name: str
     config: DecoderConfig
     rules: tuple[Rule, ...]
     prefix: str
+    saved: tuple[Rename, ...]
     _build: Callable[[Any], CausalLM]
 
     def published_name(self, path: str) -> str:
         """Name of the parameter ``path`` in a checkpoint of this ``model_type``."""
+        for rule in self.saved:
+            path = re.sub(rule.pattern, rule.to, path)
         if self.prefix.startswith("model."):
             return re.sub(r"^model\.", self.prefix, path)
         return self.prefix + path
@@ -85,13 +89,15 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     module = importlib.import_module(f"mlxarch.models.{name}")
     # These rules apply to text configs too: such a config may lie beside multimodal weights
     rules = (*MULTIMODAL_RULES, *getattr(module, "WEIGHTS", ()))
+    saved = getattr(module, "SAVED", ())
     text_config = config.get("text_config")
     if not isinstance(text_config, dict):
-        return Architecture(name, module.Config.from_dict(config), rules, "", module.build)
+        parsed = module.Config.from_dict(config)
+        return Architecture(name, parsed, rules, "", saved, module.build)
     inherited = {key: config[key] for key in INHERITED_KEYS if key in config}
     parsed = module.Config.from_dict({"model_type": model_type, **text_config, **inherited})
     prefix = getattr(module, "PREFIX", "language_model.")
-    return Architecture(name, parsed, rules, prefix, module.build)
+    return Architecture(name, parsed, rules, prefix, saved, module.build)
 
 
 def _file_name(config: Mapping[str, Any]) -> str | None:

@@ -57,7 +57,9 @@ def expert_arrays(path: str, tensors: Mapping[str, LazyTensor]) -> tuple[ExpertA
     """Arrays of the experts at ``path`` of a network, in the order of a record."""
     found: list[ExpertArray] = []
     for projection in PROJECTIONS:
-        weight = tensors[f"{path}.{projection}.weight"]
+        weight = tensors.get(f"{path}.{projection}.weight")
+        if weight is None:  # experts without gate
+            continue
         arrays = (
             dict(weight.components) if isinstance(weight, QuantizedTensor) else {"weight": weight}
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxarch.blocks import Experts
 from mlxarch.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
+from mlxarch.checkpoint.packed_experts import PROJECTIONS
 from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.ssd_streaming.expert_records import ExpertArray
 
@@ -169,7 +170,7 @@ def _targets(
         [p for p in parts if p.name.startswith(name)] for name in ("gate_proj.", "up_proj.")
     )
     alike = [(_leaf(p), p.dtype) for p in gate] == [(_leaf(p), p.dtype) for p in up]
-    join = join and alike and experts.gate_proj.quantization == experts.up_proj.quantization
+    join = join and alike and experts["gate_proj"].quantization == experts.up_proj.quantization
     targets: list[Target] = []
     rows = Counter[str]()
     for part in parts:
@@ -202,7 +203,7 @@ def _leaf(part: ExpertArray) -> str:
 
 def set_quantization(experts: Experts, path: str, tensors: Mapping[str, LazyTensor]) -> None:
     """Set the quantization of the matrices."""
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in filter(experts.__contains__, PROJECTIONS):
         weight = tensors[f"{path}.{name}.weight"]
         getattr(experts, name).quantization = (
             weight.quantization if isinstance(weight, QuantizedTensor) else None

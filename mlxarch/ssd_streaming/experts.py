@@ -17,6 +17,7 @@ import numpy as np
 
 from mlxarch.blocks import Experts
 from mlxarch.blocks.moe.moe import MIN_ROWS_TO_SORT
+from mlxarch.checkpoint.packed_experts import PROJECTIONS
 from mlxarch.checkpoint.shards import Shard
 from mlxarch.ssd_streaming.expert_records import ExpertRecords
 from mlxarch.ssd_streaming.expert_slots import ExpertSlots
@@ -120,9 +121,9 @@ class OffloadedExperts(Experts):
 
     def __init__(self, experts: Experts, streaming: "ExpertStreaming", layer: int) -> None:
         nn.Module.__init__(self)  # the matrices are those of ``experts``: none is allocated
-        self.gate_proj = experts.gate_proj
-        self.up_proj = experts.up_proj
-        self.down_proj = experts.down_proj
+        for name in PROJECTIONS:
+            if name in experts:
+                self[name] = experts[name]
         self.activation = experts.activation
         self.gate_up = experts.gate_up
         self.streaming = streaming

@@ -234,7 +234,8 @@ class Packing:
 
     def _quantization_of_experts(self, path: str) -> dict[Projection, RecordQuantization]:
         """The quantization of each projection of the experts at ``path`` that is quantized."""
-        weights = {name: self.resolved.tensors[f"{path}.{name}.weight"] for name in PROJECTIONS}
+        found = {name: self.resolved.tensors.get(f"{path}.{name}.weight") for name in PROJECTIONS}
+        weights = {name: tensor for name, tensor in found.items() if tensor is not None}
         quantizations = {
             name: asdict(tensor.quantization)
             for name, tensor in weights.items()

@@ -59,6 +59,14 @@ SIGMOID = {
 }
 CASES = {
     "deepseek_v3": Case(COMMON | GROUPS | YARN | QUERIES | SIGMOID),
+    "glm4_moe_lite": Case(
+        {
+            "num_experts_per_tok": config(num_experts_per_tok=2),
+            "routed_scaling_factor": config(routed_scaling_factor=1.0),
+            "rope_theta": config(rope_theta=1_000_000.0),
+            "norm of the latent": weight("*.kv_a_layernorm.weight", ONES),
+        }
+    ),
     "deepseek_v2": Case(
         COMMON
         | GROUPS

@@ -58,6 +58,21 @@ CASES = {
     "qwen3": Case(
         COMMON | {"rope_theta": config(rope_theta=10_000.0), "head of its own": own_head}
     ),
+    "qwen3_vl": Case(
+        {
+            "rms_norm_eps": config(rms_norm_eps=1e-2),
+            "weight of the query norm": weight("*.q_norm.weight", ONES),
+            "last norm": weight("*language_model.norm.weight", ONES),
+            "rope_theta": config(rope_theta=1_000_000.0),
+        }
+    ),
+    "qwen2_5_vl": Case(
+        {
+            "rms_norm_eps": config(rms_norm_eps=1e-2),
+            "biases": weight("*.self_attn.k_proj.bias", lambda b: b + 1),
+            "bias of values": weight("model.layers.*.v_proj.bias", ZEROS),
+        }
+    ),
     "qwen3_yarn": Case(
         COMMON
         | {

@@ -40,6 +40,13 @@ CASES = {
             "YaRN's factor": config(rope_scaling={"factor": 2.0}),
         }
     ),
+    "qwen3_vl_moe": Case(
+        {
+            "num_experts_per_tok": config(num_experts_per_tok=2),
+            "weight of the query norm": weight("*.q_norm.weight", ONES),
+            "gate and up": weight("*.experts.gate_up_proj", lambda w: np.roll(w, 12, axis=2)),
+        }
+    ),
     "qwen2_moe": Case(
         COMMON
         | {
@@ -130,3 +137,8 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
     architecture(published).build()
     with pytest.raises(ConfigError, match=named):
         architecture(published | settings).build()
+
+
+def test_experts_of_transformers_5_are_not_transposed(tmp_path: Path) -> None:
+    change = weight("*.experts.*_proj", lambda w: w.swapaxes(1, 2).copy())
+    assert parity.effect("qwen3_vl_moe", "config.json", change, tmp_path) <= parity.TOLERANCE

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxarch.blocks.feed_forward import GatedActivation
 from mlxarch.blocks.linear import ExpertLinear, FusableProjections
 from mlxarch.blocks.moe.routers import Router, top_k_indices
 
@@ -46,14 +45,15 @@ def uses_sorted_kernel(rows: int, experts: int, quantized: bool) -> bool:
 
 
 class Experts(nn.Module):
-    """Gated feed-forwards of all experts of a layer, in stacked matrices.
+    """Feed-forwards of all experts of a layer, in stacked matrices.
 
     Args:
         dim: hidden size of the model.
         hidden: width of one expert.
         experts: E.
-        activation: elementwise function of the gate and up projections.
+        activation: elementwise function of the gate and up projections, or of the latter alone.
         bias: whether the projections have biases.
+        gated: whether there are gate projections.
 
     Shape:
         x: (B, L, dim), chosen: (B, L, k) -> (B, L, k, dim)
@@ -64,15 +64,18 @@ class Experts(nn.Module):
         dim: int,
         hidden: int,
         experts: int,
-        activation: GatedActivation,
+        activation: Callable[..., mx.array],
         bias: bool = False,
+        gated: bool = True,
     ) -> None:
         super().__init__()
-        self.gate_proj = ExpertLinear(experts, dim, hidden, bias)
+        if gated:
+            self.gate_proj = ExpertLinear(experts, dim, hidden, bias)
         self.up_proj = ExpertLinear(experts, dim, hidden, bias)
         self.down_proj = ExpertLinear(experts, hidden, dim, bias)
         self.activation = activation
-        self.gate_up = FusableProjections(self.gate_proj, self.up_proj)
+        inputs = (self.gate_proj, self.up_proj) if gated else (self.up_proj,)
+        self.gate_up = FusableProjections(*inputs)
 
     @property
     def is_quantized(self) -> bool:
@@ -85,8 +88,8 @@ class Experts(nn.Module):
         Args:
             sorted: whether ``chosen`` is in ascending order.
         """
-        gate, up = self.gate_up(x, chosen, sorted)
-        return self.down_proj(self.activation(gate, up), chosen, sorted)
+        hidden = self.activation(*self.gate_up(x, chosen, sorted))
+        return self.down_proj(hidden, chosen, sorted)
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
         k = chosen.shape[-1]

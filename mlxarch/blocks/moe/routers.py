@@ -125,6 +125,7 @@ class GroupLimitedSigmoid(Router):
         kept: groups per token from which experts are chosen.
         renormalise: divide the weights of the k experts by their sum.
         scale: factor of the weights.
+        eps: added to the sum by which weights are divided.
 
     Attributes:
         float32: parameters that stay in float32 whatever the type of the model.
@@ -142,6 +143,7 @@ class GroupLimitedSigmoid(Router):
         kept: int,
         renormalise: bool,
         scale: float = 1.0,
+        eps: float = 1e-20,
     ) -> None:
         super().__init__(dim, experts)
         self.e_score_correction_bias = mx.zeros((experts,))
@@ -150,6 +152,7 @@ class GroupLimitedSigmoid(Router):
         self.kept = kept
         self.renormalise = renormalise
         self.scale = scale
+        self.eps = eps
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         scores = mx.sigmoid(self.logits(x))
@@ -158,5 +161,5 @@ class GroupLimitedSigmoid(Router):
         chosen = top_k_indices(limited, self.k)
         weights = mx.take_along_axis(scores, chosen, axis=-1)
         if self.renormalise:
-            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+            weights = weights / (weights.sum(-1, keepdims=True) + self.eps)
         return chosen, weights * self.scale

@@ -11,7 +11,7 @@ from mlxarch.blocks.config import DecoderConfig, Size
 from mlxarch.blocks.linear import ExactLinear, FusableProjections, Linear
 from mlxarch.blocks.recurrent.causal_convolution import CausalConvolution
 from mlxarch.blocks.recurrent.delta_rule import delta_rule
-from mlxarch.blocks.recurrent.state_layer import StateLayer, layer_state
+from mlxarch.blocks.recurrent.state_layer import StateLayer
 from mlxarch.errors import ConfigError
 from mlxarch.kv_cache import Cache
 
@@ -120,7 +120,7 @@ class GatedDeltaNet(StateLayer):
     def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
         c = self.c
         projected = self.project(context.without_padding(x))
-        state, tail = layer_state(cache, 2) or (
+        state, tail = self.state(cache) or (
             mx.zeros((x.shape[0], self.A_log.size, c.linear_key_head_dim, c.linear_value_head_dim)),
             self.conv1d.empty_tail(projected.qkv),
         )

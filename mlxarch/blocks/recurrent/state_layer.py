@@ -25,13 +25,11 @@ class StateLayer(nn.Module):
         """Create an empty state; its size depends neither on ``capacity`` nor on ``kv``."""
         return StateCache()
 
+    def state(self, cache: Cache | None) -> tuple[mx.array, ...]:
+        """Arrays of the state; empty before the first token, and without a cache."""
+        return () if cache is None else cast(StateCache, cache).state
+
     def keep(self, cache: Cache | None, length: int, *state: mx.array) -> None:
         """Store the state after ``length`` more tokens; nothing is done without a cache."""
         if cache is not None:
             cast(StateCache, cache).update(length, *state)
-
-
-def layer_state(cache: Cache | None, count: int) -> tuple[mx.array, ...] | None:
-    """Return the ``count`` arrays of the state; None before the first token."""
-    state = cast(StateCache, cache).state if cache is not None else ()
-    return state if len(state) == count else None
