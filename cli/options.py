@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlxarch.cli.output import is_terminal, print_stderr
-from mlxarch.generation.thinking import EFFORTS
+from mlxarch.generation.thinking.switches import EFFORTS
 from mlxarch.progress import format_size, terminal_progress
 from mlxarch.quantization import formats
 from mlxarch.system.dtypes import COMPUTE_DTYPES

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine import Engine
 from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
-from mlxarch.generation.answer import AnswerReader, BatchRow, Piece, Result
+from mlxarch.generation.answer import AnswerCollector, AnswerReader, BatchRow, Piece, Result
 from mlxarch.generation.answer_form import AnswerForm, constrain
 from mlxarch.generation.context_shift import (
     Overflow,
@@ -30,6 +30,7 @@ from mlxarch.generation.prefill import Report
 from mlxarch.generation.sampling import Sampling, SamplingArguments
 from mlxarch.generation.session import Session
 from mlxarch.generation.stopping import LoopGuard
+from mlxarch.generation.thinking.splitter import Segment
 from mlxarch.generation.timings import Timings
 from mlxarch.loading.load import load_weights, open_resolved
 from mlxarch.loading.matformer import Slice
@@ -51,6 +52,8 @@ from mlxarch.system.machines import parse_size, parse_tokens
 from mlxarch.system.untrusted_files import read_json
 from mlxarch.tokenizer.chat_template import join_text_parts
 from mlxarch.tokenizer.tokenizer import Tokenizer
+from mlxarch.tool_calls.tool import ToolChoice
+from mlxarch.tool_calls.use import ToolUse, framed_answer
 
 _PROMPT = "a prompt is a text, a list of messages with role and content, or a list of token ids"
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -147,6 +150,9 @@ class AnswerArguments(SamplingArguments, total=False):
     overflow: Overflow
     schema: Any
     grammar: Grammar | None
+    tools: Sequence[Any] | None
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
     loop_guard: bool
     on_prompt: Report | None
 
@@ -345,6 +351,9 @@ class LanguageModel:
         overflow: Overflow = "refuse",
         schema: Any = None,
         grammar: Grammar | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         loop_guard: bool = False,
         on_prompt: Report | None = None,
         **settings: Unpack[SamplingArguments],
@@ -366,6 +375,11 @@ class LanguageModel:
                 Only tokens that keep it are chosen.
             grammar: a compiled grammar of ``grammars`` in place of a schema: a regular expression,
                 a Lark grammar, or a JSON schema that is not held strictly.
+            tools: functions that the model may call: Python functions with annotations and a
+                docstring, definitions as in the OpenAI API, or ``Tool`` objects. Calls follow the
+                schemas of their functions. Nothing is executed.
+            tool_choice: "auto", "none", "required", or the name of the function to call.
+            parallel_tool_calls: whether an answer may hold several calls.
             loop_guard: whether to end an answer that repeats a block of tokens without end; its
                 ``finish_reason`` is then "loop".
             on_prompt: called while the prompt is read, with the tokens read so far and their
@@ -382,10 +396,11 @@ class LanguageModel:
         if session is not None and not isinstance(session, Session):
             raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
         chosen = _sampling(sampling, settings, LanguageModel.stream)
-        tokens = self.tokens_of(prompt, template)
-        reader = AnswerReader(self.tokenizer, tokens, stop)
+        use = ToolUse.of(self.tokenizer, tools, tool_choice, parallel_tool_calls)
+        tokens = self._prompt_tokens(prompt, template, use)
+        reader = AnswerReader(self.tokenizer, tokens, stop, use.parser() if use else None)
         form = self._answer_form(schema, grammar)
-        matcher = form and constrain(self.tokenizer, tokens, form.grammar)
+        matcher = self._matcher(tokens, form and form.grammar, use, reader.warnings)
         session = session or self._session(rewind=0)  # for this answer alone
         check_overflow(overflow)
         limit = self._limit(tokens, max_tokens, overflow)
@@ -394,7 +409,7 @@ class LanguageModel:
             steps = decode(self.model, session, tokens, chosen, limit, matcher, on_prompt)
             return self._pieces(steps, limit, reader, matcher, guard)
         protected = protected_tokens(
-            prompt, tokens, lambda messages: self.tokens_of(messages, template)
+            prompt, tokens, lambda messages: self._prompt_tokens(messages, template, use)
         )
         steps = decode_with_shift(
             self.model,
@@ -408,6 +423,36 @@ class LanguageModel:
             on_prompt,
         )
         return self._pieces(steps, limit, reader, matcher, guard)
+
+    def _prompt_tokens(
+        self, prompt: Prompt, template: Mapping[str, Any] | None, use: ToolUse | None
+    ) -> list[int]:
+        """Token ids of a prompt that may offer tools."""
+        if use is None:
+            return self.tokens_of(prompt, template)
+        if isinstance(prompt, str) or not all(isinstance(each, Mapping) for each in prompt):
+            raise InvalidInput(
+                "tools need a prompt of messages: they are put into the chat template"
+            )
+        messages, variables = use.prompt(self.tokenizer, cast(Sequence[Mapping[str, Any]], prompt))
+        return self.tokens_of(messages, {**(template or {}), **variables})
+
+    def _matcher(
+        self,
+        tokens: Sequence[int],
+        grammar: Grammar | None,
+        use: ToolUse | None,
+        warnings: list[str],
+    ) -> Matcher | None:
+        """Constraint on the answer to a prompt, None for none; what is not held is warned of."""
+        triggers: frozenset[int] = frozenset()
+        if use is not None and use.choice != "none":
+            compiled = use.compile(self.grammars, grammar)
+            grammar, triggers = compiled.grammar, compiled.triggers
+            warnings += compiled.warnings
+        elif grammar is not None:
+            grammar = framed_answer(self.tokenizer, self.grammars, tokens, grammar)
+        return grammar and constrain(self.tokenizer, tokens, grammar, triggers)
 
     def _limit(
         self, tokens: Sequence[int], max_tokens: int | None, overflow: Overflow = "refuse"
@@ -427,19 +472,19 @@ class LanguageModel:
         guard: LoopGuard | None,
     ) -> Iterator[Piece]:
         for count, (token, timings) in enumerate(steps, 1):
-            segments = reader.add(token)
+            events = reader.add(token)
             reason = None
             ended = reader.ended or (matcher is not None and matcher.stopped)
             looping = guard is not None and guard.add(token)
             if ended or looping or count == limit:
-                segments += reader.finish()
+                events += reader.finish()
                 reason = "loop" if looping else "length"
                 if ended or reader.ended:
                     reason = "stop"
-            *before, (text, thinking) = segments or [("", reader.thinking)]
-            for part, kind in before:
-                yield Piece(part, None, None, timings, kind)
-            yield Piece(text, token, reason, timings, thinking)
+            *before, last = events or [Segment("", reader.thinking)]
+            for event in before:
+                yield Piece.of(event, None, None, timings)
+            yield Piece.of(last, token, reason, timings, reader.warnings if reason else ())
             if reason:
                 return
 
@@ -448,20 +493,22 @@ class LanguageModel:
         """Generate a complete answer; arguments as for ``stream``.
 
         With a schema, ``Result.parsed`` is the answer as a value: an instance of the type that was
-        given, or dicts and lists. It is None for an answer that ``max_tokens`` cut off.
+        given, or dicts and lists. It is None for an answer that ``max_tokens`` cut off. With tools,
+        ``Result.calls`` are the functions to call, and ``Result.message`` and ``ToolCall.result``
+        are the messages for the next turn.
         """
-        texts = {False: "", True: ""}  # by whether it is thinking
+        answer = AnswerCollector()
         tokens: list[int] = []
         last: Piece | None = None
         for last in self.stream(prompt, **arguments):
-            texts[last.thinking] += last.text
+            answer.add(last.event)
             tokens += [] if last.token is None else [last.token]
         assert (
             last is not None and last.finish_reason is not None
         )  # stream() yields at least its last piece
-        result = Result(texts[False], tokens, last.finish_reason, last.timings, texts[True])
+        result = answer.result(tokens, last.finish_reason, last.timings, last.warnings)
         form = self._answer_form(arguments.get("schema"), arguments.get("grammar"))
-        return form.read(result) if form else result
+        return form.read(result) if form and not result.calls else result
 
     def _answer_form(self, schema: Any, grammar: Grammar | None) -> "AnswerForm | None":
         """Compiled form of the answer; None for free text."""

@@ -23,7 +23,7 @@ from mlxarch.cli.options import SAMPLING_NAMES
 from mlxarch.cli.prompt_progress import PromptProgress
 from mlxarch.cli.render import Writer
 from mlxarch.errors import InvalidInput, OutputError
-from mlxarch.generation.thinking import EFFORTS, Switches, switches
+from mlxarch.generation.thinking.switches import EFFORTS, Switches, switches
 
 if TYPE_CHECKING:
     from mlxarch.generation.sampling import Sampling

@@ -10,7 +10,7 @@ from mlxarch.cli.output import print_stderr
 from mlxarch.cli.render import Writer
 from mlxarch.cli.stats import memory_line, streaming_line, timings_line
 from mlxarch.errors import InvalidInput
-from mlxarch.generation.thinking import switches
+from mlxarch.generation.thinking.switches import switches
 
 
 class Chat(Protocol):

@@ -1,13 +1,27 @@
 """Answers as text: pieces of a streamed answer, whole results, and the way from tokens to both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from mlxarch.generation.stopping import StopStrings
-from mlxarch.generation.thinking import Segment, splitter
+from mlxarch.generation.thinking.splitter import Segment, splitter
 from mlxarch.generation.timings import Timings
 from mlxarch.tokenizer.tokenizer import Tokenizer
+from mlxarch.tool_calls.events import (
+    CallArguments,
+    CallEvent,
+    CallFailed,
+    CallFinished,
+    CallStarted,
+    ToolCall,
+)
+from mlxarch.tool_calls.parser import AnswerPart, CallParser
+
+AnswerEvent = Segment | CallEvent
+"""Text of the answer or of the thinking, or an event of a call."""
 
 
 @dataclass
@@ -21,6 +35,8 @@ class Piece:
             "length" at the limit, or "loop" where the loop guard ended it.
         timings: timings so far.
         thinking: whether the text belongs to the model's thinking rather than to the answer.
+        call: event of a call of a tool; None for text.
+        warnings: on the last piece, a sentence for each call that was broken.
     """
 
     text: str
@@ -28,6 +44,27 @@ class Piece:
     finish_reason: str | None
     timings: Timings
     thinking: bool = False
+    call: CallEvent | None = None
+    warnings: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        event: "AnswerEvent",
+        token: int | None,
+        finish_reason: str | None,
+        timings: Timings,
+        warnings: Sequence[str] = (),
+    ) -> "Piece":
+        """Build the piece for an event."""
+        if isinstance(event, Segment):
+            return cls(event.text, token, finish_reason, timings, event.thinking, None, warnings)
+        return cls("", token, finish_reason, timings, False, event, warnings)
+
+    @property
+    def event(self) -> "AnswerEvent":
+        """The text, or the event of a call."""
+        return self.call or Segment(self.text, self.thinking)
 
 
 @dataclass
@@ -41,6 +78,7 @@ class Result:
         finish_reason: "stop", "length" or "loop".
         timings: duration and token counts.
         thinking: the model's thinking before the answer, without its tags.
+        calls: functions that the model wants called, with their arguments.
         parsed: the answer as a value, if a schema was given and the answer is complete; else None.
         warnings: a sentence for each part of a request that could not be held.
     """
@@ -50,23 +88,48 @@ class Result:
     finish_reason: str
     timings: Timings
     thinking: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
     parsed: Any = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the assistant, for the next turn."""
+        fields: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.thinking:
+            fields["reasoning_content"] = self.thinking
+        if self.calls:
+            fields["tool_calls"] = [call.message for call in self.calls]
+        return fields
+
 
 class AnswerReader:
-    """Incremental conversion of tokens to text, with thinking kept apart from the answer.
+    """Incremental conversion of tokens to text and calls, with thinking kept apart from the answer.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: token ids of the prompt.
+        stop: strings that end the answer; they are searched in its text only.
+        calls: parser of calls; None for an answer without tools.
 
     Attributes:
         ended: whether an end token or a stop string of the answer has appeared.
+        warnings: a sentence for each text that looked like a call and was none.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], stop: str | Sequence[str]
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: str | Sequence[str],
+        calls: CallParser | None = None,
     ) -> None:
         self._eos_ids = tokenizer.eos_ids
         self._stops = StopStrings(stop)
         self._splitter = splitter(tokenizer, prompt)
+        self._calls = calls
+        self.warnings: list[str] = [] if calls is None else calls.warnings
+        self._recipient = self._splitter.recipient
         self.ended = False
 
     @property
@@ -79,30 +142,136 @@ class AnswerReader:
         """Stop string that ended the answer; None if none did."""
         return self._stops.match
 
-    def add(self, token: int) -> list[Segment]:
-        """Segments of text that ``token`` completes."""
+    def add(self, token: int) -> list[AnswerEvent]:
+        """Segments of text, and events of calls, that ``token`` completes."""
         if token in self._eos_ids:
             self.ended = True
             return []
-        return self._until_stop(self._splitter.add(token))
+        if self._calls is None:
+            return self._until_stop(self._splitter.add(token))
+        return self._until_stop(self._with_calls(self._calls, token))
 
-    def finish(self) -> list[Segment]:
-        """Segments of text that were held back until now."""
-        segments = [] if self._stops.found else self._until_stop(self._splitter.finish())
-        rest = self._stops.flush()
-        return [*segments, (rest, False)] if rest else segments
+    def finish(self) -> list[AnswerEvent]:
+        """Segments and events that were held back until now."""
+        rest: list[AnswerEvent] = []
+        if not self._stops.found:
+            ending: list[AnswerEvent] = []
+            segments = self._splitter.finish()
+            if self._calls is None:
+                ending += segments
+            elif self._recipient is not None:
+                texts = "".join(segment.text for segment in segments)
+                ending += self._calls.end_message(texts)
+            else:
+                ending += self._read_calls(self._calls, segments)
+                ending += _segments(self._calls.finish())
+            rest = self._until_stop(ending)
+        text = self._stops.flush()
+        return [*rest, Segment(text, False)] if text else rest
 
-    def _until_stop(self, segments: list[Segment]) -> list[Segment]:
-        """Cut the segments at the first stop string in the answer; thinking is not searched."""
-        result: list[Segment] = []
-        for text, thinking in segments:
-            released = text if thinking else self._stops.feed(text)
+    def _with_calls(self, calls: CallParser, token: int) -> list[AnswerEvent]:
+        """Lead a token to the splitter of thinking or to the parser of calls."""
+        reader = self._splitter
+        if calls.is_mark(token) and not reader.thinking:
+            before: list[AnswerEvent] = []
+            if calls.inside:
+                before += _segments(calls.add_text("".join(each.text for each in reader.finish())))
+            else:
+                before += self._read_calls(calls, reader.cut())
+            return before + _segments(calls.add_mark(token))
+        if calls.inside:
+            return _segments(calls.add_text(reader.raw(token)))
+        segments = reader.add(token)
+        if self._recipient is None and reader.recipient is None:
+            return self._read_calls(calls, segments)
+        return self._read_message(calls, "".join(each.text for each in segments))
+
+    def _read_message(self, calls: CallParser, text: str) -> list[AnswerEvent]:
+        """Read a message that is addressed to a function, or has been until now."""
+        events: list[AnswerEvent] = []
+        if self._recipient is None:
+            self._recipient = self._splitter.recipient
+            assert self._recipient is not None
+            events.append(calls.begin_message(self._recipient))
+        elif self._splitter.recipient is None:
+            self._recipient = None
+            events += calls.end_message(text)
+        else:
+            events += calls.add_message(text)
+        return events
+
+    @staticmethod
+    def _read_calls(calls: CallParser, segments: Sequence[Segment]) -> list[AnswerEvent]:
+        """Search the answer's text for calls; thinking passes."""
+        events: list[AnswerEvent] = []
+        for segment in segments:
+            events += [segment] if segment.thinking else _segments(calls.add_text(segment.text))
+        return events
+
+    def _until_stop(self, events: Sequence[AnswerEvent]) -> list[AnswerEvent]:
+        """Cut the events at the first stop string in the answer's text."""
+        result: list[AnswerEvent] = []
+        for event in events:
+            if not isinstance(event, Segment):
+                if held := self._stops.flush():  # a stop string does not reach across a call
+                    result.append(Segment(held, False))
+                result.append(event)
+                continue
+            released = event.text if event.thinking else self._stops.feed(event.text)
             if released:
-                result.append((released, thinking))
+                result.append(Segment(released, event.thinking))
             if self._stops.found:
                 self.ended = True
                 break
         return result
+
+
+def _segments(parts: Sequence[AnswerPart]) -> list[AnswerEvent]:
+    return [Segment(part, False) if isinstance(part, str) else part for part in parts]
+
+
+class AnswerCollector:
+    """Whole answer, put together from its events."""
+
+    def __init__(self) -> None:
+        self._texts = {False: "", True: ""}  # by whether it is thinking
+        self._started: dict[int, CallStarted] = {}
+        self._arguments: dict[int, str] = {}
+        self._failures: list[str] = []
+        self.calls: list[ToolCall] = []
+
+    def add(self, event: AnswerEvent) -> None:
+        """Append an event."""
+        match event:
+            case Segment(text, thinking):
+                self._texts[thinking] += text
+            case CallStarted(index):
+                self._started[index] = event
+                self._arguments[index] = ""
+            case CallArguments(index, text):
+                self._arguments[index] += text
+            case CallFinished(index):
+                text = self._arguments[index] or "{}"
+                call = self._started[index]
+                self.calls.append(ToolCall(call.id, call.name, msgspec.json.decode(text), text))
+            case CallFailed(index, text, reason):
+                self._texts[False] += text
+                name = self._started[index].name
+                self._failures.append(f"a call of {name} is given as text: {reason}")
+
+    def result(
+        self, tokens: list[int], reason: str, timings: Timings, warnings: Sequence[str] = ()
+    ) -> Result:
+        """Complete answer."""
+        return Result(
+            text=self._texts[False],
+            tokens=tokens,
+            finish_reason=reason,
+            timings=timings,
+            thinking=self._texts[True],
+            calls=self.calls,
+            warnings=(*warnings, *self._failures),
+        )
 
 
 class BatchRow:
@@ -111,20 +280,18 @@ class BatchRow:
     def __init__(self, reader: AnswerReader) -> None:
         self.reader = reader
         self.tokens: list[int] = []
-        self._texts = {False: "", True: ""}  # by whether it is thinking
+        self._answer = AnswerCollector()
 
     def add(self, token: int) -> None:
         """Append a token, unless the answer has ended."""
         if not self.reader.ended:
             self.tokens.append(token)
-            self._append(self.reader.add(token))
+            for event in self.reader.add(token):
+                self._answer.add(event)
 
     def result(self, timings: Timings) -> Result:
         """Complete answer."""
-        self._append(self.reader.finish())
+        for event in self.reader.finish():
+            self._answer.add(event)
         reason = "stop" if self.reader.ended else "length"
-        return Result(self._texts[False], self.tokens, reason, timings, self._texts[True])
-
-    def _append(self, segments: list[Segment]) -> None:
-        for text, thinking in segments:
-            self._texts[thinking] += text
+        return self._answer.result(self.tokens, reason, timings)

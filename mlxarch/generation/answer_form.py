@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from mlxarch.generation.answer import Result
-from mlxarch.generation.thinking import may_begin_to_think, splitter
+from mlxarch.generation.thinking.splitter import may_begin_to_think, splitter
 from mlxarch.structured_output.matcher import Grammar, Matcher, Start
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ class AnswerForm:
 
     def read(self, result: Result) -> Result:
         """Return the result with its parsed answer, and with warnings about what it breaks."""
-        warnings = list(self.grammar.warnings)
+        warnings = [*result.warnings, *self.grammar.warnings]
         parsed = None
         if result.finish_reason == "stop" and self.parse is not None:
             try:
@@ -37,7 +37,12 @@ class AnswerForm:
         return replace(result, parsed=parsed, warnings=tuple(warnings))
 
 
-def constrain(tokenizer: Tokenizer, prompt: Sequence[int], grammar: Grammar) -> Matcher:
+def constrain(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    grammar: Grammar,
+    triggers: frozenset[int] = frozenset(),
+) -> Matcher:
     """Return the matcher for the answer to a prompt.
 
     The model thinks without constraint, if the prompt or the model begins the thinking, and the
@@ -47,9 +52,10 @@ def constrain(tokenizer: Tokenizer, prompt: Sequence[int], grammar: Grammar) -> 
         tokenizer: the model's tokenizer.
         prompt: token ids of the prompt.
         grammar: grammar of the answer.
+        triggers: tokens that begin the grammar; empty to begin it behind the thinking.
     """
     tracker = splitter(tokenizer, prompt)
     may_open = None if tracker.thinking else may_begin_to_think(tokenizer, prompt)
-    if not tracker.thinking and may_open is None:
+    if not tracker.thinking and may_open is None and not triggers:
         return grammar.matcher()
-    return grammar.matcher(Start(thinking=tracker, may_open=may_open))
+    return grammar.matcher(Start(tracker, may_open, triggers))

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from mlxarch.engine.request import GenerationRequest
 from mlxarch.errors import ContextLengthError, MlxArchError
-from mlxarch.generation.thinking import switches
+from mlxarch.generation.thinking.switches import switches
 from mlxarch.server.answers.answers import Answers, Job, Mailbox
 from mlxarch.server.answers.constraint import Constraint, compile_constraint
 from mlxarch.server.answers.options import Options, sampling_for

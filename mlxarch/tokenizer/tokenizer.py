@@ -103,6 +103,16 @@ class Tokenizer:
         return choose_template(self._templates, None)
 
     @property
+    def tool_template(self) -> str | None:
+        """Jinja source of the template for a conversation with tools; None if there is none."""
+        return choose_template(self._templates, [])
+
+    @property
+    def tool_variables(self) -> frozenset[str]:
+        """Variables that the template for a conversation with tools reads."""
+        return template_variables(self.tool_template or "")
+
+    @property
     def template_variables(self) -> frozenset[str]:
         """Variables that the chat template reads, such as ``messages`` or ``enable_thinking``."""
         return template_variables(self.chat_template or "")

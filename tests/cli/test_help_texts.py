@@ -6,7 +6,7 @@ import click
 import pytest
 
 from mlxarch.cli.main import COMMANDS, cli
-from mlxarch.generation.thinking import EFFORTS
+from mlxarch.generation.thinking.switches import EFFORTS
 from mlxarch.quantization import formats
 from mlxarch.system.dtypes import COMPUTE_DTYPES
 

@@ -24,7 +24,7 @@ from mlxarch.cli.stats import (
     timings_stats,
 )
 from mlxarch.errors import InvalidInput
-from mlxarch.generation.thinking import switches
+from mlxarch.generation.thinking.switches import switches
 
 if TYPE_CHECKING:
     from mlxarch.language_model import LanguageModel

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxarch import Tokenizer
-from mlxarch.generation.thinking import Segment, Splitter, splitter, switches
+from mlxarch.generation.thinking.splitter import Segment, Splitter, splitter
+from mlxarch.generation.thinking.switches import switches
 from mlxarch.tokenizer.chat_template import template_variables
 
 # the 256 characters that stand for bytes in a byte-level vocabulary

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from mlxarch.generation.thinking import EFFORTS
+from mlxarch.generation.thinking.switches import EFFORTS
 from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options, logit_bias, stop_strings
 from mlxarch.server.api.fields import (

@@ -1,4 +1,4 @@
-"""Thinking of a model: separated from its answer, and switched on or off through the chat template.
+"""Thinking of a model: separated from its answer.
 
 Two formats are known:
 
@@ -15,21 +15,22 @@ removed from the text. Without marks, all text is the answer.
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-EFFORTS = ("low", "medium", "high")
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 
 _CONSTRAIN, _OTHER_ENDS = "<|constrain|>", ("<|return|>", "<|call|>")
 _RECIPIENT = re.compile(r"\bto=(?!user\b|assistant\b)\S")
-_SWITCHES = ("enable_thinking", "thinking")
-_FLAGS = ("/no_think", "/nothink")
+_FUNCTION = re.compile(r"\bto=functions\.([A-Za-z0-9_.\-]+)")
 _TAIL = 16  # tokens of the prompt that may hold an opening tag and the blanks behind it
 
-Segment = tuple[str, bool]
-"""Text that is not empty, and whether it is thinking."""
+
+class Segment(NamedTuple):
+    """Text that is not empty, and whether it is thinking."""
+
+    text: str
+    thinking: bool
 
 
 class Detokenizer(Protocol):
@@ -82,6 +83,19 @@ class Splitter(Protocol):
         """Segments of text that the token completes."""
         ...
 
+    @property
+    def recipient(self) -> str | None:
+        """Function that the current message is addressed to; None for thinking and the answer."""
+        ...
+
+    def cut(self) -> list[Segment]:
+        """Segments up to here: a token that is no text follows."""
+        ...
+
+    def raw(self, token: int) -> str:
+        """Text that a token completes and that is neither thinking nor answer."""
+        ...
+
     def finish(self) -> list[Segment]:
         """Remaining segments, after the last token."""
         ...
@@ -91,11 +105,12 @@ def splitter(tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> Splitter:
     """Return the splitter for the answer to a prompt of token ids."""
     if all(tokenizer.token_id(mark) is not None for mark in (START, CHANNEL, MESSAGE, END)):
         return ChannelSplitter(tokenizer, prompt)
-    tags = _tags(tokenizer)
+    tags = thinking_tags(tokenizer)
     return TagSplitter(tokenizer, tags, prompt) if tags else NoThinking(tokenizer)
 
 
-def _tags(tokenizer: ThinkingTokenizer) -> tuple[str, str] | None:
+def thinking_tags(tokenizer: ThinkingTokenizer) -> tuple[str, str] | None:
+    """Opening and closing tag of a model's thinking; None for a model without."""
     for pair in TAGS:
         if all(tokenizer.token_id(tag) is not None for tag in pair):
             return pair
@@ -107,7 +122,7 @@ def may_begin_to_think(tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> i
 
     None if the prompt opens or closes the thinking already, or if there is no such token.
     """
-    tags = _tags(tokenizer)
+    tags = thinking_tags(tokenizer)
     if tags is None or _tail_text(tokenizer, prompt).endswith(tags):
         return None
     return tokenizer.token_id(tags[0])
@@ -122,6 +137,7 @@ class NoThinking:
     """Splitter for a model without thinking: all text is the answer."""
 
     thinking = False
+    recipient = None
 
     def __init__(self, tokenizer: ThinkingTokenizer) -> None:
         self._detokenizer = tokenizer.detokenizer()
@@ -129,12 +145,20 @@ class NoThinking:
     def add(self, token: int) -> list[Segment]:
         """Implement ``Splitter``."""
         text = self._detokenizer.add(token)
-        return [(text, False)] if text else []
+        return [Segment(text, False)] if text else []
+
+    def cut(self) -> list[Segment]:
+        """Implement ``Splitter``."""
+        return self.finish()
+
+    def raw(self, token: int) -> str:
+        """Implement ``Splitter``."""
+        return self._detokenizer.add(token)
 
     def finish(self) -> list[Segment]:
         """Implement ``Splitter``."""
         text = self._detokenizer.finish()
-        return [(text, False)] if text else []
+        return [Segment(text, False)] if text else []
 
 
 class _Segmenter:
@@ -163,7 +187,7 @@ class _Segmenter:
         gap = "\n\n" if self._after_mark and self._begun[self.thinking] else ""
         self._after_mark = False
         self._begun[self.thinking] = True
-        return [(gap + certain, self.thinking)]
+        return [Segment(gap + certain, self.thinking)]
 
     def mark(self, thinking: bool) -> None:
         """Begin another section."""
@@ -175,7 +199,7 @@ class _Segmenter:
         """Remaining newlines."""
         rest = self._newlines
         self._newlines = ""
-        return [(rest, self.thinking)] if rest else []
+        return [Segment(rest, self.thinking)] if rest else []
 
 
 class TagSplitter:
@@ -206,6 +230,20 @@ class TagSplitter:
         self._detokenizer = self._tokenizer.detokenizer()
         self._segmenter.mark(self._ids[token])
         return before
+
+    recipient = None
+
+    def cut(self) -> list[Segment]:
+        """Implement ``Splitter``."""
+        before = self._split_at_tags(self._detokenizer.finish())
+        before += self._segmenter.text(self._text)
+        self._text = ""
+        self._segmenter.mark(self.thinking)
+        return before
+
+    def raw(self, token: int) -> str:
+        """Implement ``Splitter``."""
+        return self._detokenizer.add(token)
 
     def finish(self) -> list[Segment]:
         """Implement ``Splitter``."""
@@ -255,6 +293,7 @@ class ChannelSplitter:
         self._marks = {token: mark for token, mark in ids.items() if token is not None}
         self._segmenter = _Segmenter(False, after_mark=False)
         self._header: str | None = None  # of the message that begins; None within a message
+        self.recipient: str | None = None
         start = tokenizer.token_id(START)
         last_start = next(
             (at for at in range(len(prompt) - 1, -1, -1) if prompt[at] == start), len(prompt)
@@ -277,19 +316,35 @@ class ChannelSplitter:
         self._detokenizer = self._tokenizer.detokenizer()
         if mark == START:
             self._header = ""
+            self.recipient = None
         elif mark == MESSAGE:
-            self._segmenter.mark(
-                self.thinking if self._header is None else not _is_answer(self._header)
-            )
-            self._header = None
+            self._begin_message()
         elif mark == CHANNEL:
             self._header = f"{self._header or ''} {mark} "
         elif mark == _CONSTRAIN:
             self._header = None if self._header is None else f"{self._header} {mark} "
         else:
             self._header = None
+            self.recipient = None
             self._segmenter.mark(False)
         return before
+
+    def _begin_message(self) -> None:
+        if self._header is None:
+            self._segmenter.mark(self.thinking)
+            return
+        self._segmenter.mark(not _is_answer(self._header))
+        function = _FUNCTION.search(self._header)
+        self.recipient = function[1] if function else None
+        self._header = None
+
+    def cut(self) -> list[Segment]:
+        """Implement ``Splitter``."""
+        return self._text(self._detokenizer.finish())
+
+    def raw(self, token: int) -> str:
+        """Implement ``Splitter``."""
+        return self._detokenizer.add(token)
 
     def finish(self) -> list[Segment]:
         """Implement ``Splitter``."""
@@ -318,56 +373,3 @@ def _is_answer(header: str) -> bool:
     if _RECIPIENT.search(header) or role.split()[:1] not in ([], ["assistant"]):
         return False
     return channel.split()[:1] != ["analysis"]
-
-
-@dataclass
-class Switches:
-    """Settings by which a model is asked to think or not to.
-
-    Attributes:
-        variables: variables for the chat template.
-        flag: text to append to the system prompt; "" for none.
-        warnings: requests that the model cannot follow; a sentence each, without its subject.
-    """
-
-    variables: dict[str, Any] = field(default_factory=dict)
-    flag: str = ""
-    warnings: list[str] = field(default_factory=list)
-
-    def system(self, prompt: str | None) -> str | None:
-        """System prompt with the flag; None if there is neither."""
-        return "\n".join(part for part in (prompt, self.flag) if part) if self.flag else prompt
-
-
-def switches(
-    tokenizer: ThinkingTokenizer, think: bool | None = None, effort: str | None = None
-) -> Switches:
-    """Find the switches for thinking that a chat template has, by the variables it reads.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        think: whether to think; None leaves it to the model.
-        effort: "low", "medium" or "high"; None leaves it to the model.
-    """
-    found = Switches()
-    known = tokenizer.template_variables
-    has_effort = "reasoning_effort" in known
-    if think is not None:
-        flag = next((flag for flag in _FLAGS if flag in (tokenizer.chat_template or "")), "")
-        found.variables = {name: think for name in _SWITCHES if name in known}
-        if not found.variables and flag:
-            found.flag = flag if not think else flag.replace("no_", "").replace("no", "")
-        elif not found.variables and has_effort and not think:
-            found.variables["reasoning_effort"] = EFFORTS[0]
-            found.warnings.append("always thinks: it is asked for low effort instead")
-        elif not found.variables and not has_effort:
-            thinks = _tags(tokenizer) is not None
-            found.warnings.append(
-                f"{'cannot be told whether to think' if thinks else 'does not think'}: its chat template has no "
-                "switch for that"
-            )
-    if effort is not None and has_effort:
-        found.variables["reasoning_effort"] = effort
-    elif effort is not None:
-        found.warnings.append("knows no levels of effort: its chat template has no switch for that")
-    return found
