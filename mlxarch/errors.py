@@ -19,6 +19,7 @@
     ├── DownloadError           a download broke off or brought other bytes than promised
     ├── Declined                the user declined a confirmation
     ├── BackendMissing          MLX or an optional package is not installed
+    ├── ForkedProcess           MLX was used before this process was forked
     └── GenerationError         generation failed
         ├── ContextLengthError
         ├── ConstraintError     a grammar can not be continued
@@ -132,6 +133,10 @@ class Declined(MlxArchError):
 
 class BackendMissing(MlxArchError):
     """A required package is not installed; the message has the command to install it."""
+
+
+class ForkedProcess(MlxArchError):
+    """The process was forked from one that had used MLX, whose threads do not survive a fork."""
 
 
 class GenerationError(MlxArchError):

@@ -9,6 +9,7 @@ from mlxarch.blocks import Cache, CausalLM
 from mlxarch.errors import InvalidInput, SessionInUse
 from mlxarch.kv_cache import StateCache
 from mlxarch.kv_cache.base import evaluate_caches
+from mlxarch.system.backend import claim_process
 
 SNAPSHOTS = 2  # of windows and states in each turn: before the prompt and after it
 SNAPSHOT_BYTES = 2**27  # memory for these snapshots
@@ -75,7 +76,9 @@ class Session:
 
         Raises:
             InvalidInput: the session holds tokens of another model.
+            ForkedProcess: the model was loaded before this process was forked.
         """
+        claim_process()
         if self.model is not None and self.model is not model:
             raise InvalidInput(
                 "this session belongs to another model; take one from the session() of this model"

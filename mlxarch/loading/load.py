@@ -22,6 +22,7 @@ from mlxarch.loading.resolve import Resolved, resolve
 from mlxarch.progress import Progress, silent
 from mlxarch.ssd_streaming.attach import attach
 from mlxarch.ssd_streaming.embeddings import attach_tables
+from mlxarch.system.backend import claim_process
 from mlxarch.system.dtypes import COMPUTE_DTYPES, mlx_dtype
 
 RESIDENT = Execution()
@@ -90,7 +91,9 @@ def load_weights(
     Raises:
         CheckpointError: a weight cannot be read, or a file changed since it was checked.
         InvalidInput: an unknown ``dtype``, or numbers of slots that do not fit the layers.
+        ForkedProcess: the process was forked after another model had been loaded.
     """
+    claim_process()
     model = checkpoint.model
     for note in checkpoint.notes:
         _logger.info("%s", note)

@@ -1,13 +1,33 @@
 """Check that MLX can be imported; on Linux its back end is an optional extra of mlxarch."""
 
+import os
 import platform
 from pathlib import Path
 
-from mlxarch.errors import BackendMissing
+from mlxarch.errors import BackendMissing, ForkedProcess
 
 _CPU = "pip install 'mlxarch[cpu]'"
 _CUDA = "pip install 'mlxarch[cuda]'"
 _DRIVER = Path("/proc/driver/nvidia/version")  # exists where NVIDIA's driver runs
+
+_owner: int | None = None  # process that uses MLX
+
+
+def claim_process() -> None:
+    """Note that this process uses MLX; call before the evaluation of a model.
+
+    Raises:
+        ForkedProcess: it was forked from one that did. It would wait forever for a thread of MLX
+            that it does not have.
+    """
+    global _owner
+    if _owner is None:
+        _owner = os.getpid()
+    elif _owner != os.getpid():
+        raise ForkedProcess(
+            "this process was forked after MLX had been used, and MLX does not survive a fork; "
+            "load models in the child only, or start it with multiprocessing's 'spawn' method"
+        )
 
 
 def require_backend() -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,13 @@ from talker import CONTEXT, VOCABULARY, make_talker
 import mlxarch
 from mlxarch import LanguageModel, Result, Sampling
 from mlxarch.blocks import CausalLM
-from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits, TokenizerError
+from mlxarch.errors import (
+    ContextLengthError,
+    ForkedProcess,
+    InvalidInput,
+    NonFiniteLogits,
+    TokenizerError,
+)
 from mlxarch.generation.sampling import SamplingArguments
 from mlxarch.language_model import AnswerArguments
 
@@ -516,3 +524,18 @@ def test_a_prompt_says_how_far_it_is(model: LanguageModel) -> None:
     model.generate("hello world", max_tokens=1, on_prompt=lambda *report: seen.append(report))
     length = len(model.tokens_of("hello world"))
     assert seen and seen[-1][1] == length and all(done <= length for done, _ in seen)
+
+
+def test_a_forked_process_is_refused_in_place_of_waiting_for_ever(model: LanguageModel) -> None:
+    session = model.session()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(60)
+            model.generate("hello", max_tokens=1, session=session)
+        except ForkedProcess:
+            os._exit(5)
+        finally:
+            os._exit(6)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    assert model.generate("hello", max_tokens=1).tokens
