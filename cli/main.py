@@ -19,7 +19,7 @@ import click
 from mlxarch import __version__
 from mlxarch.cli.output import configure_streams, print_error, print_stderr
 from mlxarch.cli.signals import SIGNALS, Terminated, end_if_busy, raise_terminated
-from mlxarch.errors import MlxArchError
+from mlxarch.errors import ContextLengthError, MemoryBudgetError, MlxArchError
 
 # command: (module below mlxarch.cli.commands, summary: the first line of the command's own help)
 COMMANDS = {
@@ -48,6 +48,14 @@ ALIASES = {"get": "pull", "ls": "list"}
 BROKEN_PIPE = 141
 INTERRUPTED = 130
 SIGNAL_CODES = (INTERRUPTED, *(128 + number for number in SIGNALS))
+
+REMEDIES: dict[type[MlxArchError], str] = {
+    ContextLengthError: "--overflow keep-ends drops the middle of the prompt; -c 32k loads the model "
+    "with more context, if it has so much (`mlxarch show` says)",
+    MemoryBudgetError: "`mlxarch fit` shows what fits; -c 2k takes less memory for the context, and "
+    "--memory sets another budget",
+}
+"""Options of the command line that help against an error of the library."""
 
 EPILOG = """\b
 A model is a short name (smollm2-135m, qwen3-8b-4bit), a repository of the
@@ -189,7 +197,10 @@ def _run_to_exit_code(group: CommandLine, arguments: list[str]) -> int:
     except MlxArchError as error:
         for note in getattr(error, "__notes__", ()):
             print_stderr(note)
-        return _report(str(error), error.exit_code)
+        code = _report(str(error), error.exit_code)
+        if remedy := REMEDIES.get(type(error)):
+            print_stderr(f"mlxarch: {remedy}")
+        return code
     except MemoryError:
         return _report("the memory is full", 4)
     except Exception as error:

@@ -247,6 +247,22 @@ def parse_bits(bits: str | None) -> int | str | None:
     return int(bits) if bits and bits.isdigit() else bits
 
 
+def decode_utf8(data: bytes, name: str, end: str = "\n") -> str:
+    """Decode a text, without byte order mark and without the characters ``end`` at its end.
+
+    Raises:
+        InvalidInput: it is not UTF-8.
+    """
+    from mlxarch.errors import InvalidInput
+
+    try:
+        return data.decode("utf-8-sig").rstrip(end)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"{name} is no text in UTF-8: byte {error.start} is {data[error.start]:#04x}"
+        ) from error
+
+
 def resolve_model_name(model_flag: str | None, argument: str | None) -> str:
     """Return the model named by -m, by the argument or by MLXARCH_MODEL.
 

@@ -7,7 +7,9 @@ starts an escape sequence.
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
@@ -37,9 +39,34 @@ def supports_color(stream: TextIO) -> bool:
     )
 
 
+def wrap_words(text: str, stream: TextIO) -> str:
+    """Break lines that are longer than the terminal between words, as it would within them.
+
+    Continued lines are indented as the first one. A word that is longer than a line, such as a
+    path, stays whole. Without a terminal the text stays as it is.
+    """
+    if not is_terminal(stream):
+        return text
+    columns = shutil.get_terminal_size().columns
+    lines: list[str] = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip(" "))]
+        wrapped = textwrap.wrap(
+            line,
+            max(columns, 20),
+            subsequent_indent=indent,
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += wrapped if len(line) > columns else [line]
+    return "\n".join(lines)
+
+
 def print_stderr(text: str, *, dim: bool = False) -> None:
-    """Print a line to standard error; ``dim`` if the terminal supports styles."""
-    text = show_control_characters(text)
+    """Print a text to standard error; ``dim`` if the terminal supports styles."""
+    text = wrap_words(show_control_characters(text), sys.stderr)
     print(
         f"\x1b[2m{text}\x1b[0m" if dim and supports_color(sys.stderr) else text,
         file=sys.stderr,
@@ -53,8 +80,8 @@ def print_error(text: str) -> None:
 
 
 def print_line(text: str = "") -> None:
-    """Print a line to standard output."""
-    print(show_control_characters(text), flush=True)
+    """Print a text to standard output."""
+    print(wrap_words(show_control_characters(text), sys.stdout), flush=True)
 
 
 def print_json(value: Any) -> None:

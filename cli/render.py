@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
+from mlxarch.cli.code_blocks import CodeBlocks
 from mlxarch.cli.output import is_terminal, show_control_characters, supports_color
 
 if TYPE_CHECKING:
@@ -157,14 +158,17 @@ class MarkdownWriter:
         if not source.strip():
             return []
         document = _make_document()
-        document.parsed = self._parser.parse(source)
+        code = CodeBlocks()
+        document.parsed = code.take_out(self._parser.parse(source))
         for token in document.parsed:
             for child in token.children or ():
                 if child.type == "softbreak":  # models end a line where they want a line break
                     child.type = "hardbreak"
         with self._console.capture() as captured:
             self._console.print(document, width=columns - 1)
-        return [_strip_padding(line) for line in captured.get().strip("\n").split("\n")]
+        return code.put_in(
+            [_strip_padding(line) for line in captured.get().strip("\n").split("\n")]
+        )
 
 
 def _make_document() -> "Markdown":
@@ -248,7 +252,7 @@ class _LiveLines:
 
 
 def _count_rows(line: str, columns: int) -> int:
-    """Count the terminal rows of a line; more than one only after the window became narrower."""
+    """Count the terminal rows of a line; more than one for a long line of code."""
     from rich.cells import cell_len
 
-    return max(1, -(-cell_len(_STYLE.sub("", line)) // columns))
+    return max(1, -(-cell_len(_STYLE.sub("", line).expandtabs(8)) // columns))

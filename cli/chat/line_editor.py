@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from mlxarch.cli.options import decode_utf8
 from mlxarch.cli.output import is_terminal, print_stderr
 from mlxarch.cli.signals import Terminated
 
@@ -58,7 +59,7 @@ class PipeReader:
     """Lines of a pipe or file, one input each; three quotes enclose an input of several lines."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._lines = iter(stream or ())
+        self._lines = _decoded_lines(stream)
 
     def read(self) -> str:
         """Return the next input; an open block ends with the stream (see ``Editor.read``).
@@ -72,15 +73,19 @@ class PipeReader:
                 text += next(self._lines, QUOTES)
         except StopIteration:
             raise EOFError from None
-        except UnicodeDecodeError as error:
-            from mlxarch.errors import InvalidInput
-
-            raise InvalidInput(f"standard input is no text in UTF-8: {error}") from error
         except Terminated:
             raise
         except KeyboardInterrupt:
             raise Interrupted("") from None
         return strip_quotes(text)
+
+
+def _decoded_lines(stream: TextIO | None) -> Iterator[str]:
+    """Lines of a stream; its bytes are decoded here, since Python hides what is no UTF-8."""
+    for number, line in enumerate(getattr(stream, "buffer", None) or stream or (), 1):
+        yield (
+            line if isinstance(line, str) else decode_utf8(line, f"standard input, line {number},")
+        )
 
 
 class TerminalEditor:
@@ -164,6 +169,10 @@ def _make_key_bindings():  # -> KeyBindings, which is imported only here
     @keys.add("c-j")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-z")
+    def _(event: KeyPressEvent) -> None:
+        event.app.suspend_to_background()
 
     @keys.add("c-c")
     def _(event: KeyPressEvent) -> None:

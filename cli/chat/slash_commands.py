@@ -1,12 +1,13 @@
 """Slash commands of a chat: their table, and their handlers."""
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Protocol
 
 from mlxarch.cli.chat import conversation, saved_chats
 from mlxarch.cli.chat.receive import Answer
-from mlxarch.cli.output import print_stderr
+from mlxarch.cli.output import print_line, print_stderr
 from mlxarch.cli.render import Writer
 from mlxarch.cli.stats import memory_line, streaming_line, timings_line
 from mlxarch.errors import InvalidInput
@@ -35,6 +36,11 @@ Handler = Callable[[Chat, str], None]
 COMMANDS: dict[str, tuple[str, str, Handler]] = {}
 """Usage, description and handler of each command, by its name."""
 ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help"}
+
+
+def is_slash_command(text: str) -> bool:
+    """Return whether an input is meant as a command: a path such as /usr/bin is not."""
+    return re.match(r"/[A-Za-z?]+(\s|$)", text) is not None
 
 
 def run_slash_command(chat: Chat, line: str) -> None:
@@ -141,6 +147,26 @@ def _undo(chat: Chat, _: str) -> None:
     if question is None:
         raise InvalidInput("there is no question yet")
     print_stderr(f"forgotten: {_shorten(question)}", dim=True)
+
+
+@_register("/raw", "show the last answer as the model wrote it, without rendering")
+def _raw(chat: Chat, _: str) -> None:
+    messages = chat.conversation.messages
+    if not messages:
+        raise InvalidInput("there is no answer yet")
+    print_line(messages[-1].content)
+
+
+@_register("/model", "show the model")
+def _model(chat: Chat, name: str) -> None:
+    talk = chat.conversation
+    if name:
+        raise InvalidInput(
+            f"a chat keeps its model; `mlxarch chat {name}` begins one with another, and /save here "
+            "with /load there takes the conversation along"
+        )
+    print_stderr(f"{talk.name}: {talk.model.path}")
+    print_stderr(f"{talk.model!r}", dim=True)
 
 
 @_register("/save [FILE]", "save the conversation to a file")

@@ -1,6 +1,7 @@
 """Rendering of an answer in a terminal while it grows."""
 
 import random
+import re
 import sys
 
 import pytest
@@ -129,6 +130,34 @@ def test_a_long_code_block_scrolls_and_is_not_repeated(monkeypatch):
         stage = Stage(patch, rows=8)
         shown = [line.strip() for line in stage.show(list(code)) if line.strip()]
     assert shown == [*(f"line {n}" for n in range(60)), "after it"]
+
+
+CODE = """\
+def f(x):
+\tif x:
+\t\treturn [number for number in range(100) if number % 3 == 0 or number % 5 == 0 or number == x]
+
+    # an indented comment
+""".rstrip("\n")
+
+
+@pytest.mark.parametrize("language", ["python", "", "no-such-language", "python title=x"])
+@pytest.mark.parametrize("list_item", [False, True])
+def test_lines_of_code_are_what_the_model_wrote(monkeypatch, language, list_item):
+    fence = f"```{language}\n{CODE}\n```"
+    source = "Before:\n\n" + fence
+    if list_item:
+        source = "1. Before:\n\n" + "\n".join(f"   {line}" for line in fence.split("\n"))
+    with monkeypatch.context() as patch:
+        stage = Stage(patch, rows=40)
+        stage.show(pieces_of(source + "\n\nAfter", 1))
+        whole = Stage(patch, rows=40)
+        whole.show([source])
+    written = re.sub(r"\x1b\[[0-9;]*[mKJ]", "", "".join(whole.written))
+    assert f"\n{CODE}\n" in written  # tabs, blanks and long lines
+    *before, after, end = stage.screen.text()
+    assert (after, end) == ("After", "")
+    assert before == whole.screen.text()  # drawn anew with each piece, and the same
 
 
 def test_a_plain_paragraph_is_appended_and_never_rewritten(monkeypatch):

@@ -39,6 +39,8 @@ class Screen:
                 self._down()
             elif character == "\r":
                 self.column = 0
+            elif character == "\t":
+                self.column = min(self.column // 8 * 8 + 8, self.columns - 1)
             elif character:
                 self._put(character)
             else:

@@ -11,7 +11,12 @@ from mlxarch.cli import options
 from mlxarch.cli.chat.conversation import Conversation
 from mlxarch.cli.chat.line_editor import Editor, Interrupted, PipeReader, make_editor
 from mlxarch.cli.chat.receive import LOOP_NOTE, STOPPED, Answer, dropped_tokens_note
-from mlxarch.cli.chat.slash_commands import ALIASES, COMMANDS, run_slash_command
+from mlxarch.cli.chat.slash_commands import (
+    ALIASES,
+    COMMANDS,
+    is_slash_command,
+    run_slash_command,
+)
 from mlxarch.cli.output import is_terminal, print_stderr
 from mlxarch.cli.render import Writer, make_answer_writer, make_thinking_writer
 from mlxarch.cli.signals import Terminated
@@ -120,7 +125,7 @@ class Chat:
     def _handle_input(self, text: str) -> None:
         """Run a command or ask a question; an error ends the chat only if it is not interactive."""
         try:
-            if text.startswith("/") and not text.startswith("//"):
+            if is_slash_command(text):
                 run_slash_command(self, text)
             else:
                 question = text[1:] if text.startswith("//") else text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,9 @@ def _split_model_and_prompt(
     """Split the arguments into the model's name and the words of the prompt.
 
     With -m, all words are the prompt; so they are with MLXARCH_MODEL, unless the first is a model.
+
+    Raises:
+        click.UsageError: no model is named.
     """
     if model_flag or not words:
         return options.resolve_model_name(model_flag, None), words
@@ -112,6 +116,11 @@ def _split_model_and_prompt(
     default = os.environ.get("MLXARCH_MODEL")
     if default and not has_prompt and not is_name(words[0]):
         return default, words
+    if " " in words[0].strip() and not is_name(words[0]):
+        raise click.UsageError(
+            f"no model is named: write `mlxarch run MODEL {shlex.quote(words[0])}`, or set "
+            "MLXARCH_MODEL; `mlxarch list` shows which models there are"
+        )
     return words[0], words[1:]
 
 
@@ -126,27 +135,17 @@ def _read_prompt(words: tuple[str, ...], prompt: str | None, file: str | None) -
         raise click.UsageError("the prompt is given twice, as an argument and with -p")
     typed = prompt if prompt is not None else " ".join(words)
     wants_stdin = typed == "-" or file == "-"
-    parts = [] if file in (None, "-") else [_decode_utf8(Path(file).read_bytes(), file)]
+    parts = [] if file in (None, "-") else [options.decode_utf8(Path(file).read_bytes(), file)]
     if sys.stdin is not None and (wants_stdin or not is_terminal(sys.stdin)):
-        parts.append(_decode_utf8(sys.stdin.buffer.read(), "standard input"))
+        parts.append(options.decode_utf8(sys.stdin.buffer.read(), "standard input"))
     if typed != "-":
-        parts.append(_decode_utf8(os.fsencode(typed), "the prompt", end=""))
+        parts.append(options.decode_utf8(os.fsencode(typed), "the prompt", end=""))
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise click.UsageError(
             "there is no prompt: give it as an argument, with -p, with -f or through a pipe"
         )
     return text
-
-
-def _decode_utf8(data: bytes, name: str, end: str = "\n") -> str:
-    """Decode a text, without byte order mark and without the characters ``end`` at its end."""
-    try:
-        return data.decode("utf-8-sig").rstrip(end)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"{name} is no text in UTF-8: byte {error.start} is {data[error.start]:#04x}"
-        ) from error
 
 
 def _read_schema(given: str) -> Any:
@@ -156,7 +155,9 @@ def _read_schema(given: str) -> Any:
         InvalidInput: it is not JSON.
     """
     text = (
-        given if given.lstrip().startswith("{") else _decode_utf8(Path(given).read_bytes(), given)
+        given
+        if given.lstrip().startswith("{")
+        else options.decode_utf8(Path(given).read_bytes(), given)
     )
     try:
         return json.loads(text)

@@ -243,3 +243,23 @@ def test_a_history_that_cannot_be_written_is_no_obstacle(person, home):
         user.enters("Hello", "cut off")
         user.type("\x04")
         assert user.leaves() == 0
+
+
+def test_what_is_no_text_is_refused_as_by_run(invoke, tiny):
+    ended = invoke("chat", tiny, "-n", "2", input=b"Hi\n\xff\xfe\n")
+    assert ended.exit_code == 2
+    assert "standard input, line 2, is no text in UTF-8: byte 0 is 0xff" in ended.stderr
+
+
+def test_a_path_is_a_question_and_no_command(invoke, tiny):
+    ended = invoke("chat", tiny, "-n", "3", input="/usr/bin is a folder\n")
+    assert ended.exit_code == 0 and len(ended.stdout.strip("\n")) == 3
+
+
+def test_raw_shows_the_answer_as_it_came_and_model_the_model(invoke, tiny):
+    ended = invoke("chat", tiny, "-n", "5", input="One\n/raw\n/model\n")
+    first, again = ended.stdout.splitlines()
+    assert ended.exit_code == 0 and first == again
+    assert "<LanguageModel tiny: llama, 2 layers" in ended.stderr
+    other = invoke("chat", tiny, input="/model qwen3-4b\n")
+    assert other.exit_code == 2 and "`mlxarch chat qwen3-4b`" in other.stderr

@@ -267,3 +267,18 @@ def test_an_answer_that_repeats_itself_is_stopped(invoke, tiny, monkeypatch):
     )
     script(monkeypatch, tiny, "ab" * 300)
     assert len(invoke("run", tiny, "Hi", "-n", "500", "--no-loop-guard").stdout.strip()) == 500
+
+
+def test_a_question_without_a_model_says_how_to_name_one(invoke):
+    ended = invoke("run", "Why is the sky blue?")
+    assert ended.exit_code == 2 and "`mlxarch run MODEL 'Why is the sky blue?'`" in ended.stderr
+
+
+def test_a_prompt_that_is_too_long_names_the_options(invoke, tiny):
+    ended = invoke("run", tiny, "x" * 5000)
+    assert ended.exit_code == 1 and "--overflow keep-ends" in ended.stderr
+
+
+def test_a_budget_that_is_too_small_names_the_options(invoke, tiny):
+    ended = invoke("run", tiny, "Hi", "--memory", "1MB")
+    assert ended.exit_code == 4 and "-c 2k" in ended.stderr
