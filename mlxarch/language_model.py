@@ -15,7 +15,7 @@ import msgspec
 from mlx.utils import tree_flatten
 
 from mlxarch.blocks import Cache, CausalLM
-from mlxarch.engine import Engine
+from mlxarch.engine import Engine, GenerationRequest, RowOutput, run_batch
 from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
 from mlxarch.generation.answer import AnswerCollector, AnswerReader, BatchRow, Piece, Result
 from mlxarch.generation.answer_form import AnswerForm, constrain
@@ -25,7 +25,7 @@ from mlxarch.generation.context_shift import (
     decode_with_shift,
     protected_tokens,
 )
-from mlxarch.generation.decode import check_tokens, decode, decode_batch, remaining_tokens
+from mlxarch.generation.decode import check_tokens, decode, remaining_tokens
 from mlxarch.generation.prefill import Report
 from mlxarch.generation.sampling import Sampling, SamplingArguments
 from mlxarch.generation.session import Session
@@ -533,19 +533,19 @@ class LanguageModel:
         batch_size: int = 32,
         **settings: Unpack[SamplingArguments],
     ) -> list[Result]:
-        """Generate answers to several prompts in batches.
+        """Generate answers to several prompts, many at a time.
 
-        Each weight is read once for a token of every prompt, so a batch costs little more than its
-        longest member.
+        Each weight is read once for a token of every running prompt, so a batch costs little more
+        than its longest member. When an answer ends, the next prompt begins.
 
         Args:
-            batch_size: prompts that run together, which bounds the memory of their caches.
+            batch_size: largest number of prompts that run together.
 
         The other arguments and the errors are those of ``stream``; an error names the prompt by its
         index.
 
         Returns:
-            One result for each prompt, in their order, with the timings of its batch.
+            One result for each prompt, in their order.
         """
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise InvalidInput(f"prompts must be a list of prompts, found {type(prompts).__name__}")
@@ -559,31 +559,38 @@ class LanguageModel:
                 self._limit(ids[-1], max_tokens)
             except MlxArchError as error:
                 raise type(error)(f"prompts[{index}]: {error}") from None
-        starts = range(0, len(ids), batch_size)
-        return [
-            result
-            for start in starts
-            for result in self._batch(ids[start : start + batch_size], max_tokens, stop, chosen)
+        rows = [BatchRow(AnswerReader(self.tokenizer, prompt, stop)) for prompt in ids]
+        timings = [Timings(len(prompt)) for prompt in ids]
+        requests = [
+            GenerationRequest(
+                prompt=tuple(prompt),
+                max_tokens=self._limit(prompt, max_tokens),
+                sampling=chosen,
+                end_tokens=frozenset(self.tokenizer.eos_ids),
+            )
+            for prompt in ids
         ]
 
-    def _batch(
-        self,
-        ids: list[list[int]],
-        max_tokens: int | None,
-        stop: str | Sequence[str],
-        sampling: Sampling,
-    ) -> list[Result]:
-        rows = [BatchRow(AnswerReader(self.tokenizer, prompt, stop)) for prompt in ids]
-        timings = Timings(sum(map(len, ids)))
-        limit = min(self._limit(tokens, max_tokens) for tokens in ids)
-        chunk = self.plan.execution.chunk if self.plan else None
-        steps = decode_batch(self.model, ids, sampling, limit, timings, self.kv, chunk)
-        for step in steps:
-            for row, token in zip(rows, step, strict=True):
-                row.add(token)
-            if all(row.reader.ended for row in rows):
-                break
-        return [row.result(timings) for row in rows]
+        def on_output(index: int, output: RowOutput) -> bool:
+            for token in output.tokens:
+                rows[index].add(token)
+            _record(timings[index], output)
+            return not rows[index].reader.ended
+
+        if rows:
+            with self.engine(max_rows=batch_size, max_waiting=len(ids), probe=False) as engine:
+                run_batch(engine, requests, on_output)
+        return [row.result(own) for row, own in zip(rows, timings, strict=True)]
+
+
+def _record(timings: Timings, output: RowOutput) -> None:
+    """Note in the timings of an answer what the engine tells."""
+    timings.generated_tokens += len(output.tokens)
+    if output.prompt is not None:
+        timings.reused_tokens = output.prompt.cached_tokens
+    if output.timings is not None:
+        timings.prefill_seconds = output.timings.queue_seconds + output.timings.prefill_seconds
+        timings.decode_seconds = output.timings.decode_seconds
 
 
 def _sampling(

@@ -2,6 +2,7 @@
 
 request     a request, and the outputs that it gets
 engine      the thread that owns the model, and its interface to other threads
+batch       several requests run to their ends
 scheduler   which rows run in the next step, and which part of a prompt is read
 row         state of one running request
 probe       numbers of rows for which a row does not depend on its neighbours
@@ -10,6 +11,7 @@ prefix_use  when prompts are looked up in it and stored
 steps       one decoding step for all rows, and one chunk of a prompt
 """
 
+from mlxarch.engine.batch import run_batch
 from mlxarch.engine.engine import Engine
 from mlxarch.engine.request import (
     EngineStatus,
@@ -32,4 +34,5 @@ __all__ = [
     "RowOutput",
     "TokenLogprobs",
     "TokenMatcher",
+    "run_batch",
 ]

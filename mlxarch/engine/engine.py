@@ -38,9 +38,10 @@ logger = logging.getLogger(__name__)
 class _Worker:
     """What the engine's thread runs; it does not refer to the ``Engine``, which may be collected."""
 
-    def __init__(self, scheduler: Scheduler, deterministic: bool) -> None:
+    def __init__(self, scheduler: Scheduler, deterministic: bool, probe: bool) -> None:
         self.scheduler = scheduler
         self._deterministic = deterministic
+        self._probe = probe or deterministic
         self.wake = threading.Condition()
         self.arrivals: deque[Row] = deque()
         self.accepts = True
@@ -64,7 +65,8 @@ class _Worker:
     def run(self) -> None:
         """Run requests until ``stop``."""
         try:
-            self.scheduler.probe(self._deterministic)
+            if self._probe:
+                self.scheduler.probe(self._deterministic)
             while self._take_arrivals():
                 self.scheduler.turn()
             self.scheduler.finish_all("cancelled")
@@ -121,6 +123,7 @@ class Engine:
         chunk: tokens of a prompt per pass; None takes the default of the machine.
         deterministic: make the bits of a row independent of other rows and of earlier requests, even
             if that costs time.
+        probe: whether to find out at the start if the bits of a row depend on other rows.
         spill_dir: folder for the caches of requests that are set aside, to make room for older ones;
             None keeps them in the host's memory.
         on_death: called on the engine's thread after a failure that ended it.
@@ -138,6 +141,7 @@ class Engine:
         kv: Quantization | None = None,
         chunk: int | None = None,
         deterministic: bool = False,
+        probe: bool = True,
         spill_dir: Path | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
@@ -154,7 +158,7 @@ class Engine:
         cache = PrefixCache(prefix_cache_bytes, reader.chunk if deterministic else 1)
         prefixes = PrefixUse(cache, sample, stores_answers=not deterministic)
         scheduler = Scheduler(model, make_caches, reader, self._room, prefixes, max_rows, spill_dir)
-        self._worker = _Worker(scheduler, deterministic)
+        self._worker = _Worker(scheduler, deterministic, probe)
         self._worker.on_death = on_death
         self._numbers = itertools.count(1)
         self._thread = threading.Thread(target=self._worker.run, name="mlxarch-engine", daemon=True)

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlxarch.blocks import CausalLM
 from mlxarch.engine.admission import MakeCaches, MemoryRoom
 from mlxarch.engine.prefix_use import PrefixUse
-from mlxarch.engine.probe import BatchSizes, probe_batch_sizes
+from mlxarch.engine.probe import BatchSizes, candidates, probe_batch_sizes
 from mlxarch.engine.request import FinishReason
 from mlxarch.engine.row import Row
 from mlxarch.engine.steps import NOT_FINITE, Cancelled, Choice, PromptReader, choose, forward
@@ -64,7 +64,7 @@ class Scheduler:
         self.running: list[Row] = []
         self.aside: list[Row] = []
         self.counters: Counter[str] = Counter()
-        self.batch_sizes = BatchSizes((), independent=False)
+        self.batch_sizes = BatchSizes(tuple(candidates(max_rows)), independent=False)
         self._make_caches = make_caches
         self._max_rows = max_rows
         self._spill = spill

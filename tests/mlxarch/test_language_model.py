@@ -17,6 +17,7 @@ from talker import CONTEXT, VOCABULARY, make_talker
 import mlxarch
 from mlxarch import LanguageModel, Result, Sampling
 from mlxarch.blocks import CausalLM
+from mlxarch.engine import steps
 from mlxarch.errors import (
     ContextLengthError,
     ForkedProcess,
@@ -24,7 +25,7 @@ from mlxarch.errors import (
     NonFiniteLogits,
     TokenizerError,
 )
-from mlxarch.generation.sampling import SamplingArguments
+from mlxarch.generation.sampling import RowSampler, SamplingArguments
 from mlxarch.language_model import AnswerArguments
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -40,10 +41,11 @@ def model(talker: Path) -> LanguageModel:
 
 @pytest.fixture
 def speak(monkeypatch: pytest.MonkeyPatch) -> Speak:
-    """Let the model say given tokens, for each row of a batch its own; the last is repeated."""
+    """Let the model say given tokens, for each prompt of a batch its own; the last is repeated."""
 
     def script(*rows: Sequence[int]) -> None:
         step = -1
+        said: dict[int, list[int]] = {}  # by sampler: row, tokens said
 
         def head(self: CausalLM, state: mx.array) -> mx.array:
             nonlocal step
@@ -51,7 +53,19 @@ def speak(monkeypatch: pytest.MonkeyPatch) -> Speak:
             ids = mx.array([row[min(step, len(row) - 1)] for row in rows])
             return (mx.arange(VOCABULARY) == ids[:, None, None]).astype(mx.float32)
 
-        monkeypatch.setattr(CausalLM, "head", head)
+        def sample(samplers: Sequence[RowSampler], *_: Any) -> mx.array:
+            tokens: list[int] = []
+            for sampler in samplers:
+                place = said.setdefault(id(sampler), [len(said), -1])
+                place[1] += 1
+                row = rows[place[0]]
+                tokens.append(row[min(place[1], len(row) - 1)])
+            return mx.array(tokens, mx.uint32)
+
+        if len(rows) == 1:
+            monkeypatch.setattr(CausalLM, "head", head)
+        else:
+            monkeypatch.setattr(steps, "sample", sample)
 
     return script
 
@@ -283,7 +297,7 @@ def test_without_a_limit_an_answer_ends_with_the_context_and_never_beyond(
         assert len(session.tokens) == CONTEXT - 1
         speak([70], [70])
         results = model.generate_batch([[5] * length, [5]])
-        assert [len(r.tokens) for r in results] == [CONTEXT - length] * 2
+        assert [len(r.tokens) for r in results] == [CONTEXT - length, CONTEXT - 1]
     speak([70])
     assert len(model.generate([5] * 200, max_tokens=56).tokens) == 56
 
@@ -392,7 +406,9 @@ def test_a_batch_answers_as_single_calls_do(model: LanguageModel) -> None:
 
         assert parts(together) == parts(alone)
         assert len({r.text for r in together}) == 4
-        assert together[0].timings.prompt_tokens == sum(r.timings.prompt_tokens for r in alone)
+        for one, other in zip(together, alone, strict=True):
+            assert one.timings.prompt_tokens == other.timings.prompt_tokens
+            assert one.timings.generated_tokens == other.timings.generated_tokens
 
 
 def test_every_answer_of_a_batch_ends_for_itself(model: LanguageModel, speak: Speak) -> None:
