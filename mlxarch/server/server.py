@@ -16,12 +16,14 @@ from mlxarch.server.answers.answers import Answers, Job, Mailbox
 from mlxarch.server.answers.constraint import Constraint, compile_constraint
 from mlxarch.server.answers.options import Options, sampling_for
 from mlxarch.server.answers.reader import OutputReader
+from mlxarch.server.answers.tools import render_history
 from mlxarch.server.http.body import read_body
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.metrics import Metrics
 from mlxarch.server.response_store import ResponseStore
 from mlxarch.server.served_models import ServedModel, ServedModels
 from mlxarch.server.settings import Settings
+from mlxarch.tool_calls.use import ToolUse
 
 T = TypeVar("T")
 
@@ -78,9 +80,17 @@ class Server:
         thinking = switches(model.tokenizer, options.think, options.effort)
         for warning in thinking.warnings:
             context.warn(f"{served.name} {warning}")
-        messages = _with_flag(messages, thinking.flag)
+        conversation = _with_flag(messages, thinking.flag)
         variables = {**thinking.variables, **options.variables}
-        return await self.in_thread(model.tokens_of, messages, variables)
+        use = options.tools.use(model.tokenizer)
+
+        def tokens() -> list[int]:
+            if use is None:
+                return model.tokens_of(render_history(model.tokenizer, conversation), variables)
+            offering, given = use.prompt(model.tokenizer, conversation)
+            return model.tokens_of(offering, {**variables, **given})
+
+        return await self.in_thread(tokens)
 
     async def render_open(
         self,
@@ -112,11 +122,11 @@ class Server:
             MlxArchError: the request cannot be answered.
         """
         model = served.language_model
-        constraint = None
-        if options.form is not None:
-            constraint = await self.in_thread(compile_constraint, model, options.form, context.warn)
+        use = options.tools.use(model.tokenizer)
+        compiling = partial(compile_constraint, model, options.form, use, context.warn)
+        constraint = await self.in_thread(compiling)
         jobs = [
-            self._job(served, tuple(prompt), options, index, context, constraint)
+            self._job(served, tuple(prompt), options, index, context, constraint, use)
             for prompt in prompts
             for index in range(options.count)
         ]
@@ -133,7 +143,8 @@ class Server:
         options: Options,
         index: int,
         context: RequestContext,
-        constraint: Constraint | None,
+        constraint: Constraint,
+        use: ToolUse | None,
     ) -> Job:
         model = served.language_model
         request = GenerationRequest(
@@ -143,13 +154,13 @@ class Server:
             end_tokens=model.tokenizer.eos_ids,
             top_logprobs=options.top_logprobs,
             prompt_logprobs=options.prompt_logprobs,
-            matcher=None if constraint is None else constraint.matcher(prompt),
+            matcher=constraint.matcher(prompt),
             conversation=options.conversation,
         )
-        check = None
-        if constraint is not None:
-            check = partial(_check, constraint, context)
-        return Job(request, OutputReader(model.tokenizer, prompt, options.stop, check))
+        check = partial(_check, constraint, context) if constraint.answer is not None else None
+        parser = use.parser() if use is not None else None
+        reader = OutputReader(model.tokenizer, prompt, options.stop, check, parser, context.warn)
+        return Job(request, reader)
 
     def _limit(
         self, prompt: int, context_length: int, options: Options, context: RequestContext

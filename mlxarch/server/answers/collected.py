@@ -6,6 +6,27 @@ from dataclasses import dataclass, field
 from mlxarch.engine.request import PromptReport, TokenLogprobs
 from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.events import Delta, End, Event, PromptRead
+from mlxarch.tool_calls.events import CallArguments, CallFailed, CallStarted
+
+
+@dataclass
+class Call:
+    """Call of a tool.
+
+    Attributes:
+        id: identifier, which the tool's result refers to.
+        name: name of the tool.
+        arguments: arguments as JSON text, as the model wrote them.
+    """
+
+    id: str
+    name: str
+    arguments: str = ""
+
+    @property
+    def text(self) -> str:
+        """Arguments as JSON text, an empty object for none."""
+        return self.arguments or "{}"
 
 
 @dataclass
@@ -16,6 +37,7 @@ class Collected:
         text: the answer.
         thinking: the model's thinking before it.
         logprobs: log-probabilities of the answer's tokens.
+        calls: complete calls of tools.
         prompt: report about the prompt.
         end: last event.
     """
@@ -23,6 +45,7 @@ class Collected:
     text: str = ""
     thinking: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    calls: list["Call"] = field(default_factory=list)
     prompt: PromptReport | None = None
     end: End = field(default_factory=lambda: End("stop"))
 
@@ -37,6 +60,13 @@ class Collected:
         elif isinstance(event, Delta):
             self.text += event.text
             self.logprobs += event.logprobs
+        elif isinstance(event, CallStarted):
+            self.calls.append(Call(event.id, event.name))
+        elif isinstance(event, CallArguments):
+            self.calls[-1].arguments += event.text
+        elif isinstance(event, CallFailed):
+            self.calls.pop()
+            self.text += event.text
 
 
 async def collect(answers: Answers) -> list[Collected]:

@@ -11,6 +11,7 @@ from mlxarch.generation.answer_form import constrain
 from mlxarch.language_model import LanguageModel
 from mlxarch.server.http.errors import ApiError, invalid
 from mlxarch.structured_output.matcher import Grammar, Matcher
+from mlxarch.tool_calls.use import CompiledCalls, ToolUse, framed_answer
 
 FORMS = ("text", "json_object", "json_schema")
 
@@ -53,46 +54,65 @@ class Constraint:
 
     Attributes:
         model: the model that answers.
-        grammar: compiled grammar.
+        answer: compiled form of an answer without calls; None for free text.
+        calls: compiled form of an answer that may call tools; None without tools.
     """
 
     model: LanguageModel
-    grammar: Grammar
+    answer: Grammar | None
+    calls: CompiledCalls | None
 
-    def matcher(self, prompt: Sequence[int]) -> Matcher:
-        """New matcher for an answer to a prompt."""
-        return constrain(self.model.tokenizer, prompt, self.grammar)
+    def matcher(self, prompt: Sequence[int]) -> Matcher | None:
+        """New matcher for an answer to a prompt; None if every token may follow."""
+        tokenizer = self.model.tokenizer
+        if self.calls is not None:
+            return constrain(tokenizer, prompt, self.calls.grammar, self.calls.triggers)
+        if self.answer is None:
+            return None
+        framed = framed_answer(tokenizer, self.model.grammars, prompt, self.answer)
+        return constrain(tokenizer, prompt, framed)
 
     def violations(self, text: str) -> list[str]:
         """Sentences about what a complete answer breaks, of what no grammar can hold."""
-        if not self.grammar.is_json:
+        if self.answer is None or not self.answer.is_json:
             return []
         try:
-            return list(self.grammar.violations(msgspec.json.decode(text)))
+            return list(self.answer.violations(msgspec.json.decode(text)))
         except msgspec.MsgspecError:
             return ["the answer is no complete JSON"]
 
 
 def compile_constraint(
-    model: LanguageModel, form: AnswerSchema | None, warn: Callable[[str], None]
-) -> Constraint | None:
-    """Compile the form of an answer; None for free text.
+    model: LanguageModel,
+    form: AnswerSchema | None,
+    use: ToolUse | None,
+    warn: Callable[[str], None],
+) -> Constraint:
+    """Compile the form of an answer.
 
     Raises:
-        ApiError: the schema is refused; the message names the keyword and its path.
+        ApiError: a schema is refused; the message names the keyword and its path.
     """
-    if form is None:
-        return None
+    answer: Grammar | None = None
+    if form is not None:
+        try:
+            if form.schema is None:
+                answer = model.grammars.json_object()
+            else:
+                answer = model.grammars.json_schema(form.schema, strict=form.strict)
+        except InvalidSchema as error:
+            raise _refusal(error, form.param) from None
+        for warning in answer.warnings:
+            warn(warning)
+    if use is None:
+        return Constraint(model, answer, None)
     try:
-        if form.schema is None:
-            grammar = model.grammars.json_object()
-        else:
-            grammar = model.grammars.json_schema(form.schema, strict=form.strict)
+        calls = use.compile(model.grammars, answer)
     except InvalidSchema as error:
-        raise _refusal(error, form.param) from None
-    for warning in grammar.warnings:
+        raise _refusal(error, "tools") from None
+    for warning in (*use.warnings, *calls.warnings):
         warn(warning)
-    return Constraint(model, grammar)
+    return Constraint(model, answer, calls)
 
 
 def _refusal(error: InvalidSchema, param: str) -> ApiError:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from mlxarch.engine.request import PromptReport, RequestTimings, TokenLogprobs
+from mlxarch.tool_calls.events import CallEvent
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,4 @@ class End:
     timings: RequestTimings | None = None
 
 
-Event = Waiting | PromptRead | Delta | End
+Event = Waiting | PromptRead | Delta | End | CallEvent

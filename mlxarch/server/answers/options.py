@@ -6,6 +6,7 @@ from typing import Any
 
 from mlxarch.generation.sampling import Sampling
 from mlxarch.server.answers.constraint import AnswerSchema
+from mlxarch.server.answers.tools import ToolOptions
 from mlxarch.server.http.errors import invalid
 
 MAX_STOPS = 16
@@ -28,6 +29,7 @@ class Options:
         effort: level of reasoning effort; None leaves it to the model.
         variables: further variables of the chat template.
         form: form of the answers; None for free text.
+        tools: tools that the model may call.
         conversation: name of the conversation, a hint for the prefix cache.
     """
 
@@ -42,6 +44,7 @@ class Options:
     effort: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     form: AnswerSchema | None = None
+    tools: ToolOptions = field(default_factory=ToolOptions)
     conversation: str | None = None
 
 

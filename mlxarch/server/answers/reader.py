@@ -3,9 +3,12 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from mlxarch.engine.request import RowOutput, TokenLogprobs
-from mlxarch.generation.answer import AnswerReader
+from mlxarch.generation.answer import AnswerEvent, AnswerReader
+from mlxarch.generation.thinking.splitter import Segment
 from mlxarch.server.answers.events import Delta, End, Event, PromptRead, Usage
 from mlxarch.tokenizer.tokenizer import Tokenizer
+from mlxarch.tool_calls.events import CallFinished
+from mlxarch.tool_calls.parser import CallParser
 
 
 class OutputReader:
@@ -16,6 +19,8 @@ class OutputReader:
         prompt: token ids of the prompt; its end says whether the answer begins with thinking.
         stop: stop strings.
         check: called with the text of a complete answer.
+        calls: parser of calls; None for an answer without tools.
+        warn: called with a sentence for each text that looks like a call and is none.
 
     Attributes:
         usage: token counts so far.
@@ -29,10 +34,14 @@ class OutputReader:
         prompt: Sequence[int],
         stop: Sequence[str],
         check: Callable[[str], None] | None = None,
+        calls: CallParser | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self._check = check
         self._text = ""  # of the answer, if it is checked
-        self._answer = AnswerReader(tokenizer, prompt, stop)
+        self._answer = AnswerReader(tokenizer, prompt, stop, calls)
+        self._warn = warn
+        self._calls = 0  # complete ones
         self._eos_ids: Collection[int] = tokenizer.eos_ids
         self._held: list[TokenLogprobs] = []  # of tokens whose text is incomplete
         self.usage = Usage(prompt=len(prompt))
@@ -72,13 +81,17 @@ class OutputReader:
             self._held.append(entry)
         yield from self._deltas(segments)
 
-    def _deltas(self, segments: list[tuple[str, bool]]) -> Iterator[Delta]:
-        for text, thinking in segments:
-            if thinking:
-                yield Delta(text, thinking=True)
+    def _deltas(self, events: Sequence[AnswerEvent]) -> Iterator[Event]:
+        for event in events:
+            if not isinstance(event, Segment):
+                self._calls += isinstance(event, CallFinished)
+                self._held.clear()  # of tokens that belong to the call
+                yield event
+            elif event.thinking:
+                yield Delta(event.text, thinking=True)
             else:
-                self._text += text if self._check is not None else ""
-                yield Delta(text, logprobs=tuple(self._held))
+                self._text += event.text if self._check is not None else ""
+                yield Delta(event.text, logprobs=tuple(self._held))
                 self._held.clear()
 
     def _finish(self, output: RowOutput) -> Iterator[Event]:
@@ -86,7 +99,11 @@ class OutputReader:
         self.ended = True
         yield from self._deltas(reader.finish())
         reason = "stop" if reader.ended else output.finish_reason or "stop"
+        if self._calls and reason == "stop":
+            reason = "tool_calls"
         if self._check is not None and reason == "stop":
             self._check(self._text)
+        for warning in reader.warnings if self._warn is not None else ():
+            self._warn(warning)
         self.end = End(reason, reader.stop_string, self.usage, output.timings)
         yield self.end

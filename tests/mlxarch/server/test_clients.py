@@ -30,7 +30,8 @@ def anthropic_client(server: LiveServer):
 
 @pytest.fixture
 def ollama_client(server: LiveServer):
-    return ollama.Client(f"http://127.0.0.1:{server.port}")
+    with ollama.Client(f"http://127.0.0.1:{server.port}") as client:
+        yield client
 
 
 def test_openai_chat(openai_client):

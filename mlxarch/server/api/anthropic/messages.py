@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,12 +23,14 @@ from mlxarch.server.api.anthropic.requests import (
     thinking_of,
     to_messages,
     to_options,
+    tools_of,
 )
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import error_body, invalid, to_api_error
 from mlxarch.server.http.responses import Stream, json_response, sse
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
+from mlxarch.tool_calls.events import CallArguments, CallStarted
 
 _KEY = secrets.token_bytes(32)
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -58,7 +61,7 @@ async def count_tokens(request: Request) -> Response:
     messages = to_messages(body, context)
     think, effort = thinking_of(body, context)
     served = await server.models.acquire(body.model, context)
-    options = Options(think=think, effort=effort)
+    options = Options(think=think, effort=effort, tools=tools_of(body, context))
     prompt = await _prompt(server, served, body, messages, options, context)
     return json_response({"input_tokens": len(prompt)})
 
@@ -83,6 +86,11 @@ def sign(thinking: str) -> str:
     """Signature of a thinking block: clients send it back, and nobody else reads it."""
     digest = hmac.new(_KEY, thinking.encode(), hashlib.sha256).digest()
     return base64.b64encode(digest).decode()
+
+
+def _call_id(id: str) -> str:
+    """Identifier of a call in the form of this API; always the same for the same call."""
+    return f"toolu_{id.removeprefix('call_')}" if id.startswith("call_") else id
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -123,6 +131,9 @@ class _Form:
             content.append({"type": "thinking", "thinking": text, "signature": signature})
         if answer.text:
             content.append({"type": "text", "text": answer.text})
+        for call in answer.calls:
+            block = {"type": "tool_use", "id": _call_id(call.id), "name": call.name}
+            content.append(block | {"input": msgspec.json.decode(call.text)})
         response = {**self._head, "content": content, **self._reason(answer.end)}
         response["usage"] = usage_object(answers.usage)
         if self._context.warnings:
@@ -144,6 +155,9 @@ class _Form:
                         yield self._start(answers.usage)
                     if isinstance(event, Delta):
                         for each in blocks.add(event):
+                            yield _event(each)
+                    elif isinstance(event, CallStarted | CallArguments):
+                        for each in blocks.add_call(event):
                             yield _event(each)
                     elif isinstance(event, End):
                         for each in (*blocks.close(), self._end(event, answers.usage)):
@@ -183,13 +197,21 @@ class _Blocks:
     def add(self, event: Delta) -> list[dict[str, Any]]:
         """Events for text or thinking."""
         kind = "thinking" if event.thinking else "text"
-        events = [] if kind == self._kind else [*self.close(), self._open(kind)]
+        block = {"type": kind, kind: ""} | ({"signature": ""} if event.thinking else {})
+        events = [] if kind == self._kind else [*self.close(), self._open(kind, block)]
         if kind == "text":
             return [*events, self._delta({"type": "text_delta", "text": event.text})]
         self._thinking += event.text
         if self._shown:
             events.append(self._delta({"type": "thinking_delta", "thinking": event.text}))
         return events
+
+    def add_call(self, event: CallStarted | CallArguments) -> list[dict[str, Any]]:
+        """Events for a call of a tool."""
+        if isinstance(event, CallArguments):
+            return [self._delta({"type": "input_json_delta", "partial_json": event.text})]
+        head = {"type": "tool_use", "id": _call_id(event.id), "name": event.name, "input": {}}
+        return [*self.close(), self._open("tool_use", head)]
 
     def close(self) -> list[dict[str, Any]]:
         """Events that end the open block."""
@@ -202,13 +224,10 @@ class _Blocks:
         self._kind = None
         return [*events, {"type": "content_block_stop", "index": self._index}]
 
-    def _open(self, kind: str) -> dict[str, Any]:
+    def _open(self, kind: str, block: dict[str, Any]) -> dict[str, Any]:
         self._index += 1
         self._kind = kind
         self._thinking = ""
-        block = {"type": "text", "text": ""}
-        if kind == "thinking":
-            block = {"type": "thinking", "thinking": "", "signature": ""}
         return {"type": "content_block_start", "index": self._index, "content_block": block}
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:

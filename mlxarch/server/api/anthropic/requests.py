@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options, stop_strings
+from mlxarch.server.answers.tools import ToolOptions
 from mlxarch.server.api.fields import (
     Count,
     JsonObject,
@@ -99,8 +100,36 @@ def to_options(body: MessagesRequest, context: RequestContext) -> Options:
         think=think,
         effort=effort,
         form=_form(body),
+        tools=tools_of(body, context),
         conversation=user if isinstance(user, str) else None,
     )
+
+
+def tools_of(body: CountRequest, context: RequestContext) -> ToolOptions:
+    """Tools of a request; those that Anthropic's servers run are left out.
+
+    Raises:
+        ApiError: a tool or the choice is of the wrong form.
+    """
+    definitions = []
+    for index, tool in enumerate(body.tools or ()):
+        if tool.get("type") not in (None, "custom"):
+            context.warn(f"tools[{index}], {tool.get('type')!r:.40}, is no function: left out")
+            continue
+        function = {
+            "name": tool.get("name"),
+            "description": tool.get("description") or "",
+            "parameters": tool.get("input_schema") or {},
+            "strict": tool.get("strict") is True,
+        }
+        definitions.append({"type": "function", "function": function})
+    given = body.tool_choice or {}
+    kind = given.get("type", "auto")
+    choices = {"auto": "auto", "any": "required", "none": "none", "tool": given.get("name")}
+    if kind not in choices or not isinstance(choices[kind], str):
+        raise invalid("tool_choice.type is auto, any, tool (with a name) or none", "tool_choice")
+    parallel = given.get("disable_parallel_tool_use") is not True
+    return ToolOptions(definitions, str(choices[kind]), parallel)
 
 
 def _form(body: CountRequest) -> AnswerSchema | None:
@@ -206,7 +235,7 @@ def _assistant(content: str | list[JsonObject], place: str) -> dict[str, Any]:
                 if not isinstance(arguments, dict):
                     raise invalid("input is missing, or no object", f"{where}.input")
                 function = {"name": _string(block, "name", where), "arguments": arguments}
-                call = {"id": _string(block, "id", where), "type": "function"}
+                call = {"id": _call_id(_string(block, "id", where)), "type": "function"}
                 calls.append(call | {"function": function})
             case kind:
                 raise invalid(f"{kind!r:.40} cannot be read: {_TEXTLESS}", f"{where}.type")
@@ -216,6 +245,11 @@ def _assistant(content: str | list[JsonObject], place: str) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return message
+
+
+def _call_id(id: str) -> str:
+    """Identifier as it was before it was given the form of this API, so that prompts are the same."""
+    return f"call_{id.removeprefix('toolu_')}" if id.startswith("toolu_") else id
 
 
 def _user(content: str | list[JsonObject], place: str) -> list[dict[str, Any]]:
@@ -232,7 +266,7 @@ def _user(content: str | list[JsonObject], place: str) -> list[dict[str, Any]]:
         text = "\n".join(parts)
         if block.get("is_error") is True:
             text = f"Error: {text}"
-        tool_call_id = _string(block, "tool_use_id", where)
+        tool_call_id = _call_id(_string(block, "tool_use_id", where))
         results.append({"role": "tool", "tool_call_id": tool_call_id, "content": text})
     if texts:
         results.append({"role": "user", "content": "\n\n".join(texts)})

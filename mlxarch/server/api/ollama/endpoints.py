@@ -5,13 +5,14 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlxarch.errors import MlxArchError
 from mlxarch.server.answers.answers import Answers
-from mlxarch.server.answers.collected import collect
+from mlxarch.server.answers.collected import Call, Collected, collect
 from mlxarch.server.answers.events import Delta, End
 from mlxarch.server.answers.options import Options
 from mlxarch.server.api.fields import keep_seconds
@@ -27,6 +28,8 @@ from mlxarch.server.http.errors import ApiError, error_body, to_api_error
 from mlxarch.server.http.responses import Stream, encode_json, json_response
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
+from mlxarch.tool_calls.detect import call_form
+from mlxarch.tool_calls.events import CallFailed, CallFinished
 
 VERSION = "0.12.0"  # of the API that is spoken here; clients compare it
 _REASONS = {"stop": "stop", "length": "length", "tool_calls": "stop"}
@@ -104,6 +107,8 @@ async def show(request: Request) -> Response:
     tokenizer = model.tokenizer
     if tokenizer.template_variables & {"enable_thinking", "thinking", "reasoning_effort"}:
         capabilities.append("thinking")
+    if call_form(tokenizer) is not None:
+        capabilities.append("tools")
     info = {
         "general.architecture": family,
         "general.basename": served.name,
@@ -270,14 +275,25 @@ class _Form:
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """Response without a stream."""
         [answer] = await collect(answers)
-        return self.line(answer.text, answer.thinking) | self._end(answer.end)
+        line = self.line(answer.text, answer.thinking)
+        if answer.calls:
+            line["message"]["tool_calls"] = [_call(call) for call in answer.calls]
+        return line | self._end(answer.end)
 
     async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
         """Lines of a streamed response."""
+        collected = Collected()
         try:
             async with aclosing(answers.events()) as events:
                 async for _, event in events:
-                    if isinstance(event, Delta) and event.thinking:
+                    collected.add(event)
+                    if isinstance(event, CallFinished):
+                        line = self.line("")
+                        line["message"]["tool_calls"] = [_call(collected.calls[-1])]
+                        yield encode_json(line) + b"\n"
+                    elif isinstance(event, CallFailed):
+                        yield encode_json(self.line(event.text)) + b"\n"
+                    elif isinstance(event, Delta) and event.thinking:
                         yield encode_json(self.line("", event.text)) + b"\n"
                     elif isinstance(event, Delta):
                         yield encode_json(self.line(event.text)) + b"\n"
@@ -287,6 +303,11 @@ class _Form:
             self._context.log["error"] = type(error).__name__
             refusal = to_api_error(error)
             yield encode_json(error_body("ollama", refusal, self._context.id)) + b"\n"
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": msgspec.json.decode(call.text)}
+    return {"id": call.id, "function": function}
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from mlxarch.server.answers.constraint import AnswerSchema
 from mlxarch.server.answers.options import Options, stop_strings
+from mlxarch.server.answers.tools import ToolOptions
 from mlxarch.server.api.fields import (
     JsonObject,
     KeepAlive,
@@ -203,6 +204,7 @@ def to_options(
         think=think,
         effort=effort,
         form=_form(body.format),
+        tools=ToolOptions((body.tools or ()) if isinstance(body, ChatRequest) else ()),
     )
 
 

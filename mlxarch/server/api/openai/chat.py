@@ -23,6 +23,7 @@ from mlxarch.server.http.responses import SSE_COMMENT, SSE_DONE, Stream, json_re
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
 from mlxarch.tokenizer.tokenizer import Tokenizer
+from mlxarch.tool_calls.events import CallArguments, CallStarted
 
 
 async def chat_completions(request: Request) -> Response:
@@ -128,6 +129,8 @@ class _Form:
                     elif isinstance(event, Delta):
                         delta = _delta(event)
                         yield self._chunk(index, delta, usage, logprobs=event.logprobs)
+                    elif isinstance(event, CallStarted | CallArguments):
+                        yield self._chunk(index, {"tool_calls": [_call_part(event)]}, usage)
         except MlxArchError as error:
             self._context.log["error"] = type(error).__name__
             yield sse({"error": openai_error(to_api_error(error))})
@@ -160,10 +163,28 @@ class _Form:
 
 
 def _message(answer: Collected) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    content = None if answer.calls and not answer.text else answer.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if answer.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.text},
+            }
+            for call in answer.calls
+        ]
     if answer.thinking:  # two names are in use; clients read either
         message |= {"reasoning_content": answer.thinking, "reasoning": answer.thinking}
     return message
+
+
+def _call_part(event: CallStarted | CallArguments) -> dict[str, Any]:
+    """Part of a call: id and name once, then the arguments as they are written."""
+    if isinstance(event, CallArguments):
+        return {"index": event.index, "function": {"arguments": event.text}}
+    function = {"name": event.name, "arguments": ""}
+    return {"index": event.index, "id": event.id, "type": "function", "function": function}
 
 
 def _delta(event: Delta) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from mlxarch.generation.thinking.switches import EFFORTS
 from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options, logit_bias, stop_strings
+from mlxarch.server.answers.tools import ToolOptions, chosen
 from mlxarch.server.api.fields import (
     AnswerCount,
     Count,
@@ -269,8 +270,18 @@ def to_options(body: ChatRequest, served: ServedModel, context: RequestContext) 
         effort=effort,
         variables=variables,
         form=_form(body.response_format),
+        tools=_tools(body),
         conversation=body.prompt_cache_key or body.user,
     )
+
+
+def _tools(body: ChatRequest) -> ToolOptions:
+    for index, tool in enumerate(body.tools or ()):
+        if tool.get("type", "function") != "function":
+            place = f"tools[{index}].type"
+            raise invalid(f"{place} is {tool['type']!r:.40}; only functions are called", place)
+    names = {"function": "function", "allowed_tools": "allowed_tools"}
+    return chosen(body.tools, body.tool_choice, body.parallel_tool_calls, names)
 
 
 def _form(given: ResponseFormat | None) -> AnswerSchema | None:

@@ -2,12 +2,14 @@
 
 import base64
 import secrets
+from collections.abc import Collection
 from typing import Any
 
 from mlxarch.engine.request import TokenLogprobs
 from mlxarch.server.answers.events import Delta, End, Usage
 from mlxarch.server.api.openai.chat import token_object
 from mlxarch.tokenizer.tokenizer import Tokenizer
+from mlxarch.tool_calls.events import CallArguments, CallStarted
 
 JsonEvent = dict[str, Any]
 
@@ -31,18 +33,26 @@ class ResponseWriter:
         tokenizer: tokenizer of the model.
         summarize: whether reasoning is given as its summary.
         seal: whether reasoning items carry their text for clients that keep no items.
+        namespaces: namespaces of functions; a call of NAMESPACE.NAME is given with both apart.
 
     Attributes:
         response: the response object so far.
     """
 
     def __init__(
-        self, response: dict[str, Any], tokenizer: Tokenizer, *, summarize: bool, seal: bool
+        self,
+        response: dict[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        summarize: bool,
+        seal: bool,
+        namespaces: Collection[str] = (),
     ) -> None:
         self.response = response
         self._tokenizer = tokenizer
         self._summarize = summarize
         self._seal = seal
+        self._namespaces = namespaces
         self._number = 0
         self._item: dict[str, Any] | None = None
         self._text = ""
@@ -70,6 +80,28 @@ class ResponseWriter:
         self._logprobs += logprobs
         delta = self._part_event("response.output_text.delta", delta=event.text, logprobs=logprobs)
         return [*events, delta]
+
+    def add_call(self, event: CallStarted | CallArguments) -> list[JsonEvent]:
+        """Events for a call of a tool."""
+        if isinstance(event, CallArguments):
+            self._text += event.text
+            kind = "response.function_call_arguments.delta"
+            return [self._call_event(kind, delta=event.text)]
+        space, dot, name = event.name.partition(".")
+        known = bool(dot) and space in self._namespaces
+        item = {
+            "id": _new_id("fc"),
+            "type": "function_call",
+            "call_id": event.id,
+            "name": name if known else event.name,
+            "arguments": "",
+            "status": "in_progress",
+        }
+        return [*self.close_item(), self._open_item(item | ({"namespace": space} if known else {}))]
+
+    def _call_event(self, kind: str, **fields: Any) -> JsonEvent:
+        item_id = self._item["id"] if self._item is not None else ""
+        return self._event(kind, item_id=item_id, **self._place(), **fields)
 
     def finish(self, end: End, usage: Usage) -> list[JsonEvent]:
         """Events that end the response."""
@@ -102,7 +134,11 @@ class ResponseWriter:
         return events
 
     def _close_text(self, item: dict[str, Any]) -> list[JsonEvent]:
-        """Events that end the text of a message or of reasoning."""
+        """Events that end the text of a message or of reasoning, or the arguments of a call."""
+        if item["type"] == "function_call":
+            item["arguments"] = self._text or "{}"
+            kind = "response.function_call_arguments.done"
+            return [self._call_event(kind, name=item["name"], arguments=item["arguments"])]
         if item["type"] == "message":
             part = {
                 "type": "output_text",

@@ -18,6 +18,7 @@ from mlxarch.server.api.openai.responses_request import (
     ResponsesRequest,
     check,
     input_items,
+    namespaces,
     to_messages,
     to_options,
 )
@@ -27,6 +28,7 @@ from mlxarch.server.http.responses import SSE_COMMENT, Stream, json_response, ss
 from mlxarch.server.response_store import ResponseStore, StoredResponse
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
+from mlxarch.tool_calls.events import CallArguments, CallStarted
 
 
 async def create_response(request: Request) -> Response:
@@ -57,6 +59,7 @@ async def create_response(request: Request) -> Response:
         served.language_model.tokenizer,
         summarize=bool(summary),
         seal="reasoning.encrypted_content" in (body.include or ()),
+        namespaces=namespaces(body),
     )
     keep = None if body.store is False else store
     events = _events(writer, answers, context, items, inputs, keep)
@@ -134,6 +137,8 @@ async def _events(
                     yield None
                 elif isinstance(event, Delta):
                     written = writer.add(event)
+                elif isinstance(event, CallStarted | CallArguments):
+                    written = writer.add_call(event)
                 elif isinstance(event, End):
                     if context.warnings:
                         writer.response["warnings"] = context.warnings

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options
+from mlxarch.server.answers.tools import ToolOptions, chosen
 from mlxarch.server.api.fields import (
     Count,
     JsonObject,
@@ -103,8 +104,46 @@ def to_options(body: ResponsesRequest, context: RequestContext) -> Options:
         think=think,
         effort=level,
         form=_form(body.text),
+        tools=_tools(body, context),
         conversation=body.prompt_cache_key or body.user,
     )
+
+
+def _tools(body: ResponsesRequest, context: RequestContext) -> ToolOptions:
+    """Tools of a request; those that OpenAI's servers run are left out.
+
+    Functions of a namespace are called NAMESPACE.NAME.
+    """
+    definitions: list[JsonObject] = []
+    for index, tool in enumerate(body.tools or ()):
+        kind = tool.get("type")
+        if kind == "function":
+            definitions.append(_definition(tool, ""))
+        elif kind == "namespace":
+            listed = tool.get("tools")
+            inner = listed if isinstance(listed, list) else []
+            prefix = f"{tool.get('name')}."
+            definitions += [_definition(each, prefix) for each in inner if isinstance(each, dict)]
+        else:
+            context.warn(f"tools[{index}], {kind!r:.40}, is no function: left out")
+    names = {"function": "", "allowed_tools": ""}
+    return chosen(definitions, body.tool_choice, body.parallel_tool_calls, names)
+
+
+def _definition(tool: JsonObject, prefix: str) -> JsonObject:
+    function = {
+        "name": f"{prefix}{tool.get('name')}",
+        "description": tool.get("description") or "",
+        "parameters": tool.get("parameters") or {},
+        "strict": tool.get("strict") is True,
+    }
+    return {"type": "function", "function": function}
+
+
+def namespaces(body: ResponsesRequest) -> frozenset[str]:
+    """Names of the namespaces whose functions a request offers."""
+    spaces = [tool for tool in body.tools or () if tool.get("type") == "namespace"]
+    return frozenset(str(tool.get("name")) for tool in spaces)
 
 
 def _form(text: TextOptions | None) -> AnswerSchema | None:

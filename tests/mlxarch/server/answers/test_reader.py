@@ -21,15 +21,16 @@ def test_logprobs_wait_for_the_text_of_their_tokens(tokenizer):
     events = []
     for token in tokenizer.encode("axyb"):
         events += reader.read(RowOutput((token,), (TokenLogprobs(token, -1.0),)))
-    assert [event.text for event in events] == ["a", "xyb"]
-    assert [len(event.logprobs) for event in events] == [1, 3]
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert [event.text for event in deltas] == ["a", "xyb"]
+    assert [len(event.logprobs) for event in deltas] == [1, 3]
 
 
 def test_a_stop_string_is_reported_and_nothing_follows_it(tokenizer):
     reader = OutputReader(tokenizer, [1], ["xy", "q"])
     tokens = tuple(tokenizer.encode("axyb"))
     *deltas, end = reader.read(RowOutput(tokens))
-    assert "".join(each.text for each in deltas) == "a"
+    assert "".join(each.text for each in deltas if isinstance(each, Delta)) == "a"
     assert end == End("stop", "xy", reader.usage, None)
     assert reader.usage.answer == 3
     assert list(reader.read(RowOutput(tokens, finish_reason="length"))) == []
@@ -42,9 +43,10 @@ def test_thinking_is_counted_and_has_no_logprobs(tokenizer):
     timings = RequestTimings(0.0, 0.0, 0.0)
     report = PromptReport(1, cached_tokens=1)
     output = RowOutput(tuple(tokens), entries, "length", prompt=report, timings=timings)
-    first, *deltas, end = reader.read(output)
+    first, *between, end = reader.read(output)
+    deltas = [each for each in between if isinstance(each, Delta)]
     assert first == PromptRead(report)
-    assert [(each.text, each.thinking) for each in deltas if isinstance(each, Delta)] == [
+    assert [(each.text, each.thinking) for each in deltas] == [
         ("a", True),
         ("b", True),
         ("c", False),

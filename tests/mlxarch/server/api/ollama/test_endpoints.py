@@ -1,9 +1,17 @@
 """Ollama's API as its clients see it."""
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 from live_server import LiveServer
+
+from mlxarch.server.answers.events import Delta, End
+from mlxarch.server.api.ollama.endpoints import _Form
+from mlxarch.server.http.context import RequestContext
+from mlxarch.server.served_models import ServedModel
+from mlxarch.tool_calls.events import CallArguments, CallFailed, CallFinished, CallStarted
 
 OPTIONS = {"num_predict": 5, "temperature": 0}
 
@@ -93,3 +101,33 @@ def test_embeddings_are_refused_with_the_reason(server: LiveServer):
     assert "embed" in server.post("/api/embed", {"model": "tiny", "input": "a"}).json["error"]
     error = server.post("/v1/embeddings", {"model": "tiny", "input": "a"}).json["error"]
     assert error["code"] == "unsupported_model"
+
+
+class Scripted:
+    """Answers with a call, and one that is broken."""
+
+    count = 1
+    EVENTS = (
+        Delta("so "), CallStarted(0, "call_a", "f"), CallArguments(0, '{"a": '), CallArguments(0, "1}"),
+        CallFinished(0), CallStarted(1, "call_b", "g"), CallFailed(1, "<g", "broken"), End("tool_calls"),
+    )  # fmt: skip
+
+    async def events(self):
+        for event in self.EVENTS:
+            yield 0, event
+
+
+def test_a_call_is_one_line_with_its_arguments_as_an_object():
+    form = _Form(ServedModel("m", 0, 0), RequestContext("ollama", "r", 0.0), "chat")
+    answers: Any = Scripted()
+
+    async def read():
+        return [json.loads(line) async for line in form.stream(answers)], await form.whole(answers)
+
+    streamed, whole = asyncio.run(read())
+    call = {"id": "call_a", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert [line["message"].get("tool_calls") for line in streamed] == [None, [call], None, None]
+    assert [line["message"]["content"] for line in streamed] == ["so ", "", "<g", ""]
+    assert whole["message"]["tool_calls"] == [call]
+    assert whole["message"]["content"] == "so <g"
+    assert whole["done_reason"] == "stop"

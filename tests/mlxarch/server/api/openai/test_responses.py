@@ -4,7 +4,7 @@ import pytest
 from live_server import LiveServer
 
 
-def respond(server: LiveServer, given="hi", **fields):
+def respond(server: LiveServer, given: str | list = "hi", **fields):
     body = {"input": given, "max_output_tokens": 5, "temperature": 0}
     return server.post("/v1/responses", body | fields)
 
