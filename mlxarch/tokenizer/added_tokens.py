@@ -9,7 +9,7 @@ ids, then the named ones at the next free ids.
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -35,6 +35,11 @@ def leading_tag(text: str) -> str | None:
     """Return the tag that a text begins with, such as "<|call|>", "</tool>" or "[INST]"."""
     match = _TAG.match(text)
     return match[0] if match else None
+
+
+def find_tags(text: str) -> Iterator[tuple[int, str]]:
+    """Yield position and text of everything in a text that is spelled as a tag."""
+    return ((match.start(), match[0]) for match in _TAG.finditer(text))
 
 
 def is_tag(text: str) -> bool:

@@ -26,6 +26,7 @@ from mlxarch.system.untrusted_files import (
     safe_path,
     short_repr,
 )
+from mlxarch.tokenizer.control_tokens import MessageMarker
 from mlxarch.tokenizer.jinja.sandbox import MAX_TEMPLATE_BYTES, Sandbox
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        marker: MessageMarker | None = None,
     ) -> str:
         """Render the prompt for a conversation.
 
@@ -78,6 +80,7 @@ class ChatTemplate:
             add_generation_prompt: end with the text that introduces the model's answer.
             tools: JSON schemas of functions.
             variables: further variables such as ``enable_thinking``; plain JSON values.
+            marker: puts marks into control tokens that messages, tools and documents spell.
 
         Raises:
             InvalidInput: an argument has the wrong form, or a variable has a reserved name.
@@ -93,6 +96,9 @@ class ChatTemplate:
             "documents": _copy_json(variables.get("documents"), "documents"),
             "add_generation_prompt": bool(add_generation_prompt),
         }
+        if marker is not None:
+            context["messages"] = [marker.mark_message(each) for each in context["messages"]]
+            context |= {name: marker.mark(context[name]) for name in ("tools", "documents")}
         try:
             if self._sandbox is None or self._compiled is None:
                 sandbox = Sandbox()

@@ -61,6 +61,7 @@ def load_from_folder(
         path = folder / "tokenizer.model"
         data = _read_bytes(folder, path.name, sentencepiece.MAX_FILE_BYTES)
         converted = sentencepiece.convert_sentencepiece(data, tokenizer_config, str(path))
+        tokenizer_config = sentencepiece.without_normalized_tokens(tokenizer_config)
     else:
         path, converted = _convert_bpe(folder, tokenizer_config, model_type)
     loaded = load_json.load_tokenizer_json(converted.tokenizer_json, str(path))

@@ -25,7 +25,9 @@ from mlxarch.tokenizer.chat_template import (
     find_templates,
     template_variables,
 )
+from mlxarch.tokenizer.control_tokens import MessageMarker
 from mlxarch.tokenizer.detokenizer import StreamingDetokenizer, TokenByteDecoder
+from mlxarch.tokenizer.encoder import Encoder
 from mlxarch.tokenizer.end_of_turn import end_of_turn_tokens
 from mlxarch.tokenizer.load_folder import (
     load_from_folder,
@@ -35,11 +37,6 @@ from mlxarch.tokenizer.load_folder import (
 from mlxarch.tokenizer.load_json import MAX_TOKEN_ID, LoadedTokenizer, translate_panics
 
 logger = logging.getLogger(__name__)
-
-MAX_TEXT_BYTES = 16 << 20
-"""Largest text that is encoded, in bytes of UTF-8: some four million tokens."""
-MAX_NORMALIZED_BYTES = 256 << 20
-"""Largest size that normalization may give to such a text."""
 
 
 class Tokenizer:
@@ -208,42 +205,25 @@ class Tokenizer:
             return b""
         return self._token_bytes(text, first=False, added=token in self._added_ids)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> list[int]:
         """Convert a text to token ids.
 
-        Special tokens that are spelled out in the text become their ids.
-
         Args:
-            text: the text, of at most MAX_TEXT_BYTES bytes in UTF-8.
+            text: the text, of at most ``encoder.MAX_TEXT_BYTES`` bytes in UTF-8.
             add_special_tokens: prepend BOS (and append EOS) for models that want it. Not for text
                 from a chat template, which contains these tokens already.
+            parse_special: control tokens that are spelled out in the text become their ids. False
+                for text of unknown origin: it is encoded as text throughout.
 
         Raises:
             InvalidInput: ``text`` is not a str.
             TokenizerError: it is too long, contains a lone surrogate, or the library fails on it.
         """
-        if not isinstance(text, str):
-            raise InvalidInput(f"a {type(text).__name__} cannot be encoded; a text (str) can.")
-        try:
-            size = len(text) if text.isascii() else len(text.encode())
-        except UnicodeEncodeError as problem:
-            raise TokenizerError(
-                f"The text holds half of a surrogate pair (U+{ord(text[problem.start]):04X}) at "
-                f"character {problem.start}, which is no character. Decode the text from its bytes "
-                "again."
-            ) from problem
-        limit = min(MAX_TEXT_BYTES, MAX_NORMALIZED_BYTES // self._max_expansion)
-        if size > limit:
-            raise TokenizerError(
-                f"The text has {size} bytes in UTF-8; at most {limit} are tokenized. Shorten it."
-            )
-        prefix, suffix = self._prefix_and_suffix
-        by_library = add_special_tokens and prefix is None
-        with translate_panics("tokenizing the text"):
-            ids = self._tokenizer.encode(text, add_special_tokens=by_library).ids
-        if not add_special_tokens or prefix is None:
-            return ids
-        return [*prefix, *ids, *suffix]
+        return self._encoder.encode(
+            text, add_special_tokens=add_special_tokens, parse_special=parse_special
+        )
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Convert token ids to text; equal to the concatenated output of ``detokenizer``.
@@ -287,6 +267,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tokenize: Literal[True] = True,
+        parse_special: bool = False,
         **variables: Any,
     ) -> list[int]: ...
     @overload
@@ -297,6 +278,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tokenize: Literal[False],
+        parse_special: bool = False,
         **variables: Any,
     ) -> str: ...
     def apply_chat_template(
@@ -306,6 +288,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tokenize: bool = True,
+        parse_special: bool = False,
         **variables: Any,
     ) -> list[int] | str:
         """Format a conversation as a prompt: token ids, or text with ``tokenize=False``.
@@ -316,6 +299,8 @@ class Tokenizer:
             tools: JSON schemas of functions; the model's own template for tools is used if it has
                 one.
             tokenize: return ids. The template contains BOS, so none is added.
+            parse_special: control tokens that messages spell, such as "<|im_end|>", become tokens.
+                By default they stay text, and only the template writes control tokens.
             variables: further variables of the template, such as ``enable_thinking``.
 
         Raises:
@@ -334,11 +319,35 @@ class Tokenizer:
             source, ChatTemplate(source, self._special_tokens)
         )
         text = template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=variables,
+            marker=self._message_marker if tokenize and not parse_special else None,
         )
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+        if not tokenize:
+            return text
+        if parse_special:
+            return self.encode(text, add_special_tokens=False)
+        return self._encoder.encode_marked(text)
 
     @cached_property
+    def _message_marker(self) -> MessageMarker:
+        return MessageMarker(*self._control_texts)
+
+    @property
+    def _control_texts(self) -> tuple[list[str], list[str]]:
+        """Texts of the special tokens, and of other added tokens that are spelled as tags."""
+        special = [self._token_text(index) or "" for index in self._special_ids]
+        tags = [self._token_text(index) or "" for index in self.control_ids - self._special_ids]
+        return special, tags
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        special, tags = self._control_texts
+        prefix, suffix = self._prefix_and_suffix()
+        return Encoder(self._tokenizer, self._max_expansion, [*special, *tags], prefix, suffix)
+
     def _prefix_and_suffix(self) -> tuple[list[int] | None, list[int]]:
         """Ids to put before and after a text as tokenizer_config.json says.
 

@@ -138,6 +138,24 @@ def convert_sentencepiece(
     return ConvertedTokenizer(msgspec.json.encode(document), special_tokens | adds_bos)
 
 
+def without_normalized_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json with ``added_tokens_decoder`` for this format.
+
+    SentencePiece's own software finds added tokens in the text as it is. In the normalized text, a
+    token would have the blank of ``add_dummy_prefix`` in front and be found at the start alone.
+    """
+    listed = tokenizer_config.get("added_tokens_decoder")
+    if not isinstance(listed, dict):
+        return dict(tokenizer_config)
+    tokens = {
+        index: {**token, "normalized": False}
+        if isinstance(token, dict) and _SPACE not in str(token.get("content"))
+        else token
+        for index, token in listed.items()
+    }
+    return {**tokenizer_config, "added_tokens_decoder": tokens}
+
+
 def _build_tokenizer_json(model: _Model, once: bool) -> dict[str, Any]:
     """Build the contents of a tokenizer.json.
 

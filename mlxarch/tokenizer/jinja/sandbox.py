@@ -28,11 +28,13 @@ from jinja2.utils import Namespace, pass_context
 from markupsafe import Markup
 
 from mlxarch.errors import ChatTemplateError
+from mlxarch.tokenizer.control_tokens import MARK
 from mlxarch.tokenizer.jinja.limits import MAX_CHARACTERS, Limits, limit_error
 from mlxarch.tokenizer.jinja.syntax_tree import GenerationTag, Guards, insert_guards
 
 MAX_TEMPLATE_BYTES = 256 << 10
 """Largest template, in bytes of UTF-8."""
+_ESCAPED_MARK = MARK.encode("ascii", "backslashreplace").decode()  # as JSON has it, too
 _MAX_JSON_INDENT = 16
 _MAX_DATE_FORMAT = 256  # characters
 
@@ -329,8 +331,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
         if indent is None:
-            return encoder.encode(value)
-        return self._join_bounded(encoder.iterencode(value), tick=True)
+            text = encoder.encode(value)
+        else:
+            text = self._join_bounded(encoder.iterencode(value), tick=True)
+        return text.replace(_ESCAPED_MARK, MARK) if ensure_ascii else text
 
 
 class _Formatter(SandboxedFormatter):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlxarch.errors import InvalidInput, MlxArchError, TokenizerError
-from mlxarch.tokenizer import tokenizer as module
+from mlxarch.tokenizer import encoder as module
 from mlxarch.tokenizer.load_json import translate_panics
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
@@ -136,13 +136,15 @@ def test_added_tokens_json_gives_ids_in_folders_without_tokenizer_json(
         kind,
         added_tokens={"<|im_end|>": end, "<|im_start|>": start, "<tool>": tool},
         config={"model_type": kind, "vocab_size": count + 64},
-        tokenizer_config={"eos_token": "<|im_end|>", "chat_template": CHATML},
+        tokenizer_config={"eos_token": "<|im_end|>", "chat_template": CHATML, "legacy": False},
         special_tokens_map={"additional_special_tokens": ["<|im_start|>"]},
     )
     tokenizer = Tokenizer.from_folder(folder)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "the time"}])
     assert (ids[0], end in ids, end in tokenizer.eos_ids) == (start, True, True)
-    shown = tokenizer.decode([start, *tokenizer.encode("a<tool>b", add_special_tokens=False), end])
+    middle = tokenizer.encode("a<tool>b", add_special_tokens=False)
+    assert tool in middle
+    shown = tokenizer.decode([start, *middle, end])
     assert shown.strip() == "a<tool>b"  # not named as special, so it is shown
 
 

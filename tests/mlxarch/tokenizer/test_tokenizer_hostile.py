@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mlxarch.errors import TokenizerError
+from mlxarch.tokenizer.encoder import MAX_NORMALIZED_BYTES
 from mlxarch.tokenizer.load_json import load_tokenizer_json
-from mlxarch.tokenizer.tokenizer import MAX_NORMALIZED_BYTES, Tokenizer
+from mlxarch.tokenizer.tokenizer import Tokenizer
 
 TESTS = Path(__file__).parents[2]
 FOLDERS = TESTS / "fixtures" / "tokenizers"
