@@ -21,7 +21,7 @@ import mlx.core as mx
 
 BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "dense": (32,)}  # modes that have a kernel
 
-_suspended = 0
+_suspended = 0  # blocks of ``suspended``
 
 
 @cache
@@ -70,7 +70,7 @@ def advice() -> str:
 
 @contextmanager
 def suspended() -> Iterator[None]:
-    """Compute with MLX alone in the block, whose operations are then MLX's own and can be exported."""
+    """Compute with MLX alone in the block, by operations that it can export."""
     global _suspended
     _suspended += 1
     try:

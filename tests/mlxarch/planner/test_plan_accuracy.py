@@ -89,6 +89,17 @@ def test_a_dense_model_peaks_where_the_plan_says(
     )
 
 
+def test_with_cpu_kernels_a_model_stays_below_the_plan(
+    accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "dense"
+    accuracy.write(accuracy.QWEN3 | DENSE, 4, folder)
+    monkeypatch.setenv("MLXARCH_CPU_KERNELS", "")
+    found = measured(folder, 2048, {})
+    assert 0.3 * found["mlx"] < found["measured_mlx"] <= 1.05 * found["mlx"]
+    assert found["measured_process"] <= 1.05 * found["process"]
+
+
 def test_streamed_experts_keep_within_the_memory_they_may_use(sparse: Path) -> None:
     whole = plan_folder(sparse, Request(context=1024))
     allowed = too_little(whole)
