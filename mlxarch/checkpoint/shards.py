@@ -222,7 +222,7 @@ class Checkpoint:
         check_tp_slices(
             self.folder, {shard.path.name: shard.tensors for shard in self.shards}, ranks
         )
-        if index is not None and self._disagrees(index) and _complete_set(names) == names:
+        if index is not None and self._disagrees(index) and complete_set(names) == names:
             _logger.warning(
                 "%s: %s belongs to other files, and is left alone: the weight files are a whole "
                 "set by their names",
@@ -235,16 +235,16 @@ class Checkpoint:
     def _drop_stale_index(
         self, index: dict[str, str], weights: Sequence[str]
     ) -> dict[str, str] | None:
-        """Return the index; None if it names files that are not there and another whole set is."""
-        missing = sorted(set(index.values()).difference(weights))
-        whole = [SINGLE_FILE] if SINGLE_FILE in weights else _complete_set(weights)
-        if not missing or not whole:
+        """Return the index; None if it names files that are not there, or a part of a whole set."""
+        listed = set(index.values())
+        whole = [SINGLE_FILE] if SINGLE_FILE in weights else complete_set(weights)
+        if not whole or (listed <= set(weights) and not listed < set(whole)):
             return index
         _logger.warning(
-            "%s: %s names %s, which are not there, and is left alone: %s are a whole set",
+            "%s: %s names other files, %s, and is left alone: %s are a whole set",
             self.folder,
             INDEX_FILE,
-            join_names(missing),
+            join_names(sorted(listed)),
             join_names(whole),
         )
         return None
@@ -315,7 +315,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _complete_set(names: Sequence[str]) -> list[str]:
+def complete_set(names: Sequence[str]) -> list[str]:
     """Return the files whose names count from 1 of N to N of N; nothing if there are other sets."""
     sets: dict[tuple[str, str], list[str]] = {}
     for name in sorted(names):
@@ -336,7 +336,7 @@ def _unindexed_files(folder: Path, present: list[str], weights: list[str]) -> li
         return [SINGLE_FILE]
     if len(weights) == 1:
         return weights
-    if whole := _complete_set(weights):
+    if whole := complete_set(weights):
         return whole
     if weights:
         raise CheckpointError(

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlxarch.checkpoint.lazy_tensor import DTYPES, LazyTensor, SafetensorsTensor
 from mlxarch.checkpoint.safetensors_header import TensorInfo, read_header
-from mlxarch.checkpoint.shards import INDEX_FILE, Shard
+from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Shard, complete_set
 from mlxarch.checkpoint.source import CheckpointSource, describe_origins, join_quantized_tensors
 from mlxarch.checkpoint.tp_shards import check_tp_slices, find_tp_files, tp_group, tp_slice_name
 from mlxarch.errors import CheckpointError
@@ -275,24 +275,36 @@ def _read_headers(
                     "revision"
                 )
             stored[name] = RemoteTensor(open_shards, shard, info)
-    return shards, stored if index is None else _select_indexed(stored, index)
+    if index is not None:
+        stored = _select_indexed(stored, index, list(repository.weights))
+    return shards, stored
 
 
-def _select_indexed(stored: dict[str, LazyTensor], index: Path) -> dict[str, LazyTensor]:
-    """Return the tensors that the index lists.
+def _select_indexed(
+    stored: dict[str, LazyTensor], index: Path, files: list[str]
+) -> dict[str, LazyTensor]:
+    """Return the tensors that the index lists; all, if it belongs to others than these files.
 
     Raises:
-        CheckpointError: a tensor is not in the file that the index names.
+        CheckpointError: a tensor is not in the file that the index names, and the names of the
+            files do not say that they are a whole set.
     """
     content = read_json(index, limit=100_000_000, depth=8, values=2_000_000, error=CheckpointError)
     listed = content["weight_map"]
-    for name, file in listed.items():
-        tensor = stored.get(name)
-        if not isinstance(tensor, RemoteTensor) or tensor.shard.name != file:
-            raise CheckpointError(
-                f"{INDEX_FILE} places tensor {name} in {file}, where it is not; take another "
-                "revision"
-            )
+    places = {
+        name: tensor.shard.name
+        for name, tensor in stored.items()
+        if isinstance(tensor, RemoteTensor)
+    }
+    wrong = [name for name, file in listed.items() if places.get(name, file) != file]
+    if wrong and (files == [SINGLE_FILE] or complete_set(files) == sorted(files)):
+        logger.warning("%s belongs to other files, and is left alone", INDEX_FILE)
+        return stored
+    if wrong:
+        raise CheckpointError(
+            f"{INDEX_FILE} places tensor {wrong[0]} in {listed[wrong[0]]}, where it is not; take "
+            "another revision"
+        )
     if extra := stored.keys() - listed.keys():
         logger.warning(
             "%d tensors that the index does not list are ignored: %s", len(extra), min(extra)

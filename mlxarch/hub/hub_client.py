@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE, complete_set
 from mlxarch.checkpoint.tp_shards import find_tp_files, tp_group
 from mlxarch.errors import DownloadError, ModelNotFound
 from mlxarch.hub.file_download import TIMEOUT_SECONDS, RemoteFile, bytes_here, fetch_file
@@ -158,20 +158,24 @@ def fetch_repository_info(repo: str, revision: str = "main") -> Repository:
 def _weight_file_names(known: Mapping[str, RemoteFile], index: Path | None) -> list[str]:
     """Return the names of the weight files.
 
-    They are the shards that the index lists; without an index model.safetensors, a set of
-    tensor-parallel slices, or the only safetensors file.
+    They are the shards that the index lists. Without an index, or with one that lists others than
+    the repository has, they are model.safetensors, a set of tensor-parallel slices, the only
+    safetensors file, or a set whose names count from 1 of N to N of N.
     """
-    if index is not None:
-        return shard_names(index)
-    if SINGLE_FILE in known:
-        return [SINGLE_FILE]
-    if slices := find_tp_files("the repository", known):
-        return list(slices)
     found = [
         name
         for name in known
         if name.endswith(".safetensors") and "/" not in name and not name.startswith("consolidated")
     ]
+    whole = [SINGLE_FILE] if SINGLE_FILE in known else complete_set(found)
+    if index is not None:
+        listed = shard_names(index)
+        stale = set(listed).difference(known) or set(listed) < set(whole)
+        return whole if whole and stale else listed
+    if whole:
+        return whole
+    if slices := find_tp_files("the repository", known):
+        return list(slices)
     return found if len(found) == 1 else []
 
 

@@ -3,11 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlxarch.errors import ModelNotFound
+from mlxarch.errors import MlxArchError, ModelNotFound
 from mlxarch.hub import hub_client
 from mlxarch.hub.catalog import CatalogEntry, HubSource, WheelSource
 from mlxarch.store.installed import list_installed
@@ -109,7 +110,14 @@ def _describe_entry(entry: CatalogEntry, copies: list[dict[str, Any]]) -> dict[s
 
 
 def _context_length(config: Mapping[str, Any]) -> int | None:
-    """Context length in tokens; a multimodal model has it in the section of its text decoder."""
+    """Context length in tokens, RoPE scaling counted if the architecture is known.
+
+    A multimodal model has it in the section of its text decoder.
+    """
+    with suppress(MlxArchError, ImportError):  # of MLX, on a machine that cannot run it
+        from mlxarch.loading.registry import architecture
+
+        return architecture(config).config.context_length
     text_config = config.get("text_config")
     for section in (config, text_config if isinstance(text_config, dict) else {}):
         for key in ("max_position_embeddings", "n_positions"):

@@ -28,7 +28,7 @@ class Matrix:
         size, levels = inputs if group == -1 else group, 2**bits
         self.kind, self.bits, self.group = kind, bits, group
         self.codes = draw.integers(0, levels, shape)
-        self.zeros = draw.integers(0, levels, (inputs // size, outputs))
+        self.zeros = draw.integers(0, levels, (-(-inputs // size), outputs))
         if sym:
             self.zeros[:] = levels // 2
         self.scales = draw.uniform(0.001, 0.1, self.zeros.shape).astype(np.float16)

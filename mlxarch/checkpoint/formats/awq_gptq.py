@@ -51,7 +51,8 @@ class AwqGptqConfig:
     Attributes:
         method: awq or gptq.
         bits: bits of a code.
-        group_size: inputs that share a scale; -1 for all inputs.
+        group_size: inputs that share a scale, fewer in the last group if it does not divide them;
+            -1 for all inputs.
         zero_offset: number added to a stored zero point.
         symmetric: every zero point is the middle code.
         act_order: ``g_idx`` gives the group of each input, in activation order (``desc_act``).
@@ -148,7 +149,9 @@ def convert_tensors(
 def _convert_matrix(stored: "_StoredMatrix") -> LazyTensor:
     config = stored.config
     group_sizes = sorted(MODES["affine"][1], reverse=True)
-    fitting = [size for size in group_sizes if stored.group_size % size == 0]
+    fitting = [
+        size for size in group_sizes if stored.group_size % size == stored.shape[1] % size == 0
+    ]
     if config.act_order or not fitting:
         return _Dequantized(stored)
     quantization = Quantization(config.bits, fitting[0])
@@ -156,9 +159,9 @@ def _convert_matrix(stored: "_StoredMatrix") -> LazyTensor:
     weight_shape = quantization.packed_shape(stored.shape)
     scales_shape = quantization.scales_shape(stored.shape)
     components = {
-        "weight": _Component(stored, "weight", weight_shape, mx.uint32),
-        "scales": _Component(stored, "scales", scales_shape, dtype),
-        "biases": _Component(stored, "biases", scales_shape, dtype),
+        "weight": _Component(stored, "weight", weight_shape, mx.uint32, fitting[0]),
+        "scales": _Component(stored, "scales", scales_shape, dtype, fitting[0]),
+        "biases": _Component(stored, "biases", scales_shape, dtype, fitting[0]),
     }
     matrix = QuantizedTensor(stored.name, components, quantization)
     matrix.origin = lossless_origin(f"packed by {config.method}, {config.bits} bits", dtype)
@@ -209,13 +212,7 @@ class _StoredMatrix:
             inputs *= self.per_word
         self.group_size = inputs if config.group_size == -1 else config.group_size
         wrong = self._mismatches(arrays, inputs, outputs)
-        if (
-            wrong
-            or not inputs
-            or inputs % self.group_size
-            or inputs % self.per_word
-            or outputs % self.per_word
-        ):
+        if wrong or not inputs or inputs % self.per_word or outputs % self.per_word:
             raise CheckpointError(
                 f"tensor {name}: with {config.bits} bits in groups of {config.group_size}, codes, "
                 "zero "
@@ -232,7 +229,7 @@ class _StoredMatrix:
 
     def _mismatches(self, arrays: Mapping[str, LazyTensor], inputs: int, outputs: int) -> list[str]:
         """Describe the arrays whose shape or dtype differs from the one required."""
-        groups = inputs // self.group_size if self.group_size else 0
+        groups = -(-inputs // self.group_size) if self.group_size else 0
         per_word = self.per_word
         codes_shape = (inputs // per_word, outputs)
         if self.config.output_order:
@@ -296,7 +293,7 @@ class _StoredMatrix:
         """
         if self._groups is None:
             inputs = self.shape[1]
-            count = inputs // self.group_size
+            count = -(-inputs // self.group_size)
             consecutive = np.arange(inputs) // self.group_size
             stored = None
             if self._stored_groups is not None:
@@ -349,9 +346,15 @@ class _Component(_ComputedRows):
     """Weight, scales or biases of a matrix in MLX's affine mode."""
 
     def __init__(
-        self, stored: _StoredMatrix, key: str, shape: tuple[int, ...], dtype: mx.Dtype
+        self,
+        stored: _StoredMatrix,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: mx.Dtype,
+        group_size: int,
     ) -> None:
         self.stored = stored
+        self.group_size = group_size
         self.key = key
         self.shape = shape
         self.dtype = dtype
@@ -366,7 +369,8 @@ class _Component(_ComputedRows):
         values = self.stored.scales.read(start, stop).T.astype(self.dtype)  # (rows, groups)
         if self.key == "biases":
             values = -values * mx.array(self.stored.zeros(start, stop)).astype(self.dtype)
-        return mx.repeat(values, self.shape[-1] // values.shape[-1], axis=-1)
+        times = self.stored.group_size // self.group_size
+        return mx.repeat(values, times, axis=-1)[:, : self.shape[-1]]  # the last may be shorter
 
 
 class _Dequantized(_ComputedRows):

@@ -32,12 +32,15 @@ KINDS = {
     "gptq 8 bits": lambda: Matrix("gptq", (128, 40), 64, bits=8),
     "gptq 2 bits": lambda: Matrix("gptq", (128, 48), 32, bits=2),
     "gptq of 256": lambda: Matrix("gptq", (512, 16), 256),
+    "gptq, a shorter last group": lambda: Matrix("gptq", (320, 16), 128),
+    "gptq, a single shorter group": lambda: Matrix("gptq", (64, 16), 128),
 }
 ODD = {
     "act-order": lambda: Matrix("gptq", (256, 48), 64).in_order_of_activations(),
     "act-order, 8 bits": lambda: Matrix(
         "gptq", (256, 40), 128, bits=8, sym=True
     ).in_order_of_activations(),
+    "gptq of 48, a shorter last group": lambda: Matrix("gptq", (64, 16), 48),
     "awq of 16": lambda: Matrix("awq", (128, 24), 16),
     "awq of 40": lambda: Matrix("awq", (80, 24), 40),
 }
@@ -81,12 +84,10 @@ def test_packed_parts_hold_the_codes_and_the_exact_product_of_scale_and_zero(kin
     shifts = np.arange(0, 8, matrix.bits)
     codes = (octets[..., None] >> shifts & 2**matrix.bits - 1).reshape(len(octets), -1)
     assert np.array_equal(codes, matrix.codes.T)
-    times = parts["scales"].shape[1] // len(matrix.scales)
-    assert np.array_equal(
-        parts["scales"], np.repeat(matrix.scales.T, times, 1).astype(parts["scales"].dtype)
-    )
+    groups = matrix.groups[:: len(matrix.codes) // parts["scales"].shape[1]]
+    assert np.array_equal(parts["scales"], matrix.scales[groups].T.astype(parts["scales"].dtype))
     product = -matrix.scales.astype(np.float64) * matrix.zeros
-    assert np.array_equal(parts["biases"].astype(np.float64), np.repeat(product.T, times, 1))
+    assert np.array_equal(parts["biases"].astype(np.float64), product[groups].T)
     assert parts["biases"].dtype == (np.float16 if matrix.sym else np.float32)
     rounded = product.astype(np.float16).astype(
         np.float64

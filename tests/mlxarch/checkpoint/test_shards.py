@@ -99,7 +99,9 @@ def test_a_tensor_in_the_index_alone_is_named(folder, caplog):
 def test_a_whole_set_counts_beside_the_index_of_other_files(folder, caplog):
     index(folder, {"a": "model-00001-of-00001.safetensors", "z": ONE})
     assert opened(folder) == {"a", "b", "c"}
-    assert "which are not there, and is left alone" in caplog.text
+    assert f"{INDEX_FILE} names other files" in caplog.text
+    index(folder, {"a": ONE, "b": ONE, "c": ONE})  # of a version with one file
+    assert opened(folder) == {"a", "b", "c"}
     index(folder, {"a": ONE, "b": ONE, "c": TWO})
     assert opened(folder) == {"a", "b", "c"}
     assert f"{INDEX_FILE} belongs to other files" in caplog.text

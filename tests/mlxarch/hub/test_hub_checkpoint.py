@@ -1,11 +1,15 @@
 """A repository of slices is quantized while it downloads: all slices of a tensor are here at once, and no more."""
 
+import json
 from pathlib import Path
 
+import pytest
 import sliced_grok2
 from fake_hub import FakeHub, Repo, Worker, environment
+from safetensors.numpy import load_file
 
 from mlxarch.quantize import convert
+from tiny_llama import INDEX, make_llama
 
 CODE = """
 from pathlib import Path
@@ -43,3 +47,41 @@ def test_slices_are_fetched_once_and_held_no_longer_than_their_tensors(tmp_path:
     numbers = [{name.split("-")[1] for name in names} for names in held]
     assert all(len(files) == 1 for files in numbers)
     assert max(map(len, held)) == sliced_grok2.RANKS
+
+
+STALE = """
+from pathlib import Path
+from mlxarch.hub import hub_checkpoint, hub_client
+from mlxarch.quantize import convert
+repository = hub_client.fetch_repository_info("org/model")
+names = sorted(hub_checkpoint.read_remote_headers(repository).tensors)
+with hub_checkpoint.open_remote_checkpoint(repository) as source:
+    convert(source, out, bits=None)
+return [sorted(repository.weights), names]
+"""
+
+
+@pytest.mark.parametrize("index", ["none", "of three files", "of other places"])
+def test_a_whole_set_is_read_without_its_index(index: str, tmp_path: Path) -> None:
+    weights = make_llama(tmp_path / "local", shards=2)
+    files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    (tmp_path / "local" / INDEX).unlink()
+    stale = {
+        "of three files": {
+            name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(weights)
+        },
+        "of other places": dict.fromkeys(weights, files[0]),
+    }
+    if index in stale:
+        (tmp_path / "local" / INDEX).write_text(json.dumps({"weight_map": stale[index]}))
+    server = FakeHub()
+    local = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    server.repos["org/model"] = Repo(local)
+    worker = Worker(environment(tmp_path, server.url))
+    try:
+        found = worker(STALE, out=str(tmp_path / "remote"))
+    finally:
+        worker.close()
+        server.close()
+    assert found == [files, sorted(weights)]
+    assert load_file(tmp_path / "remote" / "model.safetensors").keys() == weights.keys()

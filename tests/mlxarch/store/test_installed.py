@@ -13,6 +13,7 @@ from mlxarch.loading.model_types import RUNNABLE
 from mlxarch.store.describe import describe
 from mlxarch.store.installed import find_catalog_entry
 from mlxarch.system import paths
+from parity import GOLDEN
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,12 @@ def test_a_folder_is_known_by_where_it_lies(home):
     assert name(home / "kimi-k2-4bit") is None, "a folder of the user's may hold anything"
 
 
+YARN = json.loads((GOLDEN / "qwen3_yarn" / "config.json").read_text()) | {
+    "max_position_embeddings": 128,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+}
+
+
 @pytest.mark.parametrize(
     ("config", "context"),
     [
@@ -46,6 +53,7 @@ def test_a_folder_is_known_by_where_it_lies(home):
         ({"n_positions": 1024}, 1024),
         ({"text_config": {"max_position_embeddings": 2048}}, 2048),
         ({"text_config": "none"}, None),
+        (YARN, 512),
     ],
 )
 def test_the_context_of_a_folder_is_found_wherever_it_is_written(tmp_path, config, context):
