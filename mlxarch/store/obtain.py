@@ -22,7 +22,7 @@ from mlxarch.errors import (
 )
 from mlxarch.hub.catalog import Bits, CatalogEntry, HubSource, ModelReference, WheelSource
 from mlxarch.hub.complete_snapshot import complete_snapshot
-from mlxarch.progress import Progress, format_size, silent
+from mlxarch.progress import Progress, format_duration, format_size, silent
 from mlxarch.store.acquire import (
     Acquisition,
     AcquisitionMethod,
@@ -62,6 +62,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8, "original")
+LONG_SECONDS = 60
+"""Duration from which a quantization is announced, and asked about on the command line."""
 Confirm = Callable[[Acquisition], bool]
 
 
@@ -74,6 +76,7 @@ def obtain(
     refresh: bool = False,
     request: "Request | None" = None,
     evaluate: bool = False,
+    method: str | None = None,
 ) -> Path:
     """Return the folder of a model; it is downloaded or quantized first if necessary.
 
@@ -92,6 +95,8 @@ def obtain(
         request: how the model is to run; a model that does not fit is not downloaded. None: obtain
             it anyway.
         evaluate: evaluate a model quantized here against its source, if the source stays here.
+        method: quantization method below 8 bits: "round", or the search for better scales, which
+            takes minutes to hours; None: search.
 
     Raises:
         ModelNotFound, GatedModel, OfflineError, DownloadError: the model cannot be obtained.
@@ -100,7 +105,14 @@ def obtain(
         InvalidInput: bits that are not supported, or that contradict the name.
     """
     folder = _obtain(
-        name, bits, progress, confirm, refresh=refresh, request=request, evaluate=evaluate
+        name,
+        bits,
+        progress,
+        confirm or _announce,
+        refresh=refresh,
+        request=request,
+        evaluate=evaluate,
+        method=method if method == "round" else None,
     )
     complete_snapshot(folder, progress)
     return folder
@@ -110,17 +122,18 @@ def _obtain(
     name: str | os.PathLike[str],
     bits: int | str | None,
     progress: Progress,
-    confirm: Confirm | None,
+    confirm: Confirm,
     *,
     refresh: bool,
     request: "Request | None",
     evaluate: bool,
+    method: str | None,
 ) -> Path:
     """Return the folder of a model; a snapshot in the Hub's cache may lack files beside the weights."""
     reference = resolve_name(name)
     resolved_bits = _resolve_bits(reference, bits)
     if reference.path is not None:
-        return _obtain_path(reference.path, resolved_bits, progress, confirm, evaluate)
+        return _obtain_path(reference.path, resolved_bits, progress, confirm, evaluate, method)
     wanted = replace(reference, bits=resolved_bits)
     if local := find_local_copy(wanted, request, refresh=refresh):
         return local
@@ -128,15 +141,14 @@ def _obtain(
         resolved_bits = largest_fitting_bits(reference.entry, request)
         if local := find_local_copy(replace(wanted, bits=resolved_bits), refresh=refresh):
             return local
-    methods = _acquisition_methods(reference, resolved_bits)
+    methods = _acquisition_methods(reference, resolved_bits, method)
     if request is not None and reference.entry is not None and isinstance(resolved_bits, int):
         _best_plan(reference.entry, request, resolved_bits).require()
 
     def confirm_with_verdict(acquisition: Acquisition) -> bool:
-        if confirm is None:
-            return True
         verdict = _plan_summary(reference.entry, acquisition, request, resolved_bits)
-        return confirm(replace(acquisition, verdict=verdict))
+        quicker = _quicker_ways(name, reference.entry, resolved_bits) if acquisition.seconds else ""
+        return confirm(replace(acquisition, verdict=verdict, quicker=quicker))
 
     try:
         return _run_first_available(
@@ -148,6 +160,33 @@ def _obtain(
             raise
         logger.warning("%s: the Hub cannot be asked for a newer revision", reference.name)
         return local
+
+
+def _announce(acquisition: Acquisition) -> bool:
+    """Agree to an acquisition that nobody is asked about, and log one that takes long."""
+    if acquisition.seconds > LONG_SECONDS:
+        logger.warning(
+            "%s: %s; the quantization takes about %s",
+            acquisition.name,
+            acquisition.description,
+            format_duration(acquisition.seconds),
+        )
+    return True
+
+
+def _quicker_ways(
+    name: str | os.PathLike[str], entry: CatalogEntry | None, bits: Bits | None
+) -> str:
+    """Name what is ready sooner than a search for better scales."""
+    ways = [
+        f"`{entry.name}-{ready.bits}bit` is quantized already"
+        for ready in (entry.ready if entry else [])
+    ]
+    text = os.fspath(name)
+    ways.append(f"`mlxarch pull {text} --bits {bits} --method round` rounds without a search")
+    if not text.lower().endswith(".gguf"):
+        ways.append("a GGUF file with 4 bits is imported as it is: `mlxarch pull FILE.gguf`")
+    return "; ".join(ways)
 
 
 def largest_fitting_bits(entry: CatalogEntry, request: "Request | None" = None) -> int:
@@ -207,14 +246,16 @@ def _resolve_bits(reference: ModelReference, bits: int | str | None) -> Bits | N
     return "original" if bits == "original" else int(bits)
 
 
-def _acquisition_methods(reference: ModelReference, bits: Bits | None) -> list[AcquisitionMethod]:
+def _acquisition_methods(
+    reference: ModelReference, bits: Bits | None, method: str | None
+) -> list[AcquisitionMethod]:
     """Return the methods to obtain a model that is not a path, in the order of preference."""
     entry = reference.entry
     if entry is None:
         source = HubSource(str(reference.repo), reference.revision or "main")
         if bits is None or bits == "original":
             return [Download(reference.name, source)]
-        return [DownloadAndQuantize(local_name(reference), bits, source)]
+        return [DownloadAndQuantize(local_name(reference), bits, source, method=method)]
     if bits is None:
         bits = largest_fitting_bits(entry)
     methods: list[AcquisitionMethod] = [
@@ -225,24 +266,35 @@ def _acquisition_methods(reference: ModelReference, bits: Bits | None) -> list[A
     original = next((source.repo for source in entry.sources if isinstance(source, HubSource)), "")
     for source in entry.sources:
         if isinstance(source, WheelSource):
-            methods.append(ImportGguf(entry.name, bits, source, original, entry.licence))
+            methods.append(ImportGguf(entry.name, bits, source, original, entry.licence, method))
         elif bits == "original":
             methods.append(Download(folder_name(entry.name, bits), source))
         else:
-            methods.append(DownloadAndQuantize(entry.name, bits, source, entry.licence))
+            methods.append(DownloadAndQuantize(entry.name, bits, source, entry.licence, method))
     return methods
 
 
 def _obtain_path(
-    path: Path, bits: Bits | None, progress: Progress, confirm: Confirm | None, evaluate: bool
+    path: Path,
+    bits: Bits | None,
+    progress: Progress,
+    confirm: Confirm,
+    evaluate: bool,
+    method: str | None,
 ) -> Path:
     if path.is_file() and path.suffix.lower() == ".gguf":
         status = path.stat()
         identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-        method = ImportGguf(name, bits or "original", path)
-        local = find_model(name, method.bits)
-        return local or _run_first_available([method], progress, confirm, str(path), evaluate)
+        importer = ImportGguf(name, bits or "original", path, method=method)
+        if local := find_model(name, importer.bits):
+            return local
+
+        def confirm_with_ways(acquisition: Acquisition) -> bool:
+            quicker = _quicker_ways(path, None, bits) if acquisition.seconds else ""
+            return confirm(replace(acquisition, quicker=quicker))
+
+        return _run_first_available([importer], progress, confirm_with_ways, str(path), evaluate)
     if not path.is_dir():
         raise ModelNotFound(
             f"{path}: there is no such folder; name one with config.json and safetensors files"
@@ -258,7 +310,7 @@ def _obtain_path(
 def _run_first_available(
     methods: list[AcquisitionMethod],
     progress: Progress,
-    confirm: Confirm | None,
+    confirm: Confirm,
     name: str,
     evaluate: bool,
 ) -> Path:
@@ -273,7 +325,7 @@ def _run_first_available(
             failures.append(failure)
             continue
         _check_disk_space(acquisition)
-        if confirm is not None and not confirm(acquisition):
+        if not confirm(acquisition):
             raise Declined(f"{acquisition.name}: not agreed to; nothing was downloaded")
         try:
             return method.run(progress, evaluate)

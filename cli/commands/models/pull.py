@@ -10,16 +10,28 @@ from mlxarch.cli.output import print_line
 @click.argument("model", required=False)
 @options.model_option
 @options.bits_option
+@click.option(
+    "--method",
+    type=click.Choice(("search", "round")),
+    help="Quantization method below 8 bits; round takes minutes instead of hours (default: search)",
+)
 @click.option("--no-eval", is_flag=True, help="Skip the evaluation of a quantized model.")
 @options.yes_option
 def pull_command(
-    model: str | None, model_flag: str | None, bits: str | None, no_eval: bool, yes: bool
+    model: str | None,
+    model_flag: str | None,
+    bits: str | None,
+    method: str | None,
+    no_eval: bool,
+    yes: bool,
 ) -> None:
     """Download a model, and quantize it if needed.
 
     A short name means the largest of 8 and 4 bits that fits this machine, a repository the weights
-    as published; --bits chooses others. Download size and memory verdict are printed first, with a
-    confirmation above 5 GB or if the model does not fit. The folder is printed at the end.
+    as published; --bits chooses others. Download size, duration and memory verdict are printed
+    first, with a confirmation above 5 GB or a minute, or if the model does not fit; without a
+    terminal, --yes is needed. An interrupted download goes on where it stopped. The folder is
+    printed at the end.
 
     A model quantized here is evaluated against its source if the source stays on this machine;
     `mlxarch show` prints the result.
@@ -28,5 +40,7 @@ def pull_command(
 
     require_backend()
     name = options.resolve_model_name(model_flag, model)
-    folder = options.obtain_model(name, bits, yes, refresh=True, evaluate=not no_eval)
+    folder = options.obtain_model(
+        name, bits, yes, refresh=True, evaluate=not no_eval, method=method
+    )
     print_line(str(folder))

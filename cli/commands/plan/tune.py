@@ -27,12 +27,14 @@ from mlxarch.progress import format_size
     default=64,
     help="Number of tokens to generate per trial (default: 64)",
 )
+@options.yes_option
 @options.json_option
 def tune_command(
     model: str | None,
     model_flag: str | None,
     bits: str | None,
     tokens: int,
+    yes: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -48,7 +50,7 @@ def tune_command(
     from mlxarch.store.tune import tune
 
     request = options.make_request(**given)
-    folder = options.obtain_model(options.resolve_model_name(model_flag, model), bits, False)
+    folder = options.obtain_model(options.resolve_model_name(model_flag, model), bits, yes)
     trials = []
     for trial in tune(folder, request, tokens):
         trials.append(trial)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxarch.cli import options
+from mlxarch.cli import confirm as confirm_module
 from mlxarch.errors import Declined
 from mlxarch.hub import catalog
 from mlxarch.progress import silent
@@ -187,9 +187,10 @@ def test_pull_without_a_network_says_so(execute):
         (6, False, True, "y\n", True, True),
         (6, False, True, "n\n", True, False),
         (6, True, True, "", False, True),
-        (6, False, False, "", False, True),
+        (6, False, False, "", False, False),
+        (1, False, False, "", False, True),
     ],
-    ids=["small", "large, yes", "large, no", "large, -y", "large, nobody there"],
+    ids=["small", "large, yes", "large, no", "large, -y", "large, nobody", "small, nobody"],
 )
 def test_a_large_download_is_asked_about(
     invoke, home, monkeypatch, capsys, gigabytes, yes, terminal, typed, asked, agreed
@@ -204,12 +205,38 @@ def test_a_large_download_is_asked_about(
         return plan.target
 
     monkeypatch.setattr(store, "obtain", obtain)
-    monkeypatch.setattr(options, "is_terminal", lambda stream: terminal)
+    monkeypatch.setattr(confirm_module, "is_terminal", lambda stream: terminal)
     result = invoke("pull", "big", *(["-y"] if yes else []), input=typed)
     assert "big-8bit: download org/big" in result.stderr
     assert ("Go on?" in result.stderr) is asked
-    assert result.exit_code == (0 if agreed else 1)
+    refused = 1 if terminal else 2
+    assert result.exit_code == (0 if agreed else refused)
+    assert ("--yes agrees" in result.stderr) is (result.exit_code == 2)
     assert result.stdout == (f"{plan.target}\n" if agreed else "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "terminal", "code"), [(30, False, 0), (25_000, True, 1), (25_000, False, 2)]
+)
+def test_a_start_that_takes_hours_is_asked_about(
+    invoke, home, monkeypatch, seconds, terminal, code
+):
+    plan = Acquisition(
+        "big-4bit", "org/big", 0, 10**9, home / "big", seconds=seconds, quicker="`big-8bit`"
+    )
+
+    def obtain(name: str, *, confirm, **_: object) -> Path:
+        if not confirm(plan):
+            raise Declined("not agreed to")
+        return plan.target
+
+    monkeypatch.setattr(store, "obtain", obtain)
+    monkeypatch.setattr(confirm_module, "is_terminal", lambda stream: terminal)
+    result = invoke("pull", "big", input="n\n")
+    assert result.exit_code == code
+    assert ("about 7 hours" in result.stderr) is (seconds > 60)
+    assert ("quicker: `big-8bit`" in result.stderr) is (seconds > 60)
+    assert invoke("pull", "big", "--yes").exit_code == 0
 
 
 def test_bits_reach_the_store_as_it_takes_them(invoke, home, monkeypatch):

@@ -12,10 +12,10 @@ from tiny_llama import make_llama
 PULL = """
 from click.testing import CliRunner
 from mlxarch.system import machines
-from mlxarch.cli import options
+from mlxarch.cli import confirm
 from mlxarch.cli.main import cli
 machines.this_machine = lambda: machines.Machine("a test", memory, "cpu")
-options.is_terminal = lambda stream: terminal
+confirm.is_terminal = lambda stream: terminal
 found = CliRunner().invoke(cli, ["pull", "org/tiny", *arguments], input=typed)
 return [found.exit_code, found.stdout, found.stderr]
 """
