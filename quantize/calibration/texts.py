@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxarch.errors import InvalidInput
-from mlxarch.tokenizer.tokenizer import MAX_TEXT_BYTES, Tokenizer
+from mlxarch.tokenizer.encoder import MAX_TEXT_BYTES
+from mlxarch.tokenizer.tokenizer import Tokenizer
 
 DOMAINS = ("prose", "code", "chat", "german")  # files in texts/, written for this project
 CONTEXT_TOKENS = 12  # tokens shown before a token of interest, half as many after it
