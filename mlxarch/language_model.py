@@ -237,17 +237,26 @@ class LanguageModel:
         """Start an engine that runs many requests at once; close it after use, or use ``with``.
 
         Args:
-            **options: arguments of ``Engine`` that replace those of the memory plan.
+            **options: arguments of ``Engine`` that replace those of the memory plan. With
+                ``prefix_cache_dir``, cached prompts outlive the process.
         """
         settings: dict[str, Any] = {
             "context_length": self.context_length,
             "kv": self.kv,
             "spill_dir": paths.cache() / "rows",
+            "prefix_key": self._weights_key(),
         }
         if self.plan is not None:
             settings |= {"chunk": self.plan.execution.chunk, "room_bytes": self.plan.kv_room}
             settings["prefix_cache_bytes"] = self.plan.kv_room
         return Engine(self.model, **(settings | options))
+
+    def _weights_key(self) -> str:
+        """Text that changes with the weights: config, and name, size and time of each weight file."""
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        stats = [(file.name, file.stat()) for file in files]
+        weights = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+        return repr((str(self.path.resolve()), weights, sorted(map(repr, self.config.items()))))
 
     def __repr__(self) -> str:
         size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))

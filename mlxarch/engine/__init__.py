@@ -6,8 +6,7 @@ batch       several requests run to their ends
 scheduler   which rows run in the next step, and which part of a prompt is read
 row         state of one running request
 probe       numbers of rows for which a row does not depend on its neighbours
-prefix_cache  caches of earlier prompts, in a tree over their tokens
-prefix_use  when prompts are looked up in it and stored
+prefix      caches of earlier prompts, in memory and on the disk
 steps       one decoding step for all rows, and one chunk of a prompt
 """
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine.admission import MemoryRoom, one_token_caches
-from mlxarch.engine.prefix_cache import PrefixCache
-from mlxarch.engine.prefix_use import PrefixUse
+from mlxarch.engine.prefix.files import DiskLimits, PrefixFiles
+from mlxarch.engine.prefix.tree import PrefixCache
+from mlxarch.engine.prefix.use import PrefixUse
 from mlxarch.engine.request import (
     EngineStatus,
     GenerationRequest,
@@ -31,6 +32,7 @@ from mlxarch.engine.steps import PromptReader
 from mlxarch.errors import EngineStopped, InvalidInput, QueueFull
 from mlxarch.generation.decode import check_tokens, remaining_tokens
 from mlxarch.quantization.scheme import Quantization
+from mlxarch.system.backend import claim_process
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class _Worker:
             while self._take_arrivals():
                 self.scheduler.turn()
             self.scheduler.finish_all("cancelled")
+            self.scheduler.prefixes.close()
         except BaseException as error:
             logger.exception("the engine failed")
             self._die(error)
@@ -119,6 +122,10 @@ class Engine:
         max_waiting: further requests that may wait.
         prefix_cache_bytes: most memory for the caches of earlier prompts and answers, which later ones
             that begin alike reuse; it is part of ``room_bytes``. 0 keeps none.
+        prefix_cache_dir: folder where these are stored too, so that they outlive the process; None
+            keeps them in memory only.
+        prefix_key: text that identifies the weights; files with another one are not used.
+        disk_limits: limits of that folder.
         kv: quantization of keys and values; None keeps them as they are.
         chunk: tokens of a prompt per pass; None takes the default of the machine.
         deterministic: make the bits of a row independent of other rows and of earlier requests, even
@@ -138,6 +145,9 @@ class Engine:
         max_rows: int = 16,
         max_waiting: int = 64,
         prefix_cache_bytes: int = 2**30,
+        prefix_cache_dir: Path | None = None,
+        prefix_key: str = "",
+        disk_limits: DiskLimits | None = None,
         kv: Quantization | None = None,
         chunk: int | None = None,
         deterministic: bool = False,
@@ -156,7 +166,10 @@ class Engine:
         sample = one_token_caches(model, make_caches)
         self._room = MemoryRoom(room_bytes, sample)
         cache = PrefixCache(prefix_cache_bytes, reader.chunk if deterministic else 1)
-        prefixes = PrefixUse(cache, sample, stores_answers=not deterministic)
+        files = None
+        if prefix_cache_dir is not None and prefix_cache_bytes:
+            files = PrefixFiles(prefix_cache_dir, prefix_key, sample, self.vocab_size, disk_limits)
+        prefixes = PrefixUse(cache, sample, not deterministic, files)
         scheduler = Scheduler(model, make_caches, reader, self._room, prefixes, max_rows, spill_dir)
         self._worker = _Worker(scheduler, deterministic, probe)
         self._worker.on_death = on_death
@@ -173,11 +186,13 @@ class Engine:
 
         Raises:
             InvalidInput: a token or a parameter is out of range.
+            ForkedProcess: this process was forked from the one with the engine.
             DoesNotFit: prompt and answer take more than ``room_bytes``.
             ContextLengthError: prompt and answer do not fit into the context.
             QueueFull: too many requests wait.
             EngineStopped: the engine was closed or has failed.
         """
+        claim_process()
         check_tokens(request.prompt, self.vocab_size)
         remaining_tokens(len(request.prompt), request.max_tokens or None, self.context_length)
         if bias := [t for t in request.sampling.logit_bias if t >= self.vocab_size]:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -48,7 +49,7 @@ class ParkedCaches:
         if self._file is None:
             arrays = {name: mx.array(a).view(dtype) for name, (a, dtype) in self._copies.items()}
         else:
-            arrays = dict(mx.load(str(self._file)))
+            arrays = cast(dict[str, mx.array], mx.load(str(self._file)))
         for layer, (cache, count) in enumerate(zip(caches, self._counts, strict=True)):
             if cache is not None:
                 state = tuple(arrays[f"{layer}.{index}"] for index in range(count))

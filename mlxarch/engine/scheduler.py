@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlxarch.blocks import CausalLM
 from mlxarch.engine.admission import MakeCaches, MemoryRoom
-from mlxarch.engine.prefix_use import PrefixUse
+from mlxarch.engine.prefix.use import PrefixUse
 from mlxarch.engine.probe import BatchSizes, candidates, probe_batch_sizes
 from mlxarch.engine.request import FinishReason
 from mlxarch.engine.row import Row
@@ -278,7 +278,7 @@ class Scheduler:
     def _read_chunk(self, row: Row) -> bool:
         """Read the next chunk of a prompt; gives whether the row is done with it."""
         if row.fed == 0:
-            self.prefixes.restore(row)
+            self.prefixes.restore(row, self._free_bytes())
             self.counters["cached_tokens"] += row.fed
         before = row.fed
         logits = self.reader.read(row)

@@ -139,6 +139,20 @@ class Cache(ABC):
         self._buffers = self._group(tuple(map(copy, arrays)))
         self.length = length
 
+    def can_restore(self, length: int, arrays: tuple[mx.array, ...]) -> bool:
+        """Whether arrays from elsewhere are a state after ``length`` tokens, by types and shapes.
+
+        This cache must hold at least one token, to compare with.
+        """
+        own = self.arrays()
+        return len(own) == len(arrays) and all(
+            mine.dtype == other.dtype and self._has_shape(length, mine, other)
+            for mine, other in zip(own, arrays, strict=True)
+        )
+
+    def _has_shape(self, length: int, mine: mx.array, other: mx.array) -> bool:
+        return mine.shape == other.shape
+
     def _group(self, arrays: tuple[mx.array, ...]) -> dict[int, tuple[mx.array, ...]]:
         """Arrays of an export, by keys (0) and values (1)."""
         size = 1 if self.kv is None else QUANTIZED_ARRAYS

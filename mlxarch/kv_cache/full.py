@@ -67,6 +67,14 @@ class FullCache(Cache):
         self._buffers = self._group(tuple(joined))
         self.length = length
 
+    def _has_shape(self, length: int, mine: mx.array, other: mx.array) -> bool:
+        batch, heads, _, size = mine.shape
+        return other.ndim == 4 and other.shape == (batch, heads, self._stored(length, other), size)
+
+    def _stored(self, length: int, other: mx.array) -> int:
+        """Tokens that an array of a state after ``length`` tokens must have."""
+        return length
+
     def bytes_at(self, length: int) -> int:
         token = sum(array.nbytes // array.shape[2] for array in self.arrays())
         return token * self._buffer_length(length, grows=length > GROWTH)

@@ -58,7 +58,7 @@ class RowCaches:
         """States of all rows, each after at least one token: arrays with the batch in front."""
         states = [cast(StateCache, cache).state for cache in self.rows]
         states += states[-1:] * (self.batch - len(states))
-        return tuple(mx.concatenate(arrays) for arrays in zip(*states, strict=True))
+        return tuple(mx.concatenate(list(arrays)) for arrays in zip(*states, strict=True))
 
     def update(self, length: int, *state: mx.array) -> None:
         """Replace the state of each row by the one after ``length`` more tokens."""

@@ -97,6 +97,10 @@ class SlidingCache(FullCache):
         indices = mx.arange(self.window)
         return self.length - (self.length - indices) % self.window
 
+    def _stored(self, length: int, other: mx.array) -> int:
+        # a buffer that has not wrapped around may have room for more
+        return min(max(other.shape[2], length), self.window)
+
     def truncatable_length(self, length: int) -> int:
         length = min(length, self.length)
         if self._has_window(length, self._overwritten):

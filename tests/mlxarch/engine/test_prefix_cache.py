@@ -10,7 +10,7 @@ import parity
 from mlxarch.blocks import CausalLM
 from mlxarch.engine import Engine, GenerationRequest, PromptReport
 from mlxarch.engine.admission import MemoryRoom, one_token_caches
-from mlxarch.engine.prefix_cache import PrefixCache
+from mlxarch.engine.prefix.tree import PrefixCache
 from mlxarch.generation.sampling import Sampling
 from mlxarch.kv_cache import FullCache
 from mlxarch.loading.load import load_model

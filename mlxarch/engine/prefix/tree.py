@@ -157,6 +157,24 @@ class PrefixCache:
         stored = matched == len(tokens) == node.end and bool(node.states)
         can_continue = not stored and len(tokens) % self.grid == 0
         states = [cache.export() for cache in others] if can_continue else []
+        return self.attach(tokens, parts, states, free)
+
+    def matched(self, ids: np.ndarray) -> int:
+        """Number of tokens that the tree has in common with the ids."""
+        return self._descend(ids)[1]
+
+    def attach(
+        self, tokens: np.ndarray, parts: list[State], states: list[State], free: int | None = None
+    ) -> Node | None:
+        """Store arrays of the tokens that the tree does not have yet.
+
+        Args:
+            parts: for each layer that stores every token, what it stores of the new tokens; empty
+                without new tokens.
+            states: for each other layer, its state after the last token; empty to store none.
+            free: as for ``insert``.
+        """
+        node, matched = self._descend(tokens)
         size = sum(array.nbytes for state in (*parts, *states) for array in state)
         path = set(node.ancestors())
         if not self._make_room(size, free, path):

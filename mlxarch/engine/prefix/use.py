@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mlxarch.blocks import Cache
-from mlxarch.engine.prefix_cache import PrefixCache
+from mlxarch.engine.prefix.files import PrefixFiles
+from mlxarch.engine.prefix.tree import PrefixCache
 from mlxarch.engine.row import Row
 
 POINT_TOKENS = 4096  # between points of a long prompt at which layers with windows are stored
@@ -21,20 +24,36 @@ class PrefixUse:
         sample: caches of a row, to see which layers can be cut.
         stores_answers: whether answers are stored, too. Their keys and values come from passes over
             one token each, whose bits may differ from those of longer passes.
+        files: cache on the disk; None keeps nothing there.
     """
 
     def __init__(
-        self, cache: PrefixCache, sample: Sequence[Cache | None], stores_answers: bool
+        self,
+        cache: PrefixCache,
+        sample: Sequence[Cache | None],
+        stores_answers: bool,
+        files: PrefixFiles | None = None,
     ) -> None:
         self.cache = cache
+        self._files = files
         self._cuts = all(c.stores_all for c in sample if c is not None)
         self._stores_answers = stores_answers
 
-    def restore(self, row: Row) -> None:
-        """Bring the empty caches of a row to the longest cached beginning of its prompt."""
+    def close(self) -> None:
+        """Finish writing to the disk."""
+        if self._files is not None:
+            self._files.close()
+
+    def restore(self, row: Row, free: int | None) -> None:
+        """Bring the empty caches of a row to the longest cached beginning of its prompt.
+
+        Args:
+            free: bytes that the prefix cache may grow by; None is not limited.
+        """
         prompt = row.request.prompt
         if row.request.prompt_logprobs or not self.cache.most_bytes:
             return
+        self._load(np.asarray(prompt, np.int32), free)
         hit = self.cache.find(prompt, self._cuts)
         hit.restore(row.caches)
         row.fed = row.cached_tokens = hit.length
@@ -62,4 +81,22 @@ class PrefixUse:
             and 0 < length <= len(ids)
             and (only_prompt or self._stores_answers)
         ):
-            self.cache.insert(ids[:length], row.caches, free)
+            node = self.cache.insert(ids[:length], row.caches, free)
+            if node is not None and self._files is not None:
+                self._files.write(np.asarray(ids[:length], np.int32), node)
+
+    def _load(self, ids: np.ndarray, free: int | None) -> None:
+        """Load what files have of a prompt and memory does not."""
+        while self._files is not None:
+            matched = self.cache.matched(ids)
+            found = self._files.longest(ids, matched, len(ids) - 1)
+            stored = None if found is None else self._files.load(found[0])
+            if found is None or stored is None:
+                return
+            entry, common = found
+            first = matched - entry.start
+            left = common - entry.start
+            parts = [tuple(a[:, :, first:left] for a in state) for state in stored.parts]
+            states = stored.states if common == entry.end else []
+            if self.cache.attach(ids[:common], parts, states, free) is None:
+                return
