@@ -156,13 +156,8 @@ def _convert_matrix(stored: "_StoredMatrix") -> LazyTensor:
         return _Dequantized(stored)
     quantization = Quantization(config.bits, fitting[0])
     dtype = stored.scales.tensor.dtype if config.symmetric else mx.float32
-    weight_shape = quantization.packed_shape(stored.shape)
-    scales_shape = quantization.scales_shape(stored.shape)
-    components = {
-        "weight": _Component(stored, "weight", weight_shape, mx.uint32, fitting[0]),
-        "scales": _Component(stored, "scales", scales_shape, dtype, fitting[0]),
-        "biases": _Component(stored, "biases", scales_shape, dtype, fitting[0]),
-    }
+    dtypes = {"weight": mx.uint32, "scales": dtype, "biases": dtype}
+    components = {key: _Component(stored, key, quantization, dtypes[key]) for key in dtypes}
     matrix = QuantizedTensor(stored.name, components, quantization)
     matrix.origin = lossless_origin(f"packed by {config.method}, {config.bits} bits", dtype)
     return matrix
@@ -346,17 +341,13 @@ class _Component(_ComputedRows):
     """Weight, scales or biases of a matrix in MLX's affine mode."""
 
     def __init__(
-        self,
-        stored: _StoredMatrix,
-        key: str,
-        shape: tuple[int, ...],
-        dtype: mx.Dtype,
-        group_size: int,
+        self, stored: _StoredMatrix, key: str, quantization: Quantization, dtype: mx.Dtype
     ) -> None:
         self.stored = stored
-        self.group_size = group_size
+        self.group_size = quantization.group_size
         self.key = key
-        self.shape = shape
+        find_shape = quantization.packed_shape if key == "weight" else quantization.scales_shape
+        self.shape = find_shape(stored.shape)
         self.dtype = dtype
 
     @property
