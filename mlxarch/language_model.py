@@ -26,6 +26,7 @@ from mlxarch.generation.context_shift import (
     protected_tokens,
 )
 from mlxarch.generation.decode import check_tokens, decode, remaining_tokens
+from mlxarch.generation.logprobs import LogprobRecorder, TokenLogprobs, check_top_logprobs
 from mlxarch.generation.prefill import Report
 from mlxarch.generation.sampling import Sampling, SamplingArguments
 from mlxarch.generation.session import Session
@@ -153,6 +154,7 @@ class AnswerArguments(SamplingArguments, total=False):
     tools: Sequence[Any] | None
     tool_choice: ToolChoice
     parallel_tool_calls: bool
+    top_logprobs: int | None
     loop_guard: bool
     on_prompt: Report | None
 
@@ -363,6 +365,7 @@ class LanguageModel:
         tools: Sequence[Any] | None = None,
         tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        top_logprobs: int | None = None,
         loop_guard: bool = False,
         on_prompt: Report | None = None,
         **settings: Unpack[SamplingArguments],
@@ -389,6 +392,8 @@ class LanguageModel:
                 schemas of their functions. Nothing is executed.
             tool_choice: "auto", "none", "required", or the name of the function to call.
             parallel_tool_calls: whether an answer may hold several calls.
+            top_logprobs: number of most likely tokens, up to 20, whose log-probabilities are given
+                beside each token's own; None gives none. They are the model's, before sampling.
             loop_guard: whether to end an answer that repeats a block of tokens without end; its
                 ``finish_reason`` is then "loop".
             on_prompt: called while the prompt is read, with the tokens read so far and their
@@ -414,9 +419,11 @@ class LanguageModel:
         check_overflow(overflow)
         limit = self._limit(tokens, max_tokens, overflow)
         guard = LoopGuard() if loop_guard else None
+        check_top_logprobs(top_logprobs)
+        recorder = None if top_logprobs is None else LogprobRecorder(top_logprobs)
         if overflow == "refuse":
-            steps = decode(self.model, session, tokens, chosen, limit, matcher, on_prompt)
-            return self._pieces(steps, limit, reader, matcher, guard)
+            steps = decode(self.model, session, tokens, chosen, limit, matcher, on_prompt, recorder)
+            return self._pieces(steps, limit, reader, matcher, guard, recorder)
         protected = protected_tokens(
             prompt, tokens, lambda messages: self._prompt_tokens(messages, template, use)
         )
@@ -430,8 +437,9 @@ class LanguageModel:
             protected,
             matcher,
             on_prompt,
+            recorder,
         )
-        return self._pieces(steps, limit, reader, matcher, guard)
+        return self._pieces(steps, limit, reader, matcher, guard, recorder)
 
     def _prompt_tokens(
         self, prompt: Prompt, template: Mapping[str, Any] | None, use: ToolUse | None
@@ -479,6 +487,7 @@ class LanguageModel:
         reader: AnswerReader,
         matcher: Matcher | None,
         guard: LoopGuard | None,
+        recorder: LogprobRecorder | None,
     ) -> Iterator[Piece]:
         for count, (token, timings) in enumerate(steps, 1):
             events = reader.add(token)
@@ -493,7 +502,9 @@ class LanguageModel:
             *before, last = events or [Segment("", reader.thinking)]
             for event in before:
                 yield Piece.of(event, None, None, timings)
-            yield Piece.of(last, token, reason, timings, reader.warnings if reason else ())
+            warnings = reader.warnings if reason else ()
+            logprobs = recorder.latest if recorder else None
+            yield Piece.of(last, token, reason, timings, warnings, logprobs)
             if reason:
                 return
 
@@ -508,14 +519,17 @@ class LanguageModel:
         """
         answer = AnswerCollector()
         tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
         last: Piece | None = None
         for last in self.stream(prompt, **arguments):
             answer.add(last.event)
             tokens += [] if last.token is None else [last.token]
+            logprobs += [] if last.logprobs is None else [last.logprobs]
         assert (
             last is not None and last.finish_reason is not None
         )  # stream() yields at least its last piece
         result = answer.result(tokens, last.finish_reason, last.timings, last.warnings)
+        result.logprobs = logprobs
         form = self._answer_form(arguments.get("schema"), arguments.get("grammar"))
         return form.read(result) if form and not result.calls else result
 

@@ -43,7 +43,7 @@ def test_a_script_has_at_most_50_lines_and_a_place_in_the_table():
     for script in SCRIPTS:
         assert len((EXAMPLES / script).read_text().splitlines()) <= 50, script
         assert f"| `{script}" in page
-    assert len(SCRIPTS) == page.count("\n| `") == 7
+    assert len(SCRIPTS) == page.count("\n| `") == 8
 
 
 # summarize_folder.py -------------------------------------------------------------------------------------------------
@@ -263,3 +263,35 @@ def test_loading_shows_a_bar_where_standard_error_is_a_terminal(smollm2):
         assert program.stdout is not None and program.stdout.read() == b""
     os.close(reader)
     assert program.returncode == 0 and b"\x1b[" in shown
+
+
+# call_functions.py ---------------------------------------------------------------------------------------------------
+
+
+def test_functions_are_called_and_their_results_reach_the_answer(
+    smollm2, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "note.txt").write_text("one two three")
+    monkeypatch.chdir(tmp_path)
+    prompts: list[list[dict[str, object]]] = []
+    generate = LanguageModel.generate
+
+    def answer(self: LanguageModel, messages: list[dict[str, object]], **options: object):
+        prompts.append(list(messages))
+        if len(prompts) == 1:  # a small model seldom calls a function by itself
+            options |= {"tool_choice": "count_words", "max_tokens": 60}
+        return generate(self, messages, **(options | {"max_tokens": 60}))
+
+    monkeypatch.setattr(LanguageModel, "generate", answer)
+    question = "How many words has the file note.txt?"
+    monkeypatch.setattr(sys, "argv", ["call_functions.py", question, "-m", str(smollm2)])
+    runpy.run_path(str(EXAMPLES / "call_functions.py"))
+    assert len(prompts) >= 2
+    call, result = prompts[1][1], prompts[1][2]
+    assert call["role"] == "assistant" and "count_words" in str(call["tool_calls"])
+    assert (
+        result["role"] == "tool"
+        and result["content"] in ("3",)
+        or "error" in str(result["content"])
+    )
+    assert capsys.readouterr().out.strip()

@@ -19,9 +19,9 @@ from mlxarch.engine.request import (
     RequestHandle,
     RequestTimings,
     RowOutput,
-    TokenLogprobs,
     TokenMatcher,
 )
+from mlxarch.generation.logprobs import TokenLogprobs
 
 __all__ = [
     "Engine",

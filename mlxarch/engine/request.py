@@ -8,10 +8,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 from mlxarch.errors import InvalidInput, MlxArchError
+from mlxarch.generation.logprobs import TokenLogprobs, check_top_logprobs
 from mlxarch.generation.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-MAX_TOP_LOGPROBS = 20
 
 
 class TokenMatcher(Protocol):
@@ -65,26 +65,7 @@ class GenerationRequest:
             raise InvalidInput(
                 f"max_tokens must be a whole number from {lowest} on, found {self.max_tokens!r}"
             )
-        top = self.top_logprobs
-        if top is not None and (type(top) is not int or not 0 <= top <= MAX_TOP_LOGPROBS):
-            raise InvalidInput(
-                f"top_logprobs must be a whole number from 0 to {MAX_TOP_LOGPROBS}, found {top!r}"
-            )
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities by the model itself, before bias, penalties, temperature and masks.
-
-    Attributes:
-        token: token that was chosen, or that stands in the prompt.
-        logprob: its log-probability.
-        top: most likely tokens with theirs, the most likely one first.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+        check_top_logprobs(self.top_logprobs)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from mlxarch.engine.request import (
     RequestHandle,
     RequestTimings,
     RowOutput,
-    TokenLogprobs,
 )
 from mlxarch.errors import MlxArchError
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.generation.sampling import RowSampler
 
 logger = logging.getLogger(__name__)

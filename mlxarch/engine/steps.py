@@ -7,8 +7,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxarch.blocks import CausalLM
-from mlxarch.engine.request import TokenLogprobs
 from mlxarch.engine.row import Row
+from mlxarch.generation.logprobs import (
+    LogprobArrays,
+    TokenLogprobs,
+    compute_logprobs,
+    read_logprobs,
+)
 from mlxarch.generation.pace import compute_state, pace_of
 from mlxarch.generation.prefill import default_chunk, fill_caches
 from mlxarch.generation.sampling import RowSampler, sample
@@ -36,14 +41,14 @@ class Choice:
     rows: tuple[Row, ...]
     tokens: mx.array
     checked: mx.array
-    logprobs: tuple[mx.array, mx.array, mx.array] | None
+    logprobs: LogprobArrays | None
 
     def read(self) -> list[tuple[Row, int, TokenLogprobs | None]]:
         """Wait for the tokens; gives each row its token and, if it asked, the log-probabilities."""
         values = np.asarray(self.checked).tolist()
         found: list[TokenLogprobs | None] = [None] * len(values)
         if self.logprobs is not None:
-            found = list(_to_logprobs(values, *self.logprobs))
+            found = list(read_logprobs(values, self.logprobs))
         results: list[tuple[Row, int, TokenLogprobs | None]] = []
         for row, token, logprobs in zip(self.rows, values, found, strict=True):
             count = row.request.top_logprobs
@@ -80,7 +85,7 @@ def choose(rows: Sequence[Row], logits: mx.array, masks: Sequence[mx.array | Non
     # The sum is not finite if a logit is NaN or +inf, or if all are -inf
     checked = mx.where(mx.isfinite(total), tokens.astype(mx.int32), NOT_FINITE)
     wanted = [row.request.top_logprobs for row in rows if row.request.top_logprobs is not None]
-    logprobs = _logprobs(logits, total, tokens, max(wanted)) if wanted else None
+    logprobs = compute_logprobs(logits, total, tokens, max(wanted)) if wanted else None
     for index, row in enumerate(rows):
         row.chosen = tokens[index : index + 1]
         row.chosen_count += 1
@@ -93,36 +98,6 @@ def _sampler(row: Row, vocab_size: int) -> RowSampler:
     if row.sampler is None:
         row.sampler = RowSampler(row.request.sampling, vocab_size, row.request.prompt)
     return row.sampler
-
-
-def _logprobs(
-    logits: mx.array, total: mx.array, tokens: mx.array, count: int
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Log-probabilities of the tokens (B,) and of the ``count`` most likely ones (B, count).
-
-    Args:
-        total: logarithm of the sum of exp(logit), (B,).
-    """
-    logits = logits.astype(mx.float32)
-    own = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
-    if not count:
-        return own, mx.zeros((len(tokens), 0), mx.uint32), mx.zeros((len(tokens), 0))
-    count = min(count, logits.shape[-1])
-    top = mx.argpartition(-logits, count - 1, axis=-1)[:, :count]
-    values = mx.take_along_axis(logits, top, axis=-1) - total[:, None]
-    return own, top, values
-
-
-def _to_logprobs(
-    tokens: Sequence[int], own: mx.array, top: mx.array, values: mx.array
-) -> list[TokenLogprobs]:
-    results: list[TokenLogprobs] = []
-    rows = zip(tokens, np.asarray(own), np.asarray(top), np.asarray(values), strict=True)
-    for token, logprob, ids, those in rows:
-        order = np.argsort(-those, kind="stable")
-        pairs = tuple((int(ids[index]), float(those[index])) for index in order)
-        results.append(TokenLogprobs(token, float(logprob), pairs))
-    return results
 
 
 class Cancelled(Exception):
@@ -219,7 +194,7 @@ class PromptReader:
                 break
             logits = self.model.head(state[:, start : start + len(following)])[0]
             total = mx.logsumexp(logits.astype(mx.float32), axis=-1)
-            arrays = _logprobs(logits, total, mx.array(following), count)
+            arrays = compute_logprobs(logits, total, mx.array(following), count)
             mx.eval(arrays)
-            row.prompt_logprobs += _to_logprobs(following, *arrays)
+            row.prompt_logprobs += read_logprobs(following, arrays)
         return state

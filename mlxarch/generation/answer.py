@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.generation.stopping import StopStrings
 from mlxarch.generation.thinking.splitter import Segment, splitter
 from mlxarch.generation.timings import Timings
@@ -37,6 +38,7 @@ class Piece:
         thinking: whether the text belongs to the model's thinking rather than to the answer.
         call: event of a call of a tool; None for text.
         warnings: on the last piece, a sentence for each call that was broken.
+        logprobs: log-probabilities of the token, if asked for.
     """
 
     text: str
@@ -46,6 +48,7 @@ class Piece:
     thinking: bool = False
     call: CallEvent | None = None
     warnings: Sequence[str] = ()
+    logprobs: TokenLogprobs | None = None
 
     @classmethod
     def of(
@@ -55,11 +58,15 @@ class Piece:
         finish_reason: str | None,
         timings: Timings,
         warnings: Sequence[str] = (),
+        logprobs: TokenLogprobs | None = None,
     ) -> "Piece":
         """Build the piece for an event."""
         if isinstance(event, Segment):
-            return cls(event.text, token, finish_reason, timings, event.thinking, None, warnings)
-        return cls("", token, finish_reason, timings, False, event, warnings)
+            text, thinking = event
+            return cls(
+                text, token, finish_reason, timings, thinking, None, warnings, logprobs=logprobs
+            )
+        return cls("", token, finish_reason, timings, False, event, warnings, logprobs)
 
     @property
     def event(self) -> "AnswerEvent":
@@ -81,6 +88,7 @@ class Result:
         calls: functions that the model wants called, with their arguments.
         parsed: the answer as a value, if a schema was given and the answer is complete; else None.
         warnings: a sentence for each part of a request that could not be held.
+        logprobs: log-probabilities of ``tokens``, if asked for; else empty.
     """
 
     text: str
@@ -91,6 +99,7 @@ class Result:
     calls: list[ToolCall] = field(default_factory=list)
     parsed: Any = None
     warnings: tuple[str, ...] = ()
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def message(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from mlxarch.blocks import CausalLM
 from mlxarch.errors import InvalidInput, MlxArchError
 from mlxarch.generation.decode import decode
+from mlxarch.generation.logprobs import LogprobRecorder
 from mlxarch.generation.prefill import Report
 from mlxarch.generation.sampling import Sampling
 from mlxarch.generation.session import Session
@@ -83,6 +84,7 @@ def decode_with_shift(
     protected: int,
     matcher: Matcher | None = None,
     report: Report | None = None,
+    recorder: LogprobRecorder | None = None,
 ) -> Iterator[tuple[int, Timings]]:
     """Generate like ``decode``; whenever the context is full, shift it, prefill the rest and continue."""
     start = time.perf_counter()
@@ -101,7 +103,9 @@ def decode_with_shift(
             message = "the context of %d tokens is full: %d of %d are left out, behind the opening"
             logger.info(message, context, dropped, len(tokens))
         count = min(len(prompt) + limit - len(tokens), context - len(window))
-        with closing(decode(model, session, window, sampling, count, matcher, report)) as steps:  # pyright: ignore[reportArgumentType]
+        with closing(
+            decode(model, session, window, sampling, count, matcher, report, recorder)
+        ) as steps:  # pyright: ignore[reportArgumentType]
             for token, step_timings in steps:
                 turn = session.turn
                 timings = timings or Timings(len(prompt), step_timings.reused_tokens)

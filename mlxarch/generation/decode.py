@@ -9,6 +9,7 @@ import numpy as np
 
 from mlxarch.blocks import CausalLM
 from mlxarch.errors import ContextLengthError, InvalidInput, NonFiniteLogits
+from mlxarch.generation.logprobs import LogprobRecorder
 from mlxarch.generation.pace import compute_state, pace_of
 from mlxarch.generation.prefill import Report, feed, prefill
 from mlxarch.generation.sampling import Sampler, Sampling
@@ -60,6 +61,7 @@ def decode(
     limit: int,
     matcher: Matcher | None = None,
     report: Report | None = None,
+    recorder: LogprobRecorder | None = None,
 ) -> Iterator[tuple[int, Timings]]:
     """Generate up to ``limit`` tokens; closing the iterator stops earlier.
 
@@ -73,6 +75,7 @@ def decode(
     Args:
         matcher: constraint on the answer, which ends when its grammar is complete; None for none.
         report: called with the tokens of the prompt that are processed, and their number.
+        recorder: receives the log-probabilities of each token before it is yielded.
 
     Yields:
         Each token with the timings so far; one object, updated as it goes.
@@ -83,7 +86,7 @@ def decode(
         InvalidInput: the session belongs to another model, or has begun another turn meanwhile.
         SessionInUse: another thread computes with the session.
     """
-    steps = _steps(model, session, prompt, sampling, limit, matcher, report)
+    steps = _steps(model, session, prompt, sampling, limit, matcher, report, recorder)
     try:
         while True:
             with session.exclusive():
@@ -103,6 +106,7 @@ def _steps(
     limit: int,
     matcher: Matcher | None,
     report: Report | None,
+    recorder: LogprobRecorder | None,
 ) -> Generator[tuple[int, Timings]]:
     start = time.perf_counter()
     turn = session.begin_turn(model)
@@ -112,7 +116,7 @@ def _steps(
     pace = pace_of(model)
     try:
         logits = prefill(model, session, prompt, report)
-        token, checked = _sample(sampler, logits, mask=_mask(matcher))
+        token, checked = _sample(sampler, logits, mask=_mask(matcher), recorder=recorder)
         for index in range(limit):
             following = None
             runs_on = index + 1 < limit
@@ -122,12 +126,14 @@ def _steps(
                     state = model.hidden_state(token[None], session.caches)
                 logits = model.head(state)[:, 0]
                 if matcher is None:
-                    following = _sample(sampler, logits, queue=late is None)
+                    following = _sample(sampler, logits, late is None, recorder=recorder)
                 elif late is None:
                     mx.async_eval(logits)
             before = time.perf_counter()
             [value] = _read(checked, index)
             pace.record_pass(1, time.perf_counter() - before)
+            if recorder is not None:
+                recorder.read(value)
             if matcher is not None:
                 matcher.consume(value)
             if runs_on:
@@ -136,9 +142,11 @@ def _steps(
                     logits = model.head(state)[:, 0]
                 elif late is not None:
                     late.fill([value])
-                    mx.async_eval(following or logits, sampler.state)
+                    mx.async_eval(
+                        following or logits, sampler.state, recorder.state if recorder else ()
+                    )
                 if following is None and not (matcher and matcher.stopped):
-                    following = _sample(sampler, logits, mask=_mask(matcher))
+                    following = _sample(sampler, logits, mask=_mask(matcher), recorder=recorder)
                 session.tokens.append(value)
             timings.record(index, time.perf_counter() - start)
             yield value, timings
@@ -198,13 +206,18 @@ def _mask(matcher: Matcher | None) -> np.ndarray | None:
 
 
 def _sample(
-    sampler: Sampler, logits: mx.array, queue: bool = True, mask: np.ndarray | None = None
+    sampler: Sampler,
+    logits: mx.array,
+    queue: bool = True,
+    mask: np.ndarray | None = None,
+    recorder: LogprobRecorder | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Sample the next tokens, and check the logits in the same graph.
 
     Args:
         queue: start the evaluation now.
         mask: tokens that may be chosen (V,); None for all.
+        recorder: receives the log-probabilities; None computes none.
 
     Returns:
         Tokens (B,), always safe to use as an index; and the same with -1 for a row whose logits
@@ -218,8 +231,10 @@ def _sample(
     checked = mx.where(mx.isfinite(total), tokens.astype(mx.int32), -1)
     # Unevaluated arrays of MLX belong to the thread that made them, and another thread may draw the
     # next token: the sampler's state is evaluated too
+    if recorder is not None:
+        recorder.compute(logits, tokens)
     if queue:
-        mx.async_eval(checked, sampler.state)
+        mx.async_eval(checked, sampler.state, recorder.state if recorder else ())
     return tokens, checked
 
 

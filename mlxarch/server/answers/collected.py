@@ -3,7 +3,8 @@
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from mlxarch.engine.request import PromptReport, TokenLogprobs
+from mlxarch.engine.request import PromptReport
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.events import Delta, End, Event, PromptRead
 from mlxarch.tool_calls.events import CallArguments, CallFailed, CallStarted

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from mlxarch.engine.request import PromptReport, RequestTimings, TokenLogprobs
+from mlxarch.engine.request import PromptReport, RequestTimings
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.tool_calls.events import CallEvent
 
 

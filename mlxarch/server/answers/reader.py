@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from mlxarch.engine.request import RowOutput, TokenLogprobs
+from mlxarch.engine.request import RowOutput
 from mlxarch.generation.answer import AnswerEvent, AnswerReader
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.generation.thinking.splitter import Segment
 from mlxarch.server.answers.events import Delta, End, Event, PromptRead, Usage
 from mlxarch.tokenizer.tokenizer import Tokenizer

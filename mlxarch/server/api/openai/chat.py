@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlxarch import __version__
-from mlxarch.engine.request import TokenLogprobs
 from mlxarch.errors import MlxArchError
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.collected import Collected, collect
 from mlxarch.server.answers.events import Delta, End, Usage, Waiting

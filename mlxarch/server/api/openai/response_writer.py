@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Collection
 from typing import Any
 
-from mlxarch.engine.request import TokenLogprobs
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.server.answers.events import Delta, End, Usage
 from mlxarch.server.api.openai.chat import token_object
 from mlxarch.tokenizer.tokenizer import Tokenizer

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from mlxarch import Tokenizer
-from mlxarch.engine.request import PromptReport, RequestTimings, RowOutput, TokenLogprobs
+from mlxarch.engine.request import PromptReport, RequestTimings, RowOutput
 from mlxarch.errors import NonFiniteLogits
+from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.server.answers.events import Delta, End, PromptRead
 from mlxarch.server.answers.reader import OutputReader
 
