@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlxarch.errors import EngineStopped
-from mlxarch.server import metrics, status
+from mlxarch.server import metrics, openapi, status
 from mlxarch.server.answers.answers import Mailbox
 from mlxarch.server.api import tokenization
 from mlxarch.server.api.anthropic import messages
@@ -32,6 +32,7 @@ def _routes() -> list[BaseRoute]:
         Route("/", status.start_page, methods=["GET"]),
         Route("/health", status.health, methods=["GET"]),
         Route("/metrics", metrics.metrics, methods=["GET"]),
+        Route("/openapi.json", openapi.openapi, methods=["GET"]),
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         *_with_and_without_v1("/models", models.list_models, "GET"),

@@ -155,7 +155,7 @@ class Server:
             top_logprobs=options.top_logprobs,
             prompt_logprobs=options.prompt_logprobs,
             matcher=constraint.matcher(prompt),
-            conversation=options.conversation,
+            conversation=options.conversation or context.conversation,
         )
         check = partial(_check, constraint, context) if constraint.answer is not None else None
         parser = use.parser() if use is not None else None
@@ -194,6 +194,8 @@ class Server:
         answers.cancel()
         usage = answers.usage
         context.log |= {"cached": usage.cached, "out": usage.answer}
+        if answers.first_difference is not None:
+            context.log["differs_at"] = answers.first_difference
         seconds = time.monotonic() - started
         context.log["rate"] = f"{usage.answer / max(seconds, 1e-9):.1f}/s"
         self.metrics.add(usage, answers.endings, seconds)

@@ -18,6 +18,7 @@ _PAGE = """<!doctype html>
 <ul>
 <li><a href="/health">/health</a>: state of the server</li>
 <li><a href="/v1/models">/v1/models</a>: models</li>
+<li><a href="/openapi.json">/openapi.json</a>: description of all requests</li>
 <li><a href="/metrics">/metrics</a>: figures for Prometheus</li>
 <li>POST /v1/chat/completions, /v1/completions, /v1/responses: OpenAI's APIs</li>
 <li>POST /v1/messages, /v1/messages/count_tokens: Anthropic's API</li>

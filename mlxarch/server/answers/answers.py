@@ -113,6 +113,11 @@ class Answers:
         return total
 
     @property
+    def first_difference(self) -> int | None:
+        """Token of the first prompt from which on the prefix cache held something else."""
+        return self._readers[0].first_difference
+
+    @property
     def endings(self) -> list[End]:
         """Last events of the answers that have ended."""
         return [reader.end for reader in self._readers if reader.end is not None]

@@ -26,6 +26,7 @@ class OutputReader:
     Attributes:
         usage: token counts so far.
         ended: whether the last event has been made.
+        first_difference: token of the prompt from which on the prefix cache held something else.
         end: the last event; None before it, and after an error.
     """
 
@@ -48,6 +49,7 @@ class OutputReader:
         self.usage = Usage(prompt=len(prompt))
         self.ended = False
         self.end: End | None = None
+        self.first_difference: int | None = None
 
     def read(self, output: RowOutput) -> Iterator[Event]:
         """Yield the events of one output.
@@ -62,6 +64,7 @@ class OutputReader:
             raise output.error
         if output.prompt is not None:
             self.usage.cached = output.prompt.cached_tokens
+            self.first_difference = output.prompt.first_difference
             yield PromptRead(output.prompt)
         for index, token in enumerate(output.tokens):
             entry = output.logprobs[index] if index < len(output.logprobs) else None

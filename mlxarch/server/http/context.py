@@ -6,11 +6,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from mlxarch.server.http.errors import Dialect, dialect_of
 
 KEY = "mlxarch"
+_CONVERSATION_HEADERS = (
+    "x-session-id",
+    "x-session-affinity",
+    "session-id",
+    "x-claude-code-session-id",
+)
 
 
 @dataclass
@@ -24,6 +31,7 @@ class RequestContext:
         body: body, complete.
         cleanup: what is released when the response has been sent or the client is gone.
         log: figures for the line in the log, by name.
+        conversation: name of the conversation that a header gives, a hint for the prefix cache.
         warnings: parts of the request that could not be followed, a sentence each.
     """
 
@@ -33,6 +41,7 @@ class RequestContext:
     body: bytes = b""
     cleanup: ExitStack = field(default_factory=ExitStack)
     log: dict[str, Any] = field(default_factory=dict)
+    conversation: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
@@ -41,6 +50,9 @@ class RequestContext:
         context = cls(
             dialect_of(scope["path"]), f"req_{secrets.token_hex(12)}", started=time.monotonic()
         )
+        headers = Headers(scope=scope)
+        found = (headers.get(name) for name in _CONVERSATION_HEADERS)
+        context.conversation = next((value for value in found if value), None)
         scope[KEY] = context
         return context
 

@@ -88,28 +88,37 @@ def test_a_body_that_is_too_large_is_refused_while_it_arrives(server: LiveServer
 
 
 def test_random_bodies_never_harm(server: LiveServer):
+    """Every field that the server describes, with values of every kind."""
+    described = server.get("/openapi.json").json
+    schemas = described["components"]["schemas"]
     draw = random.Random(7)
-    fields = ["messages", "n", "stop", "tools", "seed", "stream", "logit_bias", "response_format",
-              "temperature", "top_p", "max_tokens", "tool_choice", "think", "reasoning", "model"]  # fmt: skip
+    user = [{"role": "user", "content": "hi"}]
+    sound = {"model": "tiny", "messages": user, "input": "hi", "prompt": "hi", "tokens": [5], "content": "hi",
+             "max_tokens": 2, "max_output_tokens": 2, "options": {"num_predict": 2}}  # fmt: skip
+    names = ["type", "role", "content", "text", "function", "name", "id", "schema"]
 
     def value(depth: int = 0):
-        kinds = [None, True, -1, 0, 2**70, 1.5, 1e300, "", "ü\0", "<|user|>"]
+        kinds = [None, True, -1, 0, 2**70, 1.5, 1e300, "", "ü\0", "<|user|>", "text", "auto"]
         if depth < 3 and draw.random() < 0.5:
-            names = ["type", "role", "content", "text", "function", "name", *fields]
-            return draw.choice(
-                [
-                    [value(depth + 1) for _ in range(draw.randrange(3))],
-                    {draw.choice(names): value(depth + 1) for _ in range(draw.randrange(3))},
-                ]
-            )
+            items = [value(depth + 1) for _ in range(draw.randrange(3))]
+            return draw.choice([items, {draw.choice(names): item for item in items}])
         return draw.choice([*kinds, "".join(draw.choices(string.printable, k=5))])
 
     statuses = set()
-    for _ in range(150):
-        body = json.loads(GOOD) | {draw.choice(fields): value() for _ in range(2)}
-        body.setdefault("max_tokens", 2)
-        statuses.add(server.post("/v1/chat/completions", body).status)
-    assert statuses <= {200, 400, 404}, statuses
+    for path, operations in described["paths"].items():
+        if "post" not in operations:
+            continue
+        content = operations["post"]["requestBody"]["content"]["application/json"]
+        fields = list(schemas[content["schema"]["$ref"].rpartition("/")[2]]["properties"])
+        for _ in range(25):
+            body = {name: given for name, given in sound.items() if name in fields}
+            body |= {draw.choice(fields): value() for _ in range(2)}
+            for limit in ("max_tokens", "max_output_tokens", "options"):
+                if limit in fields and not body.get(limit):
+                    body[limit] = sound[limit]
+            reply = server.post(path, body)
+            statuses.add(reply.status)
+            assert reply.status in (200, 400, 404), (path, body, reply.body)
     assert {200, 400} <= statuses
     assert server.chat().status == 200
 
