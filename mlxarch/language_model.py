@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine import Engine, GenerationRequest, RowOutput, run_batch
-from mlxarch.errors import ConfigError, InvalidInput, MlxArchError, TokenizerError
+from mlxarch.errors import ConfigError, InvalidInput, MlxArchError
 from mlxarch.generation.answer import AnswerCollector, AnswerReader, BatchRow, Piece, Result
 from mlxarch.generation.answer_form import AnswerForm, constrain
 from mlxarch.generation.context_shift import (
@@ -157,6 +157,7 @@ class AnswerArguments(SamplingArguments, total=False):
     top_logprobs: int | None
     loop_guard: bool
     on_prompt: Report | None
+    parse_special: bool | None
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -313,13 +314,21 @@ class LanguageModel:
         except InvalidInput as error:
             raise ConfigError(f"{path}: {error}; correct the file or remove it") from None
 
-    def tokens_of(self, prompt: Prompt, template: Mapping[str, Any] | None = None) -> list[int]:
+    def tokens_of(
+        self,
+        prompt: Prompt,
+        template: Mapping[str, Any] | None = None,
+        *,
+        parse_special: bool | None = None,
+    ) -> list[int]:
         """Convert a prompt to token ids.
 
         Args:
             prompt: text, tokenized as it is; messages, rendered by the chat template; or token ids,
                 which are checked.
             template: variables for the chat template, such as ``enable_thinking`` or ``tools``.
+            parse_special: whether control tokens that the prompt spells, such as "<|im_end|>",
+                become tokens. None: in a text, which the caller has formatted, and not in messages.
 
         Raises:
             InvalidInput: an id outside of the vocabulary, or no tokens at all.
@@ -330,16 +339,18 @@ class LanguageModel:
                 f"template holds variables by name, such as enable_thinking; found {template!r}"
             )
         if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
+            tokens = self.tokenizer.encode(prompt, parse_special=parse_special is not False)
         elif isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
             raise InvalidInput(f"{_PROMPT}; found {type(prompt).__name__}")
-        elif prompt and isinstance(prompt[0], Mapping):
-            rendered = self.tokenizer.apply_chat_template(
-                join_text_parts(cast(Sequence[Mapping[str, Any]], prompt)), **(template or {})
+        elif _is_chat(prompt):
+            variables = dict(template or {})
+            if reserved := variables.keys() & {"parse_special", "tokenize"}:
+                raise InvalidInput(f"template holds no variable named {min(reserved)}")
+            tokens = self.tokenizer.apply_chat_template(
+                join_text_parts(cast(Sequence[Mapping[str, Any]], prompt)),
+                parse_special=bool(parse_special),
+                **variables,
             )
-            if isinstance(rendered, str):
-                raise TokenizerError("the chat template was rendered, not tokenized")
-            tokens = rendered
         else:
             tokens = [
                 token for token in prompt if isinstance(token, int) and not isinstance(token, bool)
@@ -368,6 +379,7 @@ class LanguageModel:
         top_logprobs: int | None = None,
         loop_guard: bool = False,
         on_prompt: Report | None = None,
+        parse_special: bool | None = None,
         **settings: Unpack[SamplingArguments],
     ) -> Iterator[Piece]:
         """Generate an answer piece by piece. Closing the iterator stops the generation.
@@ -398,6 +410,7 @@ class LanguageModel:
                 ``finish_reason`` is then "loop".
             on_prompt: called while the prompt is read, with the tokens read so far and their
                 number, several times a second.
+            parse_special: see ``tokens_of``.
             **settings: fields of ``Sampling``, which replace those of ``sampling``.
 
         Raises:
@@ -411,8 +424,9 @@ class LanguageModel:
             raise InvalidInput(f"session must come from session(), found {type(session).__name__}")
         chosen = _sampling(sampling, settings, LanguageModel.stream)
         use = ToolUse.of(self.tokenizer, tools, tool_choice, parallel_tool_calls)
-        tokens = self._prompt_tokens(prompt, template, use)
-        reader = AnswerReader(self.tokenizer, tokens, stop, use.parser() if use else None)
+        tokens = self._prompt_tokens(prompt, template, use, parse_special)
+        calls = use.parser() if use else None
+        reader = AnswerReader(self.tokenizer, tokens, stop, calls, continues=not _is_chat(prompt))
         form = self._answer_form(schema, grammar)
         matcher = self._matcher(tokens, form and form.grammar, use, reader.warnings)
         session = session or self._session(rewind=0)  # for this answer alone
@@ -425,7 +439,9 @@ class LanguageModel:
             steps = decode(self.model, session, tokens, chosen, limit, matcher, on_prompt, recorder)
             return self._pieces(steps, limit, reader, matcher, guard, recorder)
         protected = protected_tokens(
-            prompt, tokens, lambda messages: self._prompt_tokens(messages, template, use)
+            prompt,
+            tokens,
+            lambda messages: self._prompt_tokens(messages, template, use, parse_special),
         )
         steps = decode_with_shift(
             self.model,
@@ -442,17 +458,23 @@ class LanguageModel:
         return self._pieces(steps, limit, reader, matcher, guard, recorder)
 
     def _prompt_tokens(
-        self, prompt: Prompt, template: Mapping[str, Any] | None, use: ToolUse | None
+        self,
+        prompt: Prompt,
+        template: Mapping[str, Any] | None,
+        use: ToolUse | None,
+        parse_special: bool | None,
     ) -> list[int]:
         """Token ids of a prompt that may offer tools."""
         if use is None:
-            return self.tokens_of(prompt, template)
+            return self.tokens_of(prompt, template, parse_special=parse_special)
         if isinstance(prompt, str) or not all(isinstance(each, Mapping) for each in prompt):
             raise InvalidInput(
                 "tools need a prompt of messages: they are put into the chat template"
             )
         messages, variables = use.prompt(self.tokenizer, cast(Sequence[Mapping[str, Any]], prompt))
-        return self.tokens_of(messages, {**(template or {}), **variables})
+        return self.tokens_of(
+            messages, {**(template or {}), **variables}, parse_special=parse_special
+        )
 
     def _matcher(
         self,
@@ -517,7 +539,7 @@ class LanguageModel:
         ``Result.calls`` are the functions to call, and ``Result.message`` and ``ToolCall.result``
         are the messages for the next turn.
         """
-        answer = AnswerCollector()
+        answer = AnswerCollector(self.tokenizer)
         tokens: list[int] = []
         logprobs: list[TokenLogprobs] = []
         last: Piece | None = None
@@ -554,6 +576,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         template: Mapping[str, Any] | None = None,
         batch_size: int = 32,
+        parse_special: bool | None = None,
         **settings: Unpack[SamplingArguments],
     ) -> list[Result]:
         """Generate answers to several prompts, many at a time.
@@ -576,13 +599,17 @@ class LanguageModel:
             raise InvalidInput(f"batch_size must be a whole number from 1 on, found {batch_size!r}")
         chosen = _sampling(sampling, settings, LanguageModel.generate_batch)
         ids: list[list[int]] = []
+        rows: list[BatchRow] = []
         for index, prompt in enumerate(prompts):
             try:
-                ids.append(self.tokens_of(prompt, template))
+                ids.append(self.tokens_of(prompt, template, parse_special=parse_special))
                 self._limit(ids[-1], max_tokens)
             except MlxArchError as error:
                 raise type(error)(f"prompts[{index}]: {error}") from None
-        rows = [BatchRow(AnswerReader(self.tokenizer, prompt, stop)) for prompt in ids]
+        rows = [
+            BatchRow(AnswerReader(self.tokenizer, tokens, stop, continues=not _is_chat(prompt)))
+            for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
         timings = [Timings(len(prompt)) for prompt in ids]
         requests = [
             GenerationRequest(
@@ -614,6 +641,11 @@ def _record(timings: Timings, output: RowOutput) -> None:
     if output.timings is not None:
         timings.prefill_seconds = output.timings.queue_seconds + output.timings.prefill_seconds
         timings.decode_seconds = output.timings.decode_seconds
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of messages."""
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _sampling(

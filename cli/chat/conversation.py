@@ -23,6 +23,7 @@ from mlxarch.cli.options import SAMPLING_NAMES
 from mlxarch.cli.prompt_progress import PromptProgress
 from mlxarch.cli.render import Writer
 from mlxarch.errors import InvalidInput, OutputError
+from mlxarch.generation.answer import whole_answer
 from mlxarch.generation.thinking.switches import EFFORTS, Switches, switches
 
 if TYPE_CHECKING:
@@ -127,9 +128,8 @@ class Conversation:
         except BaseException:
             self.messages = before
             raise
-        self.messages.append(
-            Message("assistant", answer.text, stopped=answer.finish_reason == STOPPED)
-        )
+        _, content = whole_answer(self.model.tokenizer, answer.thinking, answer.text)
+        self.messages.append(Message("assistant", content, stopped=answer.finish_reason == STOPPED))
         self.timings.append(answer.timings)
         return answer
 
@@ -161,6 +161,7 @@ class Conversation:
             overflow=self.overflow,
             loop_guard=self.loop_guard,
             on_prompt=progress,
+            parse_special=False,
         )
         try:
             return receive_answer(pieces, writer, thinking_writer, progress)

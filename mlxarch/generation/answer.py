@@ -8,7 +8,7 @@ import msgspec
 
 from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.generation.stopping import StopStrings
-from mlxarch.generation.thinking.splitter import Segment, splitter
+from mlxarch.generation.thinking.splitter import Segment, split_at_closing_tag, splitter
 from mlxarch.generation.timings import Timings
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.events import (
@@ -120,8 +120,11 @@ class AnswerReader:
         prompt: token ids of the prompt.
         stop: strings that end the answer; they are searched in its text only.
         calls: parser of calls; None for an answer without tools.
+        continues: whether the answer continues the prompt's text, with the blank in front of its
+            first word, rather than being a message of its own.
 
     Attributes:
+        tokenizer: tokenizer of the model.
         ended: whether an end token or a stop string of the answer has appeared.
         warnings: a sentence for each text that looked like a call and was none.
     """
@@ -132,10 +135,13 @@ class AnswerReader:
         prompt: Sequence[int],
         stop: str | Sequence[str],
         calls: CallParser | None = None,
+        *,
+        continues: bool = False,
     ) -> None:
+        self.tokenizer = tokenizer
         self._eos_ids = tokenizer.eos_ids
         self._stops = StopStrings(stop)
-        self._splitter = splitter(tokenizer, prompt)
+        self._splitter = splitter(tokenizer, prompt, continues=continues)
         self._calls = calls
         self.warnings: list[str] = [] if calls is None else calls.warnings
         self._recipient = self._splitter.recipient
@@ -240,9 +246,15 @@ def _segments(parts: Sequence[AnswerPart]) -> list[AnswerEvent]:
 
 
 class AnswerCollector:
-    """Whole answer, put together from its events."""
+    """Whole answer, put together from its events.
 
-    def __init__(self) -> None:
+    Args:
+        tokenizer: tokenizer of the model; with it, thinking that was closed without being opened is
+            told from the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+        self._tokenizer = tokenizer
         self._texts = {False: "", True: ""}  # by whether it is thinking
         self._started: dict[int, CallStarted] = {}
         self._arguments: dict[int, str] = {}
@@ -272,15 +284,26 @@ class AnswerCollector:
         self, tokens: list[int], reason: str, timings: Timings, warnings: Sequence[str] = ()
     ) -> Result:
         """Complete answer."""
+        thinking, text = self._texts[True], self._texts[False]
+        if self._tokenizer is not None:
+            thinking, text = whole_answer(self._tokenizer, thinking, text)
         return Result(
-            text=self._texts[False],
+            text=text,
             tokens=tokens,
             finish_reason=reason,
             timings=timings,
-            thinking=self._texts[True],
+            thinking=thinking,
             calls=self.calls,
             warnings=(*warnings, *self._failures),
         )
+
+
+def whole_answer(tokenizer: Tokenizer, thinking: str, text: str) -> tuple[str, str]:
+    """Return thinking and answer of a complete result.
+
+    They differ from the pieces of a stream where the model closed its thinking without opening it.
+    """
+    return (thinking, text) if thinking else split_at_closing_tag(tokenizer, text)
 
 
 class BatchRow:
@@ -289,7 +312,7 @@ class BatchRow:
     def __init__(self, reader: AnswerReader) -> None:
         self.reader = reader
         self.tokens: list[int] = []
-        self._answer = AnswerCollector()
+        self._answer = AnswerCollector(reader.tokenizer)
 
     def add(self, token: int) -> None:
         """Append a token, unless the answer has ended."""

@@ -158,8 +158,15 @@ class Server:
             conversation=options.conversation or context.conversation,
         )
         check = partial(_check, constraint, context) if constraint.answer is not None else None
-        parser = use.parser() if use is not None else None
-        reader = OutputReader(model.tokenizer, prompt, options.stop, check, parser, context.warn)
+        reader = OutputReader(
+            model.tokenizer,
+            prompt,
+            options.stop,
+            check,
+            use.parser() if use is not None else None,
+            context.warn,
+            continues=options.continues,
+        )
         return Job(request, reader)
 
     def _limit(

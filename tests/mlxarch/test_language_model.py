@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from talker import CONTEXT, VOCABULARY, make_talker
+from talker import CONTEXT, TOKENIZERS, VOCABULARY, make_talker
 
 import mlxarch
 from mlxarch import LanguageModel, Result, Sampling
@@ -88,6 +89,36 @@ def indices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 # Prompts
+
+
+def test_a_text_is_continued_as_it_stands(tmp_path: Path, speak: Speak) -> None:
+    folder = make_talker(tmp_path / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(TOKENIZERS / "mistral" / name, folder)
+    model = mlxarch.load(folder)
+    word = model.tokenizer.encode("the", add_special_tokens=False)[0]
+    speak([word])
+    for prompt in ("the", model.tokens_of("the")):
+        assert model.generate(prompt, max_tokens=2).text == " t t"
+        assert "".join(piece.text for piece in model.stream(prompt, max_tokens=1)) == " t"
+        assert model.generate_batch([prompt], max_tokens=1)[0].text == " t"
+    # negative control: an answer to messages is a text of its own
+    assert model.generate(MESSAGES, max_tokens=2).text == "t t"
+
+
+def test_messages_spell_no_control_tokens_and_texts_do(model: LanguageModel) -> None:
+    spelled = [{"role": "user", "content": "a<|im_end|>"}]
+    plain = [{"role": "user", "content": "a"}]
+    end = model.tokenizer.token_id("<|im_end|>")
+    counts = [
+        model.tokens_of(prompt, parse_special=parse).count(end)
+        for prompt in (plain, spelled, "a<|im_end|>")
+        for parse in (None, True, False)
+    ]
+    assert counts == [1, 1, 1, 1, 2, 1, 1, 1, 0]
+    for name in ("parse_special", "tokenize"):
+        with pytest.raises(InvalidInput, match=name):
+            model.tokens_of(MESSAGES, {name: True})
 
 
 def test_texts_messages_and_ids_are_prompts(model: LanguageModel) -> None:

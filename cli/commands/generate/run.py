@@ -52,6 +52,12 @@ if TYPE_CHECKING:
     help="JSON schema of the answer, as a file or as text that begins with { (default: none)",
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt without the chat template.")
+@click.option(
+    "--parse-special/--no-parse-special",
+    default=None,
+    help="Control tokens that the prompt spells, such as <|im_end|>, are tokens and not text "
+    "(default: only without the chat template)",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the complete answer as JSON.")
 def run_command(
     words: tuple[str, ...],
@@ -202,6 +208,7 @@ def _generate_answer(
         grammar=grammar,
         sampling=replace(model.recommended_sampling, **sampling),
         loop_guard=given["loop_guard"],
+        parse_special=given["parse_special"],
         on_prompt=progress,
     )
     writer = NullWriter() if as_json else make_answer_writer(given["plain"])

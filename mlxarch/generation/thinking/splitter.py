@@ -66,8 +66,8 @@ class ThinkingTokenizer(Protocol):
         """Text of token ids."""
         ...
 
-    def detokenizer(self) -> Detokenizer:
-        """New detokenizer for a stream of tokens."""
+    def detokenizer(self, *, after: Sequence[int] = ()) -> Detokenizer:
+        """New detokenizer for a stream of tokens that continues ``after``."""
         ...
 
 
@@ -101,12 +101,34 @@ class Splitter(Protocol):
         ...
 
 
-def splitter(tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> Splitter:
-    """Return the splitter for the answer to a prompt of token ids."""
+def splitter(
+    tokenizer: ThinkingTokenizer, prompt: Sequence[int], *, continues: bool = False
+) -> Splitter:
+    """Return the splitter for the answer to a prompt of token ids.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        prompt: its end says whether the answer begins with thinking.
+        continues: whether the answer continues the text of the prompt.
+    """
     if all(tokenizer.token_id(mark) is not None for mark in (START, CHANNEL, MESSAGE, END)):
         return ChannelSplitter(tokenizer, prompt)
+    detokenizer = tokenizer.detokenizer(after=prompt if continues else ())
     tags = thinking_tags(tokenizer)
-    return TagSplitter(tokenizer, tags, prompt) if tags else NoThinking(tokenizer)
+    return TagSplitter(tokenizer, tags, prompt, detokenizer) if tags else NoThinking(detokenizer)
+
+
+def split_at_closing_tag(tokenizer: ThinkingTokenizer, text: str) -> tuple[str, str]:
+    """Split a complete answer whose thinking was closed without being opened.
+
+    Returns:
+        The thinking, and the answer; ("", ``text``) if there is no closing tag.
+    """
+    tags = thinking_tags(tokenizer)
+    if tags is None or tags[1] not in text:
+        return "", text
+    thinking, _, answer = text.partition(tags[1])
+    return thinking.strip("\n"), answer.lstrip("\n")
 
 
 def thinking_tags(tokenizer: ThinkingTokenizer) -> tuple[str, str] | None:
@@ -139,8 +161,8 @@ class NoThinking:
     thinking = False
     recipient = None
 
-    def __init__(self, tokenizer: ThinkingTokenizer) -> None:
-        self._detokenizer = tokenizer.detokenizer()
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
 
     def add(self, token: int) -> list[Segment]:
         """Implement ``Splitter``."""
@@ -203,19 +225,31 @@ class _Segmenter:
 
 
 class TagSplitter:
-    """Splitter for an opening and a closing tag; without the closing one, all text is thinking."""
+    """Splitter for an opening and a closing tag; without the closing one, all text is thinking.
+
+    A closing tag without an opening one stays in the text: what was shown before it cannot be taken
+    back, and ``split_at_closing_tag`` finds it in the complete answer.
+    """
+
+    recipient = None
 
     def __init__(
-        self, tokenizer: ThinkingTokenizer, tags: tuple[str, str], prompt: Sequence[int]
+        self,
+        tokenizer: ThinkingTokenizer,
+        tags: tuple[str, str],
+        prompt: Sequence[int],
+        detokenizer: Detokenizer,
     ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer()
+        self._detokenizer = detokenizer
+        self._closing_tag = tags[1]
         ids = [tokenizer.token_id(tag) for tag in tags]
         self._ids = {} if None in ids else {ids[0]: True, ids[1]: False}
         self._tags = {} if self._ids else {tags[0]: True, tags[1]: False}
         self._text = ""  # text that may begin a tag
         tail = _tail_text(tokenizer, prompt)
         self._segmenter = _Segmenter(tail.endswith(tags[0]), after_mark=tail.endswith(tags))
+        self._opened = tail.endswith(tags)
 
     @property
     def thinking(self) -> bool:
@@ -228,10 +262,15 @@ class TagSplitter:
             return self._split_at_tags(self._detokenizer.add(token))
         before = self._segmenter.text(self._detokenizer.finish())
         self._detokenizer = self._tokenizer.detokenizer()
-        self._segmenter.mark(self._ids[token])
-        return before
+        return before + self._mark(self._ids[token])
 
-    recipient = None
+    def _mark(self, opens: bool) -> list[Segment]:
+        """Begin another section at a tag. Return the tag's text if it stays."""
+        if not opens and not self._opened:
+            return self._segmenter.text(self._closing_tag)
+        self._opened = True
+        self._segmenter.mark(opens)
+        return []
 
     def cut(self) -> list[Segment]:
         """Implement ``Splitter``."""
@@ -260,7 +299,7 @@ class TagSplitter:
         while found := [(at, tag) for tag in self._tags if (at := self._text.find(tag)) >= 0]:
             at, tag = min(found)
             segments += self._segmenter.text(self._text[:at])
-            self._segmenter.mark(self._tags[tag])
+            segments += self._mark(self._tags[tag])
             self._text = self._text[at + len(tag) :]
         certain = len(self._text) - max(_partial_match(tag, self._text) for tag in self._tags)
         segments += self._segmenter.text(self._text[:certain])

@@ -31,6 +31,7 @@ class Options:
         form: form of the answers; None for free text.
         tools: tools that the model may call.
         conversation: name of the conversation, a hint for the prefix cache.
+        continues: whether an answer continues the text of its prompt.
     """
 
     max_tokens: int | None = None
@@ -46,6 +47,7 @@ class Options:
     form: AnswerSchema | None = None
     tools: ToolOptions = field(default_factory=ToolOptions)
     conversation: str | None = None
+    continues: bool = False
 
 
 def stop_strings(stop: str | list[str] | None, param: str = "stop") -> tuple[str, ...]:

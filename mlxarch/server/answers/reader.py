@@ -22,6 +22,7 @@ class OutputReader:
         check: called with the text of a complete answer.
         calls: parser of calls; None for an answer without tools.
         warn: called with a sentence for each text that looks like a call and is none.
+        continues: whether the answer continues the text of the prompt.
 
     Attributes:
         usage: token counts so far.
@@ -38,10 +39,12 @@ class OutputReader:
         check: Callable[[str], None] | None = None,
         calls: CallParser | None = None,
         warn: Callable[[str], None] | None = None,
+        *,
+        continues: bool = False,
     ) -> None:
         self._check = check
         self._text = ""  # of the answer, if it is checked
-        self._answer = AnswerReader(tokenizer, prompt, stop, calls)
+        self._answer = AnswerReader(tokenizer, prompt, stop, calls, continues=continues)
         self._warn = warn
         self._calls = 0  # complete ones
         self._eos_ids: Collection[int] = tokenizer.eos_ids

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxarch import Tokenizer
-from mlxarch.generation.thinking.splitter import Segment, Splitter, splitter
+from mlxarch.generation.answer import AnswerReader, BatchRow
+from mlxarch.generation.thinking.splitter import (
+    Segment,
+    Splitter,
+    split_at_closing_tag,
+    splitter,
+)
 from mlxarch.generation.thinking.switches import switches
+from mlxarch.generation.timings import Timings
 from mlxarch.tokenizer.chat_template import template_variables
 
 # the 256 characters that stand for bytes in a byte-level vocabulary
@@ -121,7 +129,8 @@ DIVISIONS = [
         "a tag",
     ),  # said by the user, not opened by the template
     ("user:", "<think>a</think>b<think>c</think>d", "a\n\nc", "b\n\nd"),
-    ("user:", "4</think>5", "", "4\n\n5"),  # a closing tag alone is a mark all the same
+    ("user:", "4\n</think>\n\n5", "", "4\n</think>\n\n5"),  # a closing tag alone stays
+    ("user:", "<think></think>4</think>5", "", "4\n\n5"),  # the second one is a mark again
     ("user:", "<think>日本🙂</think>é🙂", "日本🙂", "é🙂"),
     ("user:", "1 < 2 <thin </ <think", "", "1 < 2 <thin </ <think"),
     ("user:", "<think>a < b </thin > </thin", "a < b </thin > </thin", ""),
@@ -132,6 +141,22 @@ DIVISIONS = [
 @pytest.mark.parametrize(("prompt", "answer", "thinking", "text"), DIVISIONS)
 def test_what_stands_between_the_tags_is_thinking(request, kind, prompt, answer, thinking, text):
     assert said(request.getfixturevalue(kind), prompt, answer) == (thinking, text)
+
+
+@pytest.mark.parametrize("kind", ["tagged", "worded"])
+def test_a_complete_answer_is_split_at_a_closing_tag_alone(
+    kind: str, request: pytest.FixtureRequest, make
+):
+    tokenizer = request.getfixturevalue(kind)
+    _, text = said(tokenizer, "user:", "plan\n</think>\n\nanswer")
+    assert split_at_closing_tag(tokenizer, text) == ("plan", "answer")
+    assert split_at_closing_tag(tokenizer, "answer") == ("", "answer")
+    assert split_at_closing_tag(make(), text) == ("", text)  # a model that does not think
+    row = BatchRow(AnswerReader(tokenizer, tokenizer.encode("user:"), ()))
+    for token in tokenizer.encode("plan\n</think>\n\nanswer"):
+        row.add(token)
+    result = row.result(Timings(1))
+    assert (result.thinking, result.text) == ("plan", "answer")
 
 
 def test_a_model_without_tags_is_passed_through(make):
@@ -287,7 +312,7 @@ class Fed:
             self.texts[token] if token >= 0 else self.marks[-1 - token] for token in tokens
         )
 
-    def detokenizer(self) -> "Fed":
+    def detokenizer(self, *, after: Sequence[int] = ()) -> "Fed":
         return self
 
     def add(self, token: int) -> str:
@@ -335,21 +360,23 @@ def test_any_way_to_cut_gives_the_same_division(marks, data, seed):
     expected = divided(splitter(fed, begin), fed.tokens(whole, None))
     assert divided(splitter(fed, begin), fed.tokens(texts, draw)) == expected
     if marks != HARMONY:
-        assert marks or not any(tag in part for part in expected for tag in TAGS)
+        opened = prompt.startswith("x<think>")
         kept = sorted("".join(expected).replace("\n", ""))
-        assert kept == sorted(_unmarked(texts, marks).replace("\n", "")), (
+        assert kept == sorted(_unmarked(texts, marks, opened).replace("\n", "")), (
             "no other character is lost"
         )
 
 
-def _unmarked(parts: Sequence[str], marks: Sequence[str]) -> str:
-    if marks:
-        return "".join(part for part in parts if part not in marks)
-    out, rest = "", "".join(parts)
-    while found := [(at, tag) for tag in TAGS if (at := rest.find(tag)) >= 0]:
-        at, tag = min(found)
-        out, rest = out + rest[:at], rest[at + len(tag) :]
-    return out + rest
+def _unmarked(parts: Sequence[str], marks: Sequence[str], opened: bool) -> str:
+    """The text without tags; closing ones stay until one opens."""
+    if not marks:
+        parts = re.split("(</?think>)", "".join(parts))
+    out = ""
+    for part in parts:
+        opened |= part == TAGS[0]
+        if part not in TAGS or (part == TAGS[1] and not opened):
+            out += part
+    return out
 
 
 # Switches

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -157,6 +158,7 @@ async def generate(request: Request) -> Response:
     model = served.language_model
     if body.raw or not model.tokenizer.has_chat_template:
         prompt = await server.in_thread(model.tokens_of, body.prompt)
+        options = replace(options, continues=True)
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         messages = [*system, {"role": "user", "content": body.prompt}]

@@ -128,6 +128,7 @@ def _options(body: CompletionRequest, served: ServedModel) -> Options:
         prompt_logprobs=limit == 0 or (bool(body.echo) and top is not None),
         count=count,
         conversation=body.user,
+        continues=True,
     )
 
 
