@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 @click.option(
     "--parse-special/--no-parse-special",
     default=None,
-    help="Control tokens that the prompt spells, such as <|im_end|>, are tokens and not text "
-    "(default: only without the chat template)",
+    help="Take control tokens that the prompt spells as tokens, or as text (default: as tokens "
+    "without the chat template, as text with it).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the complete answer as JSON.")
 def run_command(

@@ -11,6 +11,8 @@ Two formats are known:
 The end of the prompt says whether the answer begins with thinking, since a template may open the
 thinking or close it at once. Marks (tags and channel tokens) and the newlines next to them are
 removed from the text. Without marks, all text is the answer.
+
+Length: the splitters of both formats share the protocol and the sections.
 """
 
 import re
