@@ -7,6 +7,7 @@ most, and a long prompt gets on at every step.
 
 import logging
 from collections import Counter, deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -134,7 +135,7 @@ class Scheduler:
         while self.waiting and not self.aside and len(self.rows) < self._max_rows:
             request = self.waiting[0].request
             tokens = self.room.first_reservation(len(request.prompt), request.max_tokens)
-            if not self._make_room(self.room.bytes_for(tokens)):
+            if not self._make_room(self.room.bytes_for(tokens), request.prompt):
                 return
             row = self.waiting.popleft()
             row.admit(self._make_caches(), tokens)
@@ -151,21 +152,29 @@ class Scheduler:
             self.aside.remove(row)
             (self.running if row.prompt_is_read else self.reading).append(row)
 
-    def _make_room(self, needed: int) -> bool:
-        """Whether so many bytes are free, after dropping what is needed from the prefix cache."""
-        while True:
-            free = self._free_bytes()
-            if free is None or needed <= free:
-                return True
-            if not self.prefixes.cache.drop_least_recently_used():
-                return False
+    def _make_room(self, needed: int, prompt: Sequence[int] = ()) -> bool:
+        """Whether so many bytes are free, after dropping what is needed from the prefix cache.
+
+        Args:
+            prompt: prompt whose cached beginning is dropped last.
+        """
+        if self.room.total is None:
+            return True
+        cache = self.prefixes.cache
+        if needed > self.room.total - self._reserved_bytes():
+            return False
+        while needed > self.room.total - self._reserved_bytes() - cache.nbytes:
+            cache.drop_least_recently_used(cache.path(prompt)) or cache.drop_least_recently_used()
+        return True
+
+    def _reserved_bytes(self) -> int:
+        return sum(self.room.bytes_for(row.reserved) for row in self.rows)
 
     def _free_bytes(self) -> int | None:
         """Bytes that are neither reserved nor in the prefix cache; None without a limit."""
         if self.room.total is None:
             return None
-        reserved = sum(self.room.bytes_for(row.reserved) for row in self.rows)
-        return self.room.total - reserved - self.prefixes.cache.nbytes
+        return self.room.total - self._reserved_bytes() - self.prefixes.cache.nbytes
 
     def _reserve_for_growth(self) -> None:
         """Reserve more memory for rows that have used up theirs; the youngest make room for older ones.

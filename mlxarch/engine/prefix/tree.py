@@ -194,6 +194,10 @@ class PrefixCache:
         self._use(node)
         return node
 
+    def path(self, prompt: Sequence[int]) -> "set[Node]":
+        """Nodes that hold the cached beginning of a prompt."""
+        return set(self._descend(np.asarray(prompt, np.int32))[0].ancestors())
+
     def drop_least_recently_used(self, kept: "set[Node] | None" = None) -> bool:
         """Drop a node without children; gives whether there was one outside of ``kept``."""
         leaves = [n for n in self._nodes if not n.children and n not in (kept or ())]

@@ -1,5 +1,6 @@
 """The prefix cache: the tokens of a cold start, shared beginnings once, limits, and reasons of a miss."""
 
+import threading
 from typing import Any
 
 import mlx.core as mx
@@ -189,3 +190,31 @@ def test_cached_prompts_are_not_used_for_log_probabilities_of_a_prompt() -> None
         run(engine, ids(40, 0))
         _, report = run(engine, ids(40, 0), prompt_logprobs=True)
     assert report.cached_tokens == 0 and len(report.logprobs) == 40
+
+
+def test_the_beginning_of_the_next_prompt_is_dropped_last() -> None:
+    """Room for one row and one cached prompt; the older one is that of the next request."""
+    model = load("qwen3")
+    row = MemoryRoom(None, one_token_caches(model, model.make_caches)).bytes_for(200)
+    with Engine(model, room_bytes=row + row * 130 // 256, chunk=64) as engine:
+        run(engine, ids(60, 0), tokens=4)
+        run(engine, ids(60, 1), tokens=4)
+        assert run(engine, ids(60, 0) + ids(80, 2), tokens=4)[1].cached_tokens >= 60
+
+
+def test_a_request_that_must_wait_drops_nothing() -> None:
+    model = load("qwen3")
+    row = MemoryRoom(None, one_token_caches(model, model.make_caches)).bytes_for(200)
+    with Engine(model, room_bytes=2 * row, chunk=64) as engine:
+        run(engine, ids(60, 0), tokens=4)
+        held = threading.Event()
+        long = GenerationRequest(prompt=ids(20, 1), max_tokens=230)
+        first = engine.submit(long, lambda output: held.set())
+        assert held.wait(20)
+        other = GenerationRequest(prompt=ids(20, 3), max_tokens=300)  # takes the whole room
+        second = engine.submit(other, lambda output: None)
+        before = engine.status().prefix_bytes
+        assert first.done.wait(60) and before > 0
+        second.cancel()
+        assert second.done.wait(20)
+        assert run(engine, ids(60, 0), tokens=4)[1].cached_tokens == 59
