@@ -77,6 +77,16 @@ def remember_absent(repo: str, commit: str, names: Iterable[str]) -> None:
             (folder / name).touch()
 
 
+def partial_downloads() -> dict[str, list[Path]]:
+    """Return the files of interrupted downloads by repository; see ``file_download``."""
+    found: dict[str, list[Path]] = {}
+    for path in cache_folder().glob("models--*/blobs/*.incomplete"):
+        match = CACHED_REPOSITORY.fullmatch(path.parent.parent.name)
+        if match and "." not in path.stem:  # with a dot it is that of a running huggingface_hub
+            found.setdefault(f"{match[1]}/{match[2]}", []).append(path)
+    return found
+
+
 def cache_folder() -> Path:
     """Return the folder of the Hub's cache (HF_HUB_CACHE, HF_HOME)."""
     from huggingface_hub import constants

@@ -98,9 +98,12 @@ def list_installed() -> list[InstalledModel]:
 
 
 def list_unfinished() -> dict[str, int]:
-    """Return the names of models whose conversion was interrupted, with the bytes on the disk."""
+    """Return what was interrupted, with the bytes on the disk: names of conversions, repositories."""
     folders = [folder for folder in _subfolders(paths.models()) if folder.suffix == ".partial"]
-    return {folder.stem: bytes_below(folder) for folder in folders}
+    found = {folder.stem: bytes_below(folder) for folder in folders}
+    for repo, files in hub_cache.partial_downloads().items():
+        found[repo] = sum(file.stat().st_size for file in files if file.exists())
+    return found
 
 
 def find_catalog_entry(folder: Path) -> CatalogEntry | None:

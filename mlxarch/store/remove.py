@@ -3,9 +3,11 @@
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from mlxarch.errors import Declined, InvalidInput, ModelNotFound, OutputError
-from mlxarch.store.installed import InstalledModel, bytes_below, list_unfinished
+from mlxarch.hub import hub_cache
+from mlxarch.store.installed import InstalledModel, bytes_below
 from mlxarch.store.names import find_copies
 from mlxarch.system import paths
 
@@ -13,7 +15,7 @@ from mlxarch.system import paths
 def remove(
     name: str, *, from_hub_cache: bool = False, confirm: Callable[[int], bool] | None = None
 ) -> int:
-    """Delete a model that mlxarch made, or the remains of an interrupted conversion.
+    """Delete a model that mlxarch made, or the remains of an interrupted conversion or download.
 
     Folders of the user are never touched.
 
@@ -33,8 +35,10 @@ def remove(
         InvalidInput: several models match the name.
         OutputError: it cannot be removed, or is being made at this moment.
     """
-    if not from_hub_cache and name in list_unfinished() and not (paths.models() / name).exists():
+    if (paths.models() / f"{name}.partial").is_dir() and not (paths.models() / name).exists():
         return _remove_unfinished(name, confirm)
+    if partial := hub_cache.partial_downloads().get(name):
+        return _remove_partial_download(partial, name, confirm)
     copies = find_copies(name)
     if from_hub_cache:
         return _remove_cached([model for model in copies if model.origin == "hub"], name, confirm)
@@ -71,6 +75,17 @@ def _remove_unfinished(name: str, confirm: Callable[[int], bool] | None) -> int:
         workspace.discard()
     if workspace.folder.exists():
         raise OutputError(f"{workspace.folder} could not be removed; look at who may write there")
+    return freed
+
+
+def _remove_partial_download(
+    files: list[Path], name: str, confirm: Callable[[int], bool] | None
+) -> int:
+    """Delete what an interrupted download left in the Hub's cache."""
+    freed = sum(file.stat().st_size for file in files)
+    _require_consent(confirm, name, freed)
+    for file in files:
+        file.unlink(missing_ok=True)
     return freed
 
 

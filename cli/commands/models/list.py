@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 )
 @json_option
 def list_command(installed: bool, as_json: bool) -> None:
-    """List available and installed models."""
+    """List available and installed models.
+
+    STATUS says which bits are here or ready to download. `mlxarch show` says where a model lies.
+    """
     from mlxarch.hub import catalog
     from mlxarch.store import obtain as store
 
@@ -48,38 +51,44 @@ def list_command(installed: bool, as_json: bool) -> None:
         print_line("\nAlso on this machine:")
         _print_installed(others, False)
     if unfinished := store.list_unfinished():
-        print_line(
-            "\nUnfinished, and gone on with when asked for again, or removed by `mlxarch rm`:"
-        )
+        print_line("\nUnfinished; the same command goes on, `mlxarch rm NAME` removes it:")
         print_table((name, format_size(count)) for name, count in unfinished.items())
     print_line(
-        "\nA name without bits means the largest of 8 and 4 that fits this machine; "
-        "NAME-4bit says them."
+        "\nready: quantized already, to download; others are quantized on this machine.\n"
+        "A name without bits means a copy that is here, or else the largest of 8 and 4\n"
+        "bits that fits this machine; NAME-4bit says them. `mlxarch fit NAME` tells\n"
+        "memory and speed, `mlxarch show NAME` licence, context and sources."
     )
 
 
 def _print_catalog(copies: "dict[str, list[InstalledModel]]") -> None:
-    """Print a row for each catalog entry, with its installed copies."""
+    """Print a row for each catalog entry; whether it is here comes last."""
     from mlxarch.hub import catalog
 
     sizes = [f"{bits} BITS" for bits in DEFAULT_BITS]
-    rows = [("", "NAME", "PARAMETERS", *sizes, "CONTEXT", "LICENCE", "HERE")]
+    rows = [("", "NAME", "PARAMS", *sizes, "STATUS")]
     for entry in catalog.entries().values():
-        installed = [
-            f"{model.bits} bits" if model.bits else "original" for model in copies[entry.name]
-        ]
+        installed = [str(model.bits or "original") for model in copies[entry.name]]
+        ready = [str(source.bits) for source in entry.ready]
+        if installed:
+            status = f"here: {', '.join(installed)}"
+        elif ready:
+            status = f"ready: {', '.join(ready)}"
+        else:
+            status = "to quantize, gated" if entry.gated else "to quantize"
         rows.append(
             (
                 "*" if installed else "",
                 entry.name,
                 _format_count(entry.parameters),
                 *(format_size(entry.quantized_bytes(bits)) for bits in DEFAULT_BITS),
-                str(entry.context),
-                entry.licence + (" (gated)" if entry.gated else ""),
-                ", ".join(installed),
+                status,
             )
         )
     print_table(rows)
+
+
+_ORIGINS = {"mlxarch": "made here", "hub": "Hub's cache", "folder": "MLXARCH_MODELS"}
 
 
 def _print_installed(models: "list[InstalledModel]", as_json: bool) -> None:
@@ -90,10 +99,10 @@ def _print_installed(models: "list[InstalledModel]", as_json: bool) -> None:
             "no models are here yet; `mlxarch list` shows the names, `mlxarch pull NAME` brings one"
         )
     else:
-        rows = [("NAME", "BITS", "SIZE", "PATH")]
+        rows = [("NAME", "BITS", "SIZE", "FROM")]
         for model in models:
             bits = str(model.bits or "-")
-            rows.append((model.name, bits, format_size(model.bytes), str(model.path)))
+            rows.append((model.name, bits, format_size(model.bytes), _ORIGINS[model.origin]))
         print_table(rows)
 
 

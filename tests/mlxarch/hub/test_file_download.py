@@ -201,3 +201,17 @@ def test_the_size_of_a_download_is_what_is_missing(worker: Worker, home: Path, r
     whole = worker(code, repo=repo)
     leave_partial(home, repo, DATA[:1000])
     assert worker(code, repo=repo) == whole - 1000
+
+
+def test_an_interrupted_download_is_listed_and_removed(
+    worker: Worker, home: Path, repo: str
+) -> None:
+    partial = leave_partial(home, repo, DATA[:1000])
+    running = partial.with_name(f"{DIGEST}.0123abcd.incomplete")  # of huggingface_hub
+    running.write_bytes(b"x")
+    unfinished = "from mlxarch.store import obtain as store; return store.list_unfinished()"
+    assert worker(unfinished)[repo] == 1000
+    remove = "from mlxarch.store import obtain as store; return store.remove(repo)"
+    assert worker(remove, repo=repo) == 1000
+    assert not partial.exists() and running.exists()
+    assert repo not in worker(unfinished)

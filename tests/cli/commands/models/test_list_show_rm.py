@@ -36,6 +36,16 @@ def test_list_shows_the_catalog_and_marks_what_is_here(execute, home_with_models
     assert execute("ls", "--all").stdout == result.stdout
 
 
+def test_list_fits_into_80_columns_and_ends_with_the_status(invoke, home_with_models):
+    lines = invoke("list").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    status = {line.lstrip("* ").split()[0]: line for line in lines[1 : 1 + len(catalog.entries())]}
+    assert status["smollm2-135m"].endswith("here: original, original")
+    assert status["qwen3-8b"].endswith("ready: 8, 4")
+    assert status["gemma3-27b"].endswith("to quantize, gated")
+    assert status["gpt2-xl"].endswith("to quantize")
+
+
 def test_list_without_models_marks_nothing(execute):
     result = execute("list")
     assert result.returncode == 0 and "smollm2-135m" in result.stdout
