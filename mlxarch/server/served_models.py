@@ -171,7 +171,7 @@ class ServedModels:
         context.cleanup.callback(self._release, served)
         context.log["model"] = served.name
         if served.state != "loaded":
-            if served is self.default and served.state == "loading":
+            if served.state == "loading" and not served.load_seconds and served is self.default:
                 raise ApiError(503, f"{served.name} is being loaded", retry_after=2)
             await self.load(served)
         return served

@@ -89,6 +89,7 @@ def to_options(body: MessagesRequest, context: RequestContext) -> Options:
     if body.max_tokens is None:
         raise invalid("max_tokens is required", "max_tokens")
     think, effort = thinking_of(body, context)
+    _warn_of_edits(body.context_management, context)
     sampling = {"temperature": body.temperature, "top_p": positive(body.top_p)}
     sampling["top_k"] = None if body.top_k is None else max(body.top_k, 0)
     user = (body.metadata or {}).get("user_id")
@@ -103,6 +104,16 @@ def to_options(body: MessagesRequest, context: RequestContext) -> Options:
         tools=tools_of(body, context),
         conversation=user if isinstance(user, str) else None,
     )
+
+
+def _warn_of_edits(management: JsonObject | None, context: RequestContext) -> None:
+    """Warn of edits of the conversation that are not made."""
+    edits = (management or {}).get("edits")
+    for edit in edits if isinstance(edits, list) else ():
+        kind = str(edit.get("type")) if isinstance(edit, dict) else ""
+        keeps = kind.startswith("clear_thinking_") and edit.get("keep") == "all"
+        if not keeps:
+            context.warn(f"context_management: the edit {kind!r:.60} is not made")
 
 
 def tools_of(body: CountRequest, context: RequestContext) -> ToolOptions:

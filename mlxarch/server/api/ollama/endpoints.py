@@ -1,6 +1,6 @@
 """Ollama's API: chat, generate, and the list of models; models are managed on the command line."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from mlxarch.engine.request import TokenLogprobs
 from mlxarch.errors import MlxArchError
 from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.collected import Call, Collected, collect
@@ -24,6 +25,7 @@ from mlxarch.server.api.ollama.requests import (
     to_messages,
     to_options,
 )
+from mlxarch.server.api.openai.chat import logprobs_object
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import ApiError, error_body, to_api_error
 from mlxarch.server.http.responses import Stream, encode_json, json_response
@@ -274,13 +276,19 @@ class _Form:
         }
         return last | ({"warnings": self._context.warnings} if self._context.warnings else {})
 
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        if not entries:
+            return {}
+        tokenizer = self._served.language_model.tokenizer
+        return {"logprobs": logprobs_object(tokenizer, entries)["content"]}
+
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """Response without a stream."""
         [answer] = await collect(answers)
         line = self.line(answer.text, answer.thinking)
         if answer.calls:
             line["message"]["tool_calls"] = [_call(call) for call in answer.calls]
-        return line | self._end(answer.end)
+        return line | self._logprobs(answer.logprobs) | self._end(answer.end)
 
     async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
         """Lines of a streamed response."""
@@ -298,7 +306,8 @@ class _Form:
                     elif isinstance(event, Delta) and event.thinking:
                         yield encode_json(self.line("", event.text)) + b"\n"
                     elif isinstance(event, Delta):
-                        yield encode_json(self.line(event.text)) + b"\n"
+                        line = self.line(event.text) | self._logprobs(event.logprobs)
+                        yield encode_json(line) + b"\n"
                     elif isinstance(event, End):
                         yield encode_json(self.line("") | self._end(event)) + b"\n"
         except MlxArchError as error:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from mlxarch.errors import MlxArchError
 from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.events import Delta, End, Waiting
+from mlxarch.server.answers.options import Options
 from mlxarch.server.api.fields import JsonObject
 from mlxarch.server.api.openai.response_writer import ResponseWriter
 from mlxarch.server.api.openai.responses_request import (
@@ -49,6 +50,8 @@ async def create_response(request: Request) -> Response:
     served = await server.models.acquire(body.model, context)
     options = to_options(body, context)
     prompt = await server.render(served, messages, options, context)
+    if body.truncation == "auto":
+        prompt = await _truncated(server, served, messages, prompt, options, context)
     answers = await server.answer(served, [prompt], options, context)
     response = _response(body, served)
     summary = body.reasoning is not None and (
@@ -69,6 +72,29 @@ async def create_response(request: Request) -> Response:
         if event is not None and event["type"] == "response.failed":
             raise ApiError(500, response["error"]["message"], code=response["error"]["code"])
     return json_response(response)
+
+
+async def _truncated(
+    server: Server,
+    served: ServedModel,
+    messages: list[dict[str, Any]],
+    prompt: list[int],
+    options: Options,
+    context: RequestContext,
+) -> list[int]:
+    """Prompt without as many of the oldest turns as do not fit into the context."""
+    room = served.language_model.context_length - (options.max_tokens or 1)
+    left = list(messages)
+    while len(prompt) > room:
+        first = next((n for n, each in enumerate(left) if each["role"] != "system"), len(left))
+        later = range(first + 1, len(left))
+        second = next((n for n in later if left[n]["role"] == "user"), len(left))
+        if second == len(left):
+            return prompt  # the last turn alone is too long, which is refused
+        del left[first:second]
+        context.warn("truncation: the oldest turns were left out, since they do not fit")
+        prompt = await server.render(served, left, options, context)
+    return prompt
 
 
 def _earlier_items(body: ResponsesRequest, store: ResponseStore) -> list[JsonObject]:

@@ -64,6 +64,13 @@ def test_thinking_is_a_block_with_a_signature(server: LiveServer):
     assert hidden == block | {"thinking": ""}
 
 
+def test_an_edit_that_is_not_made_is_told(server: LiveServer):
+    edits = [{"type": "clear_thinking_1", "keep": "all"}, {"type": "clear_tool_uses_1"}]
+    warnings = ask(server, context_management={"edits": edits}).json["warnings"]
+    assert len(warnings) == 1
+    assert "clear_tool_uses_1" in warnings[0]
+
+
 def test_a_stop_sequence_is_named(server: LiveServer):
     text = ask(server).json["content"][0]["text"]
     answer = ask(server, stop_sequences=["#none", text[2]]).json

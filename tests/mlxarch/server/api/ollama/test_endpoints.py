@@ -48,6 +48,13 @@ def test_thinking_has_a_field_of_its_own(server: LiveServer):
     assert message["thinking"]
 
 
+def test_logprobs_are_given_for_each_token(server: LiveServer):
+    whole = chat(server, stream=False, logprobs=True, top_logprobs=2).json
+    assert "".join(entry["token"] for entry in whole["logprobs"]) == whole["message"]["content"]
+    streamed = lines(chat(server, logprobs=True, top_logprobs=2))
+    assert [entry for line in streamed for entry in line.get("logprobs", [])] == whole["logprobs"]
+
+
 def test_generate_answers_by_the_template_or_raw(server: LiveServer):
     body = {"model": "tiny:latest", "prompt": "hi", "stream": False, "options": OPTIONS}
     by_template = server.post("/api/generate", body).json

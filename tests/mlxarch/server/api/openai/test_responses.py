@@ -83,6 +83,19 @@ def test_a_response_that_is_not_to_be_stored_is_not(server: LiveServer):
     assert server.get(f"/v1/responses/{response['id']}").status == 404
 
 
+def test_the_oldest_turns_are_left_out_where_that_is_asked_for(server: LiveServer):
+    items = []
+    for letter in "abcde":
+        items += [{"role": "user", "content": letter * 900}, {"role": "assistant", "content": "y"}]
+    items.append({"role": "user", "content": "last"})
+    assert respond(server, items).json["error"]["code"] == "context_length_exceeded"
+    response = respond(server, items, truncation="auto").json
+    assert "oldest" in response["warnings"][0]
+    assert 3000 < response["usage"]["input_tokens"] < 4096
+    alone = respond(server, "z" * 5000, truncation="auto").json
+    assert alone["error"]["code"] == "context_length_exceeded"
+
+
 def test_items_of_all_kinds_are_read(server: LiveServer):
     items = [
         {"role": "developer", "content": "be brief"},
