@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -20,6 +21,7 @@ from mlxarch.loading.weight_rules import apply_rule
 
 HEAD = "lm_head.weight"
 ZERO_BIASES = "biases of zeros"
+MAX_BIAS = 1 << 24  # elements that are read to see whether all are zeros
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def _find_useless(names: Iterable[str], tensors: Mapping[str, LazyTensor]) -> di
 
 def _is_zero(bias: LazyTensor) -> bool:
     """Whether a bias is all zeros; one that is still to be downloaded is taken for such."""
+    if prod(bias.shape) > MAX_BIAS:
+        return False
     return not bias.local or not mx.any(bias.read_rows(0, bias.row_count)).item()
 
 

@@ -87,7 +87,7 @@ def collect_embedding_stats(
         max_tokens: number of tokens to use, at most, but at least one window.
     """
     windows = mx.concatenate(list(batches))
-    passes = _plan_passes(*windows.shape, max_tokens)
+    passes = _plan_passes(len(windows), windows.shape[1], max_tokens)
     collected = dict[str, list[EmbeddingStats]]()
     for number, ids in enumerate(ids for ids in passes if len(ids)):
         embedding_pass = _EmbeddingPass(

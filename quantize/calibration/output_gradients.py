@@ -3,8 +3,9 @@
 Row-wise error feedback needs their second moments E[g gᵀ]; see ``methods.row_feedback``.
 """
 
-from typing import IO
+from typing import IO, cast
 
+import mlx.nn as nn
 import numpy as np
 
 from mlxarch.blocks import ExpertLinear, Router
@@ -21,7 +22,8 @@ def bytes_per_token(resolved: Resolved) -> int:
     """
     model = resolved.model
     active_experts: dict[int, int] = {}  # id of an expert matrix -> experts that a token chooses
-    for modules in (layer.modules() for layer in model.layers):
+    for layer in model.layers:
+        modules = cast(nn.Module, layer).modules()
         chosen = max((module.k for module in modules if isinstance(module, Router)), default=0)
         experts = (module for module in modules if isinstance(module, ExpertLinear))
         active_experts |= {id(module): chosen for module in experts}

@@ -20,6 +20,7 @@ from mlxarch.quantize.calibration import calibration, sensitivity
 from mlxarch.quantize.calibration.texts import Text
 from mlxarch.quantize.mixed_precision import expected_kl
 from mlxarch.quantize.repack.pack_experts import pack
+from mlxarch.quantize.schedule import Method
 from mlxarch.ssd_streaming.attach import experts_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -116,7 +117,8 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_way_of_quantizing_ends_in_a_model_near_its_source(name: str, tmp_path: Path) -> None:
     source, texts = make(name, tmp_path), [text()]
     ends = [prepare(source, bits=bits, group_size=GROUP, method="round") for bits in (2, 8)]
-    target = Target(size=sum(conversion.disk_bytes for conversion in ends) // 2)
+    limit = sum(conversion.disk_bytes for conversion in ends) // 2
+    target = Target(size=limit)
     tied = by_recipe(
         prepare(source, tmp_path / "recipe", method="round"), Recipe.read("tied"), GROUP
     )
@@ -130,14 +132,14 @@ def test_every_way_of_quantizing_ends_in_a_model_near_its_source(name: str, tmp_
         ).run(),
         "recipe": tied.run,
     }
-    method = "search" if name in LAYOUTS else "round"
+    method: Method = "search" if name in LAYOUTS else "round"
     found = {}
     for way, run in ways.items():
         assert run().quantized > 0
         found[way] = typical_distance(tmp_path / way, name)
     assert 0 < found["gptq"] < 0.3 and found["gptq"] < found["recipe"] < 2.5
     size = sum(file.stat().st_size for file in (tmp_path / "target").iterdir())
-    assert size <= target.size
+    assert size <= limit
     receipt = json.loads((tmp_path / "gptq" / "receipt.json").read_text())
     assert receipt["evaluation"], receipt["not_evaluated"]
 
