@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from mlxarch.engine.engine import Engine
@@ -122,7 +122,7 @@ class Answers:
         """Last events of the answers that have ended."""
         return [reader.end for reader in self._readers if reader.end is not None]
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield (index of the answer, event) until all answers have ended.
 
         Raises:

@@ -110,7 +110,8 @@ class OutputReader:
             reason = "tool_calls"
         if self._check is not None and reason == "stop":
             self._check(self._text)
-        for warning in reader.warnings if self._warn is not None else ():
-            self._warn(warning)
+        if self._warn is not None:
+            for warning in reader.warnings:
+                self._warn(warning)
         self.end = End(reason, reader.stop_string, self.usage, output.timings)
         yield self.end

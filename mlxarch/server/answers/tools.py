@@ -75,7 +75,7 @@ def chosen(
         if choice not in ("auto", "none", "required"):
             raise invalid("tool_choice is auto, none, required or an object", "tool_choice")
         return ToolOptions(offered, choice, several)
-    kind = choice.get("type") if isinstance(choice, dict) else None
+    kind = str(choice.get("type")) if isinstance(choice, dict) else ""
     if not isinstance(choice, dict) or kind not in names:
         raise invalid(f"tool_choice.type must be one of {', '.join(names)}", "tool_choice.type")
     details = choice.get(names[kind]) if names[kind] else choice

@@ -135,7 +135,7 @@ def tools_of(body: CountRequest, context: RequestContext) -> ToolOptions:
         }
         definitions.append({"type": "function", "function": function})
     given = body.tool_choice or {}
-    kind = given.get("type", "auto")
+    kind = str(given.get("type", "auto"))
     choices = {"auto": "auto", "any": "required", "none": "none", "tool": given.get("name")}
     if kind not in choices or not isinstance(choices[kind], str):
         raise invalid("tool_choice.type is auto, any, tool (with a name) or none", "tool_choice")

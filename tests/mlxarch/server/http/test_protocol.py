@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
 from mlxarch.server.http import protocol
 
@@ -26,7 +27,7 @@ def test_a_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyP
     async def run() -> None:
         config = uvicorn.Config(write_for_ever, lifespan="off", log_config=None, ws="none")
         config.load()
-        state = uvicorn.server.ServerState()
+        state = ServerState()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: Watched(config, state, {}), "127.0.0.1", 0)
         with socket.create_connection(server.sockets[0].getsockname()) as client:
