@@ -5,9 +5,12 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 JsonObject = dict[str, Any]
 
 _MAX_STORED = 256
+_MAX_BYTES = 64 * 2**20  # of all stored conversations as JSON
 _STORED_SECONDS = 3600.0
 
 
@@ -27,30 +30,35 @@ class StoredResponse:
     inputs: list[JsonObject]
     until: float = field(default_factory=lambda: time.monotonic() + _STORED_SECONDS)
 
+    def __post_init__(self) -> None:
+        self.size = len(msgspec.json.encode(self.items))
+
 
 class ResponseStore:
     """The latest responses, in memory."""
 
     def __init__(self) -> None:
         self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._size = 0
 
     def add(self, stored: StoredResponse) -> None:
         """Keep a response, and forget the oldest where there are too many."""
         self._stored[stored.response["id"]] = stored
-        while len(self._stored) > _MAX_STORED:
-            self._stored.popitem(last=False)
+        self._size += stored.size
+        while len(self._stored) > _MAX_STORED or self._size > _MAX_BYTES:
+            self.remove(next(iter(self._stored)))
 
     def find(self, id: str) -> StoredResponse | None:
         """Return a response; None if there is none, or it is too old."""
         stored = self._stored.get(id)
         if stored is not None and stored.until < time.monotonic():
-            del self._stored[id]
+            self.remove(id)
             return None
         return stored
 
-    def remove(self, id: str) -> bool:
+    def remove(self, id: str) -> None:
         """Forget a response."""
-        return self._stored.pop(id, None) is not None
+        self._size -= self._stored.pop(id).size
 
     def items(self) -> dict[str, JsonObject]:
         """Items of all responses by id."""
