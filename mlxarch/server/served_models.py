@@ -237,6 +237,7 @@ class ServedModels:
             max_rows=self._settings.parallel,
             max_waiting=self._settings.max_waiting,
             deterministic=self._settings.deterministic,
+            prefix_cache_dir=self._settings.prefix_cache_dir,
             on_death=on_death,
         )
         served.model = model

@@ -1,6 +1,7 @@
 """Settings and limits of a server process."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 64 * 2**10
@@ -31,6 +32,8 @@ class Settings:
         max_tokens: limit of answers whose request names none; None allows them the whole context.
         idle_seconds: idle time after which a model is unloaded; a negative number keeps it.
         deterministic: whether an answer's bits must not depend on other requests.
+        prefix_cache_dir: folder where caches of prompts outlive the process; None keeps them in
+            memory only.
     """
 
     host: str = "127.0.0.1"
@@ -44,3 +47,4 @@ class Settings:
     max_tokens: int | None = None
     idle_seconds: float = 600.0
     deterministic: bool = False
+    prefix_cache_dir: Path | None = None

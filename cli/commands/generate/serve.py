@@ -68,6 +68,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Make answers independent of other requests, bit for bit.",
 )
+@click.option(
+    "--no-disk-cache",
+    is_flag=True,
+    help="Keep the caches of earlier prompts in memory only.",
+)
 @options.loading_options
 def serve_command(names: tuple[str, ...], **given: Any) -> None:
     """Serve models to HTTP clients.
@@ -98,6 +103,7 @@ def serve_command(names: tuple[str, ...], **given: Any) -> None:
     from mlxarch.hub.catalog import load_aliases
     from mlxarch.server.launch import serve
     from mlxarch.server.settings import Settings
+    from mlxarch.system import paths
 
     settings = Settings(
         host=given["host"],
@@ -111,6 +117,7 @@ def serve_command(names: tuple[str, ...], **given: Any) -> None:
         max_tokens=given["max_tokens"],
         idle_seconds=given["keep_alive"],
         deterministic=given["deterministic"],
+        prefix_cache_dir=None if given["no_disk_cache"] else paths.cache() / "prefix",
     )
     serve(list(folders), load, settings, load_aliases())
 

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "mlxarch-prefix-1"
 SUFFIX = ".safetensors"
 DAY = 86400.0
+PART_SECONDS = 3600.0  # after which an unfinished file is nobody's
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class PrefixFiles:
         self._tasks = queue.SimpleQueue()
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in self._folder.glob("*.part"):  # of a process that was killed
-            path.unlink(missing_ok=True)
+            if time.time() - path.stat().st_mtime > PART_SECONDS:
+                path.unlink(missing_ok=True)
         self._delete_old()
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
             self._open(path)
