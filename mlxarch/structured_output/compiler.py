@@ -123,9 +123,8 @@ class GrammarCompiler:
     @cached_property
     def _tokens(self) -> list[bytes]:
         """Bytes of each token id; empty for an id without a token."""
-        known = min(self._vocab_size, self._tokenizer.vocab_size)
-        tokens = [self._tokenizer.token_bytes(token) for token in range(known)]
-        return tokens + [b""] * (self._vocab_size - known)
+        known = self._tokenizer.vocabulary_bytes()
+        return [known.get(token, b"") for token in range(self._vocab_size)]
 
     @cached_property
     def _newlines(self) -> frozenset[int]:
@@ -161,7 +160,9 @@ class _TokenSource:
         """Token ids whose bytes are the text's, without the blank that SentencePiece puts first."""
         for before in ("", _NO_TEXT):
             try:
-                ids = self._tokenizer.encode(before + text, add_special_tokens=False)
+                ids = self._tokenizer.encode(
+                    before + text, add_special_tokens=False, parse_special=False
+                )
             except (TokenizerError, InvalidInput) as problem:
                 raise ValueError(str(problem)) from problem
             for start in range(min(len(ids), len(before) + 2)):

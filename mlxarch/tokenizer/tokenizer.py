@@ -188,11 +188,10 @@ class Tokenizer:
         tags = (index for index in self._added_ids if is_tag(self._token_text(index) or ""))
         return self._special_ids.union(tags)
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token inside a text; empty for an id that has no token.
+    def vocabulary_bytes(self) -> dict[int, bytes]:
+        """Return the bytes of each token inside a text.
 
         Raises:
-            InvalidInput: not an id of this model.
             TokenizerError: single tokens of this tokenizer have no bytes of their own.
         """
         if not self._token_bytes.streamable:
@@ -200,10 +199,10 @@ class Tokenizer:
                 "The tokenizer's decoder is of an unknown kind, so the bytes of a token are not "
                 "known; answers of this model cannot be constrained."
             )
-        text = self._token_text(token)
-        if text is None:
-            return b""
-        return self._token_bytes(text, first=False, added=token in self._added_ids)
+        return {
+            index: self._token_bytes(text, first=False, added=index in self._added_ids)
+            for text, index in self.vocabulary.items()
+        }
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True

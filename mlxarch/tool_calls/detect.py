@@ -3,17 +3,18 @@
 from collections.abc import Callable, Sequence
 
 from mlxarch.tokenizer.tokenizer import Tokenizer
-from mlxarch.tool_calls.channel_form import ChannelCalls
 from mlxarch.tool_calls.form import CallForm
-from mlxarch.tool_calls.json_forms import (
+from mlxarch.tool_calls.forms.bare_keys import BareKeys
+from mlxarch.tool_calls.forms.channel_form import ChannelCalls
+from mlxarch.tool_calls.forms.json_forms import (
     FencedSections,
     MarkedList,
     MarkedNames,
     NumberedSections,
     TaggedObjects,
 )
-from mlxarch.tool_calls.python_forms import BareCalls, PythonLines, PythonList
-from mlxarch.tool_calls.xml_forms import TaggedPairs, TaggedParameters
+from mlxarch.tool_calls.forms.python_forms import BareCalls, PythonLines, PythonList
+from mlxarch.tool_calls.forms.xml_forms import TaggedPairs, TaggedParameters
 
 Check = Callable[[Tokenizer, str], bool]
 
@@ -39,6 +40,7 @@ _FORMS: Sequence[tuple[Check, type[CallForm]]] = (
     (_template("<function=", "<parameter="), TaggedParameters),
     (_template("<function_calls>"), PythonLines),
     (_template("<|tool_call_start|>"), PythonList),
+    (_template("<|tool_call>call:"), BareKeys),
     (_template("<tool_call>"), TaggedObjects),
     (_template('"parameters": ', "tool_calls"), BareCalls),
 )

@@ -177,8 +177,9 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
         elif _SECTION.match(line):
             break
         elif (match := _PARAMETER.match(line)) and (in_arguments or ":param" in line):
-            last = match[1]
-            texts[last] = match[2].strip()
+            name, text = match.groups()
+            texts[name] = text.strip()
+            last = name
         elif in_arguments and last is not None and line.startswith(" ") and line.strip():
             texts[last] += " " + line.strip()
         elif not in_arguments:

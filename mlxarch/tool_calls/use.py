@@ -13,7 +13,7 @@ from mlxarch.structured_output.matcher import Grammar
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.detect import call_form
 from mlxarch.tool_calls.form import CallForm, ToolRule, parameters_in_order
-from mlxarch.tool_calls.json_forms import TaggedObjects
+from mlxarch.tool_calls.forms.json_forms import TaggedObjects
 from mlxarch.tool_calls.parser import CallParser
 from mlxarch.tool_calls.tool import Tool, ToolChoice, tools_of
 

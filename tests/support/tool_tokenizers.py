@@ -14,7 +14,7 @@ from mlxarch.tokenizer.load_json import load_tokenizer_json
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 _MARKS = re.compile(
-    r"<[|｜][^<>|｜\s]+[|｜]>|\[/?[A-Z_]{4,}\]|</?(?:think|tool_call|arg_key|arg_value)>|<(?:start|end)_of_turn>"
+    r"<[|｜][^<>|｜\s]+[|｜]>|<\|tool_call>|<tool_call\|>|\[/?[A-Z_]{4,}\]|</?(?:think|tool_call|arg_key|arg_value)>|<(?:start|end)_of_turn>"
 )
 ENDING = '"}0' + "\n"  # characters that lead to an end: they are favoured, or few answers end
 

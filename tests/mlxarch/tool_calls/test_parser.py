@@ -34,6 +34,7 @@ DEEPSEEK_FENCED = (
     + "{# <｜tool▁calls▁begin｜><｜tool▁calls▁end｜><｜tool▁call▁begin｜><｜tool▁sep｜><｜tool▁call▁end｜>```json #}"
 )
 OLMO = ANSWER + "{# <function_calls> #}"
+BARE_KEYS = ANSWER + '{# <|tool_call>call: <tool_call|> <|"|> #}'
 LFM = ANSWER + "{# <|tool_call_start|><|tool_call_end|> #}"
 FENCED = (
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
@@ -137,6 +138,13 @@ SAMPLES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         'I look.\n<function_calls>\nf(s="it\'s", o={"k": [true, null]})\ng()\n</function_calls>',
         "I look.",
         [("f", {"s": "it's", "o": {"k": [True, None]}}), ("g", {})],
+    ),
+    (
+        BARE_KEYS,
+        'Hm.<|tool_call>call:f{s:<|"|>a, {b}<|"|>,n:-3,b:true,o:{k:[1,<|"|>x<|"|>],z:None}}<tool_call|>'
+        "<|tool_call>call:g{}<tool_call|>",
+        "Hm.",
+        [("f", {"s": "a, {b}", "n": -3, "b": True, "o": {"k": [1, "x"], "z": None}}), ("g", {})],
     ),
     (LFM, "<|tool_call_start|>[f(n=1)]<|tool_call_end|>Done.", "Done.", [("f", {"n": 1})]),
 ]

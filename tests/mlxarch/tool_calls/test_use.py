@@ -23,6 +23,9 @@ CALLS = {
     "mistral3.jinja": "[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{}",
     "glm4_moe.jinja": "<tool_call>g\n</tool_call>",
     "published/gpt_oss.jinja": " to=functions.g<|channel|>commentary json<|message|>{}",
+    '{{ messages[-1].content }} {# <|tool_call>call: <tool_call|> <|"|> #}': (
+        "<|tool_call>call:g{}<tool_call|>"
+    ),
     "{{ messages[-1].content }} {# <function_calls> #}": "<function_calls>\ng()\n</function_calls>",
 }
 
@@ -143,6 +146,38 @@ def test_random_answers_of_an_unconstrained_form_give_calls_too() -> None:
         tokens, ended = write(tokenizer, compiled.grammar.matcher(), seed)
         events = collect(AnswerReader(tokenizer, [1], (), use.parser()), tokens)
         assert not ended or any(isinstance(event, CallStarted) for event in events)
+
+
+def test_values_with_bare_keys_follow_their_schema() -> None:
+    tokenizer = make_tokenizer(
+        '{{ messages[-1].content }} {# <|tool_call>call: <tool_call|> <|"|> #}'
+    )
+    unit = {"enum": ["C", "F"]}
+    parameters = {
+        "properties": {
+            "s": {"type": "string"},
+            "u": {"$ref": "#/$defs/unit"},
+            "l": {"type": "array", "items": {"type": ["integer", "null"]}},
+            "o": {"type": "object", "properties": {"k": {"type": "boolean"}}},
+        },
+        "required": ["s"],
+        "$defs": {"unit": unit},
+    }
+    use = ToolUse.of(tokenizer, [{"name": "f", "parameters": parameters}], "required")
+    assert use is not None
+    compiled = use.compile(make_compiler(tokenizer))
+    text = '<|"|>{}<|"|>'.format
+    for arguments, expected in (
+        (f"s:{text('a, b')}", True),
+        (f"s:{text('')},u:{text('C')},l:[1,null],o:{{k:true}}", True),
+        (f"s:{text('x')},o:{{}}", True),
+        ("s:5", False),
+        (f"u:{text('C')}", False),
+        (f"s:{text('x')},u:{text('K')}", False),
+        (f"s:{text('x')},o:{{j:1}}", False),
+    ):
+        written = f"<|tool_call>call:f{{{arguments}}}<tool_call|>"
+        assert accepts(tokenizer, compiled.grammar.matcher(), written) is expected, arguments
 
 
 def test_a_strict_tool_names_a_keyword_that_cannot_be_held_and_another_warns() -> None:

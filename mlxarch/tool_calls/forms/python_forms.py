@@ -13,10 +13,10 @@ from mlxarch.tool_calls.form import (
     finish_call,
     parameters_in_order,
 )
-from mlxarch.tool_calls.json_forms import object_calls, read_named_object
+from mlxarch.tool_calls.forms.json_forms import object_calls, read_named_object
+from mlxarch.tool_calls.forms.xml_forms import key
 from mlxarch.tool_calls.scanner import Broken, Scanner, Steps, is_mark, quoted
 from mlxarch.tool_calls.tool import Tool
-from mlxarch.tool_calls.xml_forms import key
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 _MAX_DEPTH = 64
