@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from mlxarch.engine.request import GenerationRequest
+from mlxarch.engine.request import GenerationRequest, TokenMatcher
 from mlxarch.errors import ContextLengthError, MlxArchError
 from mlxarch.generation.thinking.switches import switches
 from mlxarch.server.answers.answers import Answers, Job, Mailbox
 from mlxarch.server.answers.constraint import Constraint, compile_constraint
 from mlxarch.server.answers.options import Options, sampling_for
 from mlxarch.server.answers.reader import OutputReader
+from mlxarch.server.answers.thinking_budget import ThinkingBudget, end_of_thinking
 from mlxarch.server.answers.tools import render_history
 from mlxarch.server.http.body import read_body
 from mlxarch.server.http.context import RequestContext
@@ -154,7 +155,7 @@ class Server:
             end_tokens=model.tokenizer.eos_ids,
             top_logprobs=options.top_logprobs,
             prompt_logprobs=options.prompt_logprobs,
-            matcher=constraint.matcher(prompt),
+            matcher=self._matcher(served, prompt, options, constraint, context),
             conversation=options.conversation or context.conversation,
         )
         check = partial(_check, constraint, context) if constraint.answer is not None else None
@@ -168,6 +169,27 @@ class Server:
             continues=options.continues,
         )
         return Job(request, reader)
+
+    @staticmethod
+    def _matcher(
+        served: ServedModel,
+        prompt: tuple[int, ...],
+        options: Options,
+        constraint: Constraint,
+        context: RequestContext,
+    ) -> TokenMatcher | None:
+        """Constraint on the tokens of an answer; None if every token may follow."""
+        matcher = constraint.matcher(prompt)
+        budget = options.thinking_budget
+        if budget is None:
+            return matcher
+        tokenizer = served.language_model.tokenizer
+        end = end_of_thinking(tokenizer)
+        if end is None:
+            context.warn("the budget of thinking is not held: no token of this model ends it")
+            return matcher
+        size = served.running_engine.vocab_size
+        return ThinkingBudget(tokenizer, prompt, end, budget, size, matcher)
 
     def _limit(
         self, prompt: int, context_length: int, options: Options, context: RequestContext

@@ -27,6 +27,7 @@ class Options:
         count: answers to each prompt.
         think: whether to think; None leaves it to the model.
         effort: level of reasoning effort; None leaves it to the model.
+        thinking_budget: tokens that the model may think; None for no limit.
         variables: further variables of the chat template.
         form: form of the answers; None for free text.
         tools: tools that the model may call.
@@ -43,6 +44,7 @@ class Options:
     count: int = 1
     think: bool | None = None
     effort: str | None = None
+    thinking_budget: int | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     form: AnswerSchema | None = None
     tools: ToolOptions = field(default_factory=ToolOptions)

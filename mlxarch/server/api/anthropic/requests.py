@@ -100,6 +100,7 @@ def to_options(body: MessagesRequest, context: RequestContext) -> Options:
         sampling=sampling,
         think=think,
         effort=effort,
+        thinking_budget=body.thinking.budget_tokens if body.thinking is not None else None,
         form=_form(body),
         tools=tools_of(body, context),
         conversation=user if isinstance(user, str) else None,
@@ -162,8 +163,6 @@ def thinking_of(body: CountRequest, context: RequestContext) -> tuple[bool | Non
         budget = body.thinking.budget_tokens
         if budget is not None and limit is not None and budget >= limit:
             raise invalid("thinking.budget_tokens must be below max_tokens", "thinking")
-        if budget is not None:
-            context.warn("thinking.budget_tokens is not held; max_tokens is")
     effort = body.output_config.effort if body.output_config is not None else None
     return effort_switch(effort, think, context)
 

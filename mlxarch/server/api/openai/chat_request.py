@@ -91,7 +91,7 @@ class Reasoning(Strict):
 
     effort: Effort | None = None
     enabled: bool | None = None
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     exclude: bool | None = None
     summary: str | None = None
 
@@ -268,6 +268,7 @@ def to_options(body: ChatRequest, served: ServedModel, context: RequestContext) 
         count=body.n or 1,
         think=think,
         effort=effort,
+        thinking_budget=body.reasoning.max_tokens if body.reasoning is not None else None,
         variables=variables,
         form=_form(body.response_format),
         tools=_tools(body),

@@ -49,19 +49,31 @@ def test_a_stream_has_events_in_order(server: LiveServer):
 
 
 def test_thinking_is_a_block_with_a_signature(server: LiveServer):
-    switch = {"type": "enabled", "budget_tokens": 2}
+    switch = {"type": "enabled", "budget_tokens": 4}
     answer = ask(server, thinking=switch).json
     [block] = answer["content"]
     assert block["type"] == "thinking"
     assert block["thinking"]
     assert block["signature"]
-    assert any("budget_tokens" in warning for warning in answer["warnings"])
+    assert "warnings" not in answer
     events = ask(server, thinking=switch, stream=True).events
     deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
     assert deltas[-1] == {"type": "signature_delta", "signature": block["signature"]}
     assert "".join(delta.get("thinking", "") for delta in deltas) == block["thinking"]
     hidden = ask(server, thinking=switch | {"display": "omitted"}).json["content"][0]
     assert hidden == block | {"thinking": ""}
+
+
+def test_thinking_ends_at_its_budget(server: LiveServer):
+    switch = {"type": "enabled", "budget_tokens": 6}
+    answer = ask(server, thinking=switch, max_tokens=20).json
+    thinking, text = answer["content"]
+    assert 0 < len(thinking["thinking"]) <= 6
+    assert text["type"] == "text"
+    assert answer["usage"]["output_tokens"] == 20
+    assert answer["usage"]["output_tokens_details"]["thinking_tokens"] == 7  # with the end mark
+    longer = ask(server, thinking=switch | {"budget_tokens": 19}, max_tokens=20).json
+    assert len(longer["content"][0]["thinking"]) > 6
 
 
 def test_an_edit_that_is_not_made_is_told(server: LiveServer):
