@@ -15,9 +15,11 @@ import pytest
 from house import ROOT
 
 import mlxarch
+from mlxarch.generation.answer import Result
 from mlxarch.generation.timings import Timings
 from mlxarch.language_model import LanguageModel
 from mlxarch.tokenizer.tokenizer import Tokenizer
+from mlxarch.tool_calls.events import ToolCall
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -268,30 +270,31 @@ def test_loading_shows_a_bar_where_standard_error_is_a_terminal(smollm2):
 # call_functions.py ---------------------------------------------------------------------------------------------------
 
 
-def test_functions_are_called_and_their_results_reach_the_answer(
-    smollm2, tmp_path, monkeypatch, capsys
-):
+def test_functions_are_called_and_their_results_reach_the_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "note.txt").write_text("one two three")
     monkeypatch.chdir(tmp_path)
-    prompts: list[list[dict[str, object]]] = []
-    generate = LanguageModel.generate
+    calls = [
+        ToolCall("1", "count_words", {"path": "../note.txt"}, "{}"),
+        ToolCall("2", "count_words", {"path": "none.txt"}, "{}"),
+        ToolCall("3", "multiply", {"a": 3, "b": 0.5}, "{}"),
+    ]
+    answers = [
+        Result("", [], "stop", Timings(), calls=calls),
+        Result("Three.", [], "stop", Timings()),
+    ]
+    prompts = []
 
-    def answer(self: LanguageModel, messages: list[dict[str, object]], **options: object):
+    def generate(messages, *, tools, max_tokens):
         prompts.append(list(messages))
-        if len(prompts) == 1:  # a small model seldom calls a function by itself
-            options |= {"tool_choice": "count_words", "max_tokens": 60}
-        return generate(self, messages, **(options | {"max_tokens": 60}))
+        assert [tool.name for tool in tools] == ["count_words", "multiply"]
+        return answers[len(prompts) - 1]
 
-    monkeypatch.setattr(LanguageModel, "generate", answer)
-    question = "How many words has the file note.txt?"
-    monkeypatch.setattr(sys, "argv", ["call_functions.py", question, "-m", str(smollm2)])
+    model = SimpleNamespace(generate=generate)
+    monkeypatch.setattr(mlxarch, "load", lambda name: model, raising=False)
+    monkeypatch.setattr(sys, "argv", ["call_functions.py", "How many words?"])
     runpy.run_path(str(EXAMPLES / "call_functions.py"))
-    assert len(prompts) >= 2
-    call, result = prompts[1][1], prompts[1][2]
-    assert call["role"] == "assistant" and "count_words" in str(call["tool_calls"])
-    assert (
-        result["role"] == "tool"
-        and result["content"] in ("3",)
-        or "error" in str(result["content"])
-    )
-    assert capsys.readouterr().out.strip()
+    assert prompts[1][1] == answers[0].message
+    three, error, product = prompts[1][2:]
+    assert (three["content"], three["tool_call_id"], product["content"]) == ("3", "1", "1.5")
+    assert error["content"].startswith("error:")
+    assert capsys.readouterr().out == "Three.\n"
