@@ -98,6 +98,7 @@ class _Worker:
             self.scheduler.waiting.extend(self.arrivals)
             self.arrivals.clear()
         self.scheduler.finish_all("error", EngineStopped(f"the engine failed: {error!r}"))
+        self.scheduler.prefixes.close()
         if self.on_death is not None:
             self.on_death(error)
 

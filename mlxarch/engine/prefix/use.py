@@ -40,9 +40,10 @@ class PrefixUse:
         self._stores_answers = stores_answers
 
     def close(self) -> None:
-        """Finish writing to the disk."""
+        """Finish writing to the disk, and release the memory."""
         if self._files is not None:
             self._files.close()
+        self.cache.clear()
 
     def restore(self, row: Row, free: int | None) -> None:
         """Bring the empty caches of a row to the longest cached beginning of its prompt.

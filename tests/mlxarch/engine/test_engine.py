@@ -1,5 +1,6 @@
 """The engine: answers do not depend on neighbours, and every end of a request is reported."""
 
+import random
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -303,3 +304,19 @@ def test_a_cancelled_prompt_ends_within_its_chunk(
     assert [output.finish_reason for output in outputs] == ["cancelled"]
     monkeypatch.undo()
     assert len(tokens_of(list(engine.stream(request())))) == 6
+
+
+def test_requests_that_end_at_any_moment_leave_no_bytes(model: CausalLM) -> None:
+    rng = random.Random(0)
+    with Engine(model, max_rows=4, chunk=16, prefix_cache_bytes=0) as engine:
+        list(engine.stream(request(60)))
+        baseline = mx.get_active_memory()
+        for _ in range(25):
+            events = rng.randrange(12)
+            outputs = engine.stream(request(60, max_tokens=40))
+            for _ in range(events):
+                next(outputs)
+            outputs.close()  # pyright: ignore[reportAttributeAccessIssue]
+        list(engine.stream(request(60)))  # behind the last one that was cancelled
+        assert engine.status().row_bytes == 0
+        assert mx.get_active_memory() <= 1.01 * baseline
