@@ -11,8 +11,6 @@ from mlxarch.tokenizer.load_json import translate_panics
 
 MAX_TEXT_BYTES = 16 << 20
 """Largest text that is encoded, in bytes of UTF-8: some four million tokens."""
-MAX_NORMALIZED_BYTES = 256 << 20
-"""Largest size that normalization may give to such a text."""
 
 
 class Encoder:
@@ -20,7 +18,7 @@ class Encoder:
 
     Args:
         tokenizer: the library's object, complete with added tokens.
-        max_expansion: largest factor by which normalization can lengthen a text.
+        max_text_bytes: largest text that the tokenizer encodes within seconds.
         control_tokens: texts of tokens that text of unknown origin must not become.
         prefix: ids to put before a text; None lets the library's post-processor decide.
         suffix: ids to put after a text.
@@ -29,13 +27,13 @@ class Encoder:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
-        max_expansion: int,
+        max_text_bytes: int,
         control_tokens: Sequence[str],
         prefix: Sequence[int] | None,
         suffix: Sequence[int],
     ):
         self._tokenizer = tokenizer
-        self._limit = min(MAX_TEXT_BYTES, MAX_NORMALIZED_BYTES // max_expansion)
+        self._limit = min(MAX_TEXT_BYTES, max_text_bytes)
         self._control_tokens = control_tokens
         self._prefix = prefix
         self._suffix = suffix

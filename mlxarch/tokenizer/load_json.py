@@ -4,15 +4,14 @@ The file is untrusted data, so its sizes are checked before the library parses i
 texts the library panics: pyo3's PanicException derives from BaseException and would end a thread.
 On others it loops for hours: chained replacements that lengthen a text a billion times, words
 without a length limit, nested repetitions in regular expressions. Panics are raised as
-TokenizerError, and files that show such a problem are rejected here. Other slow regular expressions
-remain possible: the library gives up on one match after ten million steps (about a second), which
-is a TokenizerError too, but many slow matches in one text add up.
+TokenizerError, and files that show such a problem are rejected here. So is what would take more
+than seconds or a few gigabytes: sizes and counts have limits, and so has the text, by what the
+sections can cost.
 
 The truncation and padding sections are dropped: the caller decides how to truncate a prompt.
 """
 
 import base64
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ import tokenizers
 
 from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import REMEDY, short_repr
-from mlxarch.tokenizer.repair import repaired_sections, walk
+from mlxarch.tokenizer.sections.regular_expressions import CostlyPattern, is_quadratic
+from mlxarch.tokenizer.sections.repair import repaired_sections, walk
 
-MAX_FILE_BYTES = 128 << 20
+MAX_FILE_BYTES = 64 << 20
 """Largest file that is read; the largest published ones have 33 MB."""
 MAX_TOKEN_ID = 1 << 24
 """Exclusive upper bound of token ids."""
@@ -33,10 +33,19 @@ MAX_ADDED_TOKENS = 1 << 17
 """Largest number of added tokens."""
 MAX_EXPANSION = 64
 """Largest factor by which a section may lengthen a text; NFKC needs 18."""
+MAX_NORMALIZED_BYTES = 64 << 20
+"""Largest size that normalization may give to a text; the library takes 17 bytes for each."""
+MAX_QUADRATIC_BYTES = 1 << 14
+"""Largest text for a regular expression that takes quadratic time: about two seconds."""
+_MAX_TEXT_BY_STEP = 1 << 26  # bytes of a text times steps, or times the longest token: seconds
 
 # The search for added tokens takes about 150 bytes for each of their characters.
 _MAX_ADDED_CHARACTERS = 1 << 21
-_MAX_STEPS = 64  # in one section
+_MAX_STEPS = 16  # in one section
+_MAX_SECTION_BYTES = 4 << 20
+_MAX_SECTION_VALUES = 4096  # objects, lists, texts and numbers of one section
+_MAX_TOKENS = 1 << 21
+_MAX_MERGES_COMMAS = 1 << 23  # in the list of merges: two or more for each
 _MAX_STRING_LENGTH = 1 << 14  # of a pattern or a content in a section
 _MAX_TOKEN_LENGTH = {  # characters
     "BPE": 4096,
@@ -45,6 +54,7 @@ _MAX_TOKEN_LENGTH = {  # characters
     "Unigram": 512,
 }
 _MAX_WORD_LENGTH = 256  # characters; WordPiece takes time quadratic in it
+_SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _EXPANSIONS = {"NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 3, "BertNormalizer": 12}
 
 
@@ -62,13 +72,13 @@ class LoadedTokenizer:
     Attributes:
         tokenizer: the library's object.
         decoder: the ``decoder`` section of the tokenizer.json.
-        max_expansion: largest factor by which normalization can lengthen a text.
+        max_text_bytes: largest text that is encoded within seconds and a few gigabytes.
         vocab_size: 1 + the largest id.
     """
 
     tokenizer: tokenizers.Tokenizer
     decoder: dict[str, Any] | None
-    max_expansion: int
+    max_text_bytes: int
     vocab_size: int
 
 
@@ -117,20 +127,15 @@ def load_tokenizer_json(data: bytes, name: str) -> LoadedTokenizer:
         document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         model = msgspec.json.decode(document.get("model", b"null"), type=dict[str, msgspec.Raw])
         added = msgspec.json.decode(document.get("added_tokens", b"[]"), type=list[_AddedToken])
-        sections = {
-            key: msgspec.json.decode(document.get(key, b"null"), type=dict[str, Any] | None)
-            for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-        }
-        largest_id, vocabulary = _check_model(model, name)
+        sections = {key: _read_section(document, key, name) for key in _SECTIONS}
+        largest_id, vocabulary, text_limit = _check_model(model, name)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as problem:
         raise TokenizerError(
             f"{name}: this is not a tokenizer.json ({problem}). {REMEDY}"
         ) from problem
     check_added_tokens([token.content for token in added], name)
     largest_id = max([largest_id, *(token.id for token in added)])
-    expansions = {
-        key: _check_section(section, f"{name}: {key}") for key, section in sections.items()
-    }
+    limits = [_check_section(section, f"{name}: {key}") for key, section in sections.items()]
     for key, section in repaired_sections(vocabulary, sections, name).items():
         sections[key] = section
         document[key] = msgspec.Raw(msgspec.json.encode(section))
@@ -139,15 +144,31 @@ def load_tokenizer_json(data: bytes, name: str) -> LoadedTokenizer:
         # Encoded again, so that the library parses what was checked: duplicate keys are gone.
         text = msgspec.json.encode(document | {"model": model}).decode()
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    max_expansion = expansions["normalizer"] * expansions["pre_tokenizer"]
-    return LoadedTokenizer(tokenizer, sections["decoder"], max_expansion, largest_id + 1)
+    max_text_bytes = min(text_limit, *limits)
+    return LoadedTokenizer(tokenizer, sections["decoder"], max_text_bytes, largest_id + 1)
 
 
-def _check_model(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[str, int]]:
+def _read_section(document: dict[str, msgspec.Raw], key: str, name: str) -> dict[str, Any] | None:
+    data = document.get(key, msgspec.Raw(b"null"))
+    if len(data) > _MAX_SECTION_BYTES:
+        raise TokenizerError(
+            f"{name}: {key} has {len(data)} bytes, and may have {_MAX_SECTION_BYTES}. {REMEDY}"
+        )
+    section = msgspec.json.decode(data, type=dict[str, Any] | None)
+    count = sum(1 for _ in walk(section))
+    if count > _MAX_SECTION_VALUES:
+        raise TokenizerError(
+            f"{name}: {key} has {count} values, and may have {_MAX_SECTION_VALUES}. {REMEDY}"
+        )
+    return section
+
+
+def _check_model(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[str, int], int]:
     """Validate the ``model`` section.
 
     Returns:
-        The largest token id, and token -> id (for Unigram, the position in the list).
+        The largest token id, and token -> id (for Unigram, the position in the list),
+        and the size of the largest text that the model encodes within seconds.
     """
     # the oldest files, all of them BPE, have no type
     kind = msgspec.json.decode(model.get("type", b'"BPE"'), type=str)
@@ -168,6 +189,15 @@ def _check_model(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[st
         largest_id = max(ids.values(), default=-1)
         if min(ids.values(), default=0) < 0 or largest_id >= MAX_TOKEN_ID:
             raise TokenizerError(f"{name}: a token id is outside 0 to {MAX_TOKEN_ID - 1}. {REMEDY}")
+    if (
+        len(tokens) > _MAX_TOKENS
+        or bytes(model.get("merges", b"")).count(b",") > _MAX_MERGES_COMMAS
+    ):
+        raise TokenizerError(
+            f"{name}: {len(tokens)} tokens, and merges with "
+            f"{bytes(model.get('merges', b'')).count(b',')} commas; at most {_MAX_TOKENS} and "
+            f"{_MAX_MERGES_COMMAS} are read. {REMEDY}"
+        )
     longest = max(map(len, tokens), default=0)
     if longest > _MAX_TOKEN_LENGTH[kind]:
         raise TokenizerError(
@@ -187,18 +217,20 @@ def _check_model(model: dict[str, msgspec.Raw], name: str) -> tuple[int, dict[st
         raise TokenizerError(
             f"{name}: the BPE model has a continuing_subword_prefix, which is not supported."
         )
-    return largest_id, ids
+    steps = {"Unigram": longest, "WordPiece": word_length}.get(kind, 1)
+    return largest_id, ids, _MAX_TEXT_BY_STEP // max(steps, 1)
 
 
 def _check_section(section: dict[str, Any] | None, where: str) -> int:
-    """Validate a section. Return the largest factor by which its steps can lengthen a text."""
+    """Validate a section. Return the size of the largest text that it may get."""
     steps = [node for node in walk(section) if isinstance(node, dict) and "type" in node]
     if len(steps) > _MAX_STEPS:
         raise TokenizerError(f"{where} has {len(steps)} steps, and may have {_MAX_STEPS}. {REMEDY}")
+    limit = _MAX_TEXT_BY_STEP // max(len(steps), 1)
     for node in walk(section):
         for key, value in node.items() if isinstance(node, dict) else ():
-            if isinstance(value, str):
-                _check_string(key, value, where)
+            if isinstance(value, str) and _is_quadratic(key, value, where):
+                limit = MAX_QUADRATIC_BYTES
     factor = 1
     for step in steps:
         factor *= _step_expansion(step)
@@ -207,17 +239,23 @@ def _check_section(section: dict[str, Any] | None, where: str) -> int:
                 f"{where} can make a text more than {MAX_EXPANSION} times longer, the most that is "
                 f"allowed. {REMEDY}"
             )
-    return factor
+    return min(limit, MAX_NORMALIZED_BYTES // factor)
 
 
-def _check_string(key: str, value: str, where: str) -> None:
+def _is_quadratic(key: str, value: str, where: str) -> bool:
+    """Check a text of a section. Return whether it is a regular expression of quadratic time."""
     if len(value) > _MAX_STRING_LENGTH and key != "precompiled_charsmap":
         raise TokenizerError(
             f"{where}: {key} has {len(value)} characters, and may have {_MAX_STRING_LENGTH}. "
             f"{REMEDY}"
         )
-    if key == "Regex":
-        _check_regex(value, where)
+    try:
+        return key == "Regex" and is_quadratic(value)
+    except CostlyPattern as problem:
+        raise TokenizerError(
+            f"{where}: the regular expression {short_repr(value)} {problem}; it could take hours on "
+            f"a short text. {REMEDY}"
+        ) from None
 
 
 def _step_expansion(step: dict[str, Any]) -> int:
@@ -254,42 +292,3 @@ def _longest_replacement(charsmap: Any) -> int:
     except (TypeError, ValueError):
         return 1  # the library rejects it
     return max(map(len, strings.split("\0")))
-
-
-_REGEX_TOKEN = re.compile(
-    r"\\.|(?P<open>\((?:\?[^:()]*:?)?)|(?P<close>\))"
-    r"|(?P<quantifier>[*+]|\{\d*,?\d*\})[?+]?|[^\\]",
-    re.DOTALL,
-)
-
-
-def _check_regex(pattern: str, where: str) -> None:
-    """Reject nested unbounded quantifiers such as ``(a+)+``, which can take exponential time."""
-    unbounded = [False]  # for each open group: whether it contains an unbounded quantifier
-    after_unbounded_group = False  # whether the previous token closed such a group
-    brackets = 0  # open brackets of character classes
-    for token in _REGEX_TOKEN.finditer(pattern):
-        text = token[0]
-        if text == "[":
-            brackets += 1
-        elif text == "]" and brackets:
-            brackets -= 1
-        if brackets or text == "]":
-            after_unbounded_group = False
-        elif token["open"]:
-            unbounded.append(False)
-            after_unbounded_group = False
-        elif token["close"]:
-            after_unbounded_group = unbounded.pop() if len(unbounded) > 1 else False
-            unbounded[-1] |= after_unbounded_group
-        elif token["quantifier"]:
-            limit = token["quantifier"].strip("{}").split(",")[-1]
-            if after_unbounded_group and limit != "1":
-                raise TokenizerError(
-                    f"{where}: the regular expression {short_repr(pattern)} repeats a group that "
-                    f"repeats without end, which can take hours on a short text. {REMEDY}"
-                )
-            unbounded[-1] |= not limit.isdigit()
-            after_unbounded_group = False
-        else:
-            after_unbounded_group = False

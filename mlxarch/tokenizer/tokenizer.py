@@ -73,7 +73,7 @@ class Tokenizer:
                 ids in between are valid and decode to no text.
         """
         self._tokenizer = loaded.tokenizer
-        self._max_expansion = loaded.max_expansion
+        self._max_text_bytes = loaded.max_text_bytes
         self._tokenizer_config = dict(settings or {})
         self._templates = dict(templates or {})
         self._token_bytes = TokenByteDecoder(loaded.decoder)
@@ -345,7 +345,7 @@ class Tokenizer:
     def _encoder(self) -> Encoder:
         special, tags = self._control_texts
         prefix, suffix = self._prefix_and_suffix()
-        return Encoder(self._tokenizer, self._max_expansion, [*special, *tags], prefix, suffix)
+        return Encoder(self._tokenizer, self._max_text_bytes, [*special, *tags], prefix, suffix)
 
     def _prefix_and_suffix(self) -> tuple[list[int] | None, list[int]]:
         """Ids to put before and after a text as tokenizer_config.json says.

@@ -81,6 +81,24 @@ WORDPIECE = {
     "continuing_subword_prefix": "##",
 }
 
+def _add_tokens(count, length):
+    def change(document):
+        document["added_tokens"] += [
+            {**document["added_tokens"][-1], "id": 1000 + index, "content": f"{index:0{length}}"}
+            for index in range(count)
+        ]
+
+    return change
+
+
+def _template(count):
+    def change(document):
+        token = next(iter(document["post_processor"]["special_tokens"].values()))
+        token |= {"ids": [1] * count, "tokens": ["<s>"] * count}
+
+    return change
+
+
 # name → (change of the seed, text to encode)
 CASES = {
     # panics while loading
@@ -190,6 +208,31 @@ CASES = {
         "a",
     ),
     "dropout": (_set("model", "dropout", 2.0), "a"),
+    "long added tokens": (_add_tokens(10_000, 490), "a"),
+    "many added tokens": (_add_tokens(140_000, 1), "a"),
+    "template with many ids": (_template(100_000), "a"),
+    "template that repeats": (
+        _set("post_processor", "single", [{"Sequence": {"id": "A", "type_id": 0}}] * 5000),
+        "a",
+    ),
+    "many replacements": (_set("normalizer", _sequence([_replace(text="b")] * 20)), LONG),
+    "replacements of a long text": (
+        _set("normalizer", _sequence([_replace(text="b")] * 14)),
+        "b" * 5_000_000,
+    ),
+    "run that is read anew from each blank": (_split(r"\s*[\r\n]+"), " " * 200_000 + "x\n"),
+    "digits counted from the right": (
+        _split(r"\d{1,3}(?=(?:\d{3})*\b)"),
+        "1" * 200_000,
+    ),
+    "back-reference": (_split(r"(a*)\1b"), LONG),
+    "sixty optional letters": (_split("a?" * 60 + "b"), LONG),
+    "unigram with all lengths": (
+        _model(
+            "Unigram", unk_id=0, vocab=[["<unk>", 0.0]] + [["a" * k, -1.0] for k in range(1, 512)]
+        ),
+        "a" * 1_000_000,
+    ),
     "huge pattern": (_split("a" * 100_000), "a"),
     "open group": (_split("(a"), "a"),
 }

@@ -21,7 +21,7 @@ from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import REMEDY
 from mlxarch.tokenizer.added_tokens import listed_ids
 from mlxarch.tokenizer.convert.converted import ConvertedTokenizer
-from mlxarch.tokenizer.repair import sentencepiece_decoder
+from mlxarch.tokenizer.sections.repair import sentencepiece_decoder
 
 MAX_FILE_BYTES = 64 << 20
 """Largest file that is read; the largest published ones have 5 MB."""
@@ -218,8 +218,8 @@ def _normalizer(model: _Model) -> dict[str, Any]:
         charsmap = base64.b64encode(model.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if model.remove_extra_whitespaces:
-        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A | \z"}, "content": ""})
     if model.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": _SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})

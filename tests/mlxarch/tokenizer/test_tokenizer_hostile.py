@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxarch.errors import TokenizerError
-from mlxarch.tokenizer.encoder import MAX_NORMALIZED_BYTES
-from mlxarch.tokenizer.load_json import load_tokenizer_json
+from mlxarch.tokenizer.load_json import MAX_NORMALIZED_BYTES, load_tokenizer_json
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
 TESTS = Path(__file__).parents[2]
@@ -49,7 +48,7 @@ def test_every_hostile_file_is_refused_or_harmless_within_seconds():
         expected = "ok" if name in HARMLESS else "TokenizerError: "
         assert outcome.startswith(expected), (name, outcome)
         assert seconds < 5, (name, seconds)
-    assert any("retry-limit" in outcome for _, outcome, _ in results)  # some were real panics
+    assert any("take hours" in outcome for _, outcome, _ in results)
     assert {name for name, outcome, _ in results if outcome == "ok"} == HARMLESS
 
 

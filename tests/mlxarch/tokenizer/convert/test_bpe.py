@@ -290,7 +290,7 @@ def changed(
             *changed("tekken", "tekken.json", lambda f: f["config"].update(pattern="(a+)+")),
             "repeats",
         ),
-        (*changed("tekken", "tekken.json", lambda f: f["config"].update(pattern="(")), "failed"),
+        (*changed("tekken", "tekken.json", lambda f: f["config"].update(pattern="(")), "lacks a"),
         (
             *changed("tekken", "tekken.json", lambda f: f["config"].update(default_vocab_size=999)),
             "cannot be",

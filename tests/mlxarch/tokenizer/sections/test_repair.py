@@ -10,7 +10,7 @@ from mlxarch.errors import TokenizerError
 from mlxarch.tokenizer.load_json import load_tokenizer_json
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
-FOLDERS = Path(__file__).parents[2] / "fixtures" / "tokenizers"
+FOLDERS = Path(__file__).parents[3] / "fixtures" / "tokenizers"
 TEXT = "the time, é 🙂\nand more"
 
 BYTE_LEVEL = {
