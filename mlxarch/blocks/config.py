@@ -248,7 +248,12 @@ def _name_unread_rope_keys(config: DecoderConfig) -> None:
     """Warn of RoPE keys that nothing reads: they may be meant to change the model."""
     sections = [config.rope_scaling or {}, config.rope_parameters or {}]
     sections += [own for rope in sections for own in rope.values() if isinstance(own, dict)]
-    found = {key for rope in sections for key, value in rope.items() if not isinstance(value, dict)}
+    found = {
+        key
+        for rope in sections
+        for key, value in rope.items()
+        if value is not None and not isinstance(value, dict)
+    }
     if unread := sorted(found - ROPE_KEYS):
         _logger.warning(
             "config.json: RoPE scaling has %s, which mlxarch does not read",

@@ -19,7 +19,7 @@ ROPE_KEYS = frozenset(
         "factor", "original_max_position_embeddings",
         "low_freq_factor", "high_freq_factor",
         "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
-        "attention_factor", "attn_factor", "llama_4_scaling_beta",
+        "attention_factor", "attn_factor", "llama_4_scaling_beta", "short_factor", "long_factor",
         "mrope_section", "mrope_interleaved",  # of images: for text it is the usual RoPE
     }
 )  # fmt: skip

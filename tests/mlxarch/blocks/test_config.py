@@ -110,6 +110,7 @@ def test_attn_factor_multiplies_what_yarn_computes(caplog: pytest.LogCaptureFixt
 
 def test_a_key_that_nothing_reads_is_named(caplog: pytest.LogCaptureFixture) -> None:
     config("qwen3", rope_theta=1e4, rope_scaling=YARN | {"no_such_key": 3})
+    config("qwen3", rope_theta=1e4, rope_scaling=YARN | {"no_such_key": None})
     [record] = caplog.records
     assert record.levelno == logging.WARNING and "'no_such_key'" in record.getMessage()
     both = {"full_attention": PLAIN | {"other_key": 1}, "sliding_attention": PLAIN}
