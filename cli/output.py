@@ -96,13 +96,23 @@ def print_json(value: Any) -> None:
     )
 
 
-def print_table(rows: Iterable[Sequence[str]]) -> None:
-    """Print rows of equal length to standard output, in aligned columns."""
-    rows = [[show_control_characters(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip(), flush=True)
+def print_table(rows: Iterable[Sequence[str]], optional: Iterable[int] = ()) -> None:
+    """Print rows of equal length to standard output, in aligned columns.
+
+    Args:
+        optional: indices of columns that are left out, the first ones first, until a line fits
+            on the terminal.
+    """
+    cells = [[show_control_characters(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    shown = list(range(len(widths)))
+    columns = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else sys.maxsize
+    for index in optional:
+        if sum(widths[each] + 2 for each in shown) - 2 <= columns:
+            break
+        shown.remove(index)
+    for row in cells:
+        print("  ".join(row[index].ljust(widths[index]) for index in shown).rstrip(), flush=True)
 
 
 def configure_streams() -> None:

@@ -16,7 +16,7 @@ import mlxarch
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("-m", "--model", default="qwen3-4b", help="model (default: qwen3-4b)")
+parser.add_argument("-m", "--model", help="model (default: MLXARCH_MODEL, or one that is here)")
 parser.add_argument("--about", type=Path, help="text file with the answers (default: none)")
 parser.add_argument("--max-tokens", type=int, default=200, help="tokens per answer (default: 200)")
 args = parser.parse_args()

@@ -14,7 +14,7 @@ import mlxarch
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("-m", "--model", default="qwen3-4b", help="model (default: qwen3-4b)")
+parser.add_argument("-m", "--model", help="model (default: MLXARCH_MODEL, or one that is here)")
 parser.add_argument("--system", help="system prompt (default: none)")
 parser.add_argument("--max-tokens", type=int, help="tokens per answer (default: until it ends)")
 args = parser.parse_args()
@@ -26,10 +26,13 @@ try:
     messages = [{"role": "system", "content": args.system}] if args.system else []
     while question := input("> "):
         messages.append({"role": "user", "content": question})
-        answer = ""
+        answer, thinking = "", False
         try:
             for piece in model.stream(messages, session=session, **options):
-                answer += piece.text
+                if piece.thinking != thinking:  # shown apart, and not sent back later
+                    print("(thinking)" if piece.thinking else "\n(answer)")
+                    thinking = piece.thinking
+                answer += "" if thinking else piece.text
                 print(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             pass

@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser(
 parser.add_argument("file", help="CSV file with a header")
 parser.add_argument("column", help="column to classify by; its first 1000 characters are used")
 parser.add_argument("labels", nargs="+", help="labels: common words with different beginnings")
-parser.add_argument("-m", "--model", default="qwen3-4b", help="model (default: qwen3-4b)")
+parser.add_argument("-m", "--model", help="model (default: MLXARCH_MODEL, or one that is here)")
 args = parser.parse_args()
 try:
     with open(args.file, newline="", encoding="utf-8-sig") as file:

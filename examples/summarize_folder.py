@@ -31,7 +31,7 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("folder", type=Path, help="folder to read")
-parser.add_argument("-m", "--model", default="qwen3-4b", help="model (default: qwen3-4b)")
+parser.add_argument("-m", "--model", help="model (default: MLXARCH_MODEL, or one that is here)")
 parser.add_argument("--pattern", default="*.txt", help="file names to read (default: *.txt)")
 parser.add_argument(
     "--piece", type=int, default=3000, help="tokens per piece, 30 or more (default: 3000)"

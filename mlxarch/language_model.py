@@ -42,7 +42,7 @@ from mlxarch.quantization.scheme import Quantization
 from mlxarch.ssd_streaming.embeddings import cache_of
 from mlxarch.ssd_streaming.experts import ExpertStreaming, streaming_of
 from mlxarch.ssd_streaming.row_cache import RowCache
-from mlxarch.store.installed import find_catalog_entry
+from mlxarch.store.installed import default_model, find_catalog_entry
 from mlxarch.store.lookup import plan_checkpoint
 from mlxarch.store.obtain import obtain
 from mlxarch.structured_output.compiler import GrammarCompiler
@@ -61,7 +61,7 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | None = None,
     *,
     bits: int | str | None = None,
     dtype: str | mx.Dtype | None = None,
@@ -79,7 +79,8 @@ def load(
     exists.
 
     Args:
-        name_or_path: catalog name, repository, folder or GGUF file.
+        name_or_path: catalog name, repository, folder or GGUF file; None takes MLXARCH_MODEL or,
+            without it, the newest model on this machine.
         bits: weight bits, or "original" for weights as published; None takes the largest of 8 and 4
             that fits.
         dtype: dtype to compute in; None takes the checkpoint's, and float32 on MLX's CPU back end.
@@ -109,7 +110,7 @@ def load(
     length = parse_tokens(context) if isinstance(context, str) else context
     request = Request(memory=allowed, context=length, kv_bits=kv_bits, ple=ple)
     with terminal_progress(progress) as report:
-        path = obtain(name_or_path, bits=bits, progress=report, request=request)
+        path = obtain(name_or_path or default_model(), bits=bits, progress=report, request=request)
         return load_folder(path, request, dtype=dtype, wire=wire, slice=slice, progress=report)
 
 
@@ -134,7 +135,8 @@ def load_folder(
             model = load_weights(checkpoint, dtype=dtype, progress=report, execution=execution)
         reservation.release_with(model)
         config = checkpoint.source.config
-    loaded = LanguageModel(path, model, config, tokenizer, request.context, plan.execution.kv)
+    capacity = None if plan.grows else plan.context
+    loaded = LanguageModel(path, model, config, tokenizer, capacity, plan.execution.kv)
     loaded.context_length = plan.context
     loaded.plan = plan
     return loaded

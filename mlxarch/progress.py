@@ -10,7 +10,7 @@ class Progress(Protocol):
     """A callback for progress, called often: it must be cheap."""
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        """Report a step, named by ``label``; it ends when ``done == total``, both in bytes."""
+        """Report a step, named by ``label``; it ends when ``done == total``, mostly in bytes."""
 
 
 def silent(label: str, done: int, total: int) -> None:
@@ -30,11 +30,23 @@ def format_duration(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} seconds"
 
 
+SMALLEST_BYTES = 100_000  # a step of a smaller total counts something else: layers, matrices, files
+
+
+def format_step(done: int, total: int, rate: float | None) -> str:
+    """Format how far a step is: 12.3 of 54.0 GB, 8.1 MB/s; or 6 of 7, where it counts no bytes."""
+    if total < SMALLEST_BYTES:
+        return f"{done} of {total}"
+    text = f"{format_size(done)} of {format_size(total)}"
+    return f"{text}, {format_size(round(rate))}/s" if rate else text
+
+
 @contextmanager
 def terminal_progress(progress: Progress | None) -> Iterator[Progress]:
     """Provide the given callback or, without one, progress bars if standard error is a terminal.
 
-    A bar shows bytes, rate and time left of a step. All bars disappear at the end of the block.
+    The bar shows how far a step is, its rate and the time left; a new step replaces it. It
+    disappears at the end of the block.
     """
     if progress is not None or not sys.stderr.isatty():
         yield progress or silent
@@ -42,30 +54,29 @@ def terminal_progress(progress: Progress | None) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        DownloadColumn,
+        TaskID,
         TextColumn,
         TimeRemainingColumn,
-        TransferSpeedColumn,
     )
     from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"))
     bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    tasks = {}
+    tasks: dict[str, TaskID] = {}
 
     def report(label: str, done: int, total: int) -> None:
         bars.start()  # not before the first report: the user may be asked something until then
         if label not in tasks:
-            tasks[label] = bars.add_task(label, total=total)
-        bars.update(tasks[label], completed=done, total=total)
+            tasks[label] = bars.add_task(label, total=total, step="", visible=False)
+        for each in bars.tasks:  # one bar at a time: that of the step that goes on
+            shown = each.id == tasks[label]
+            if shown:
+                step = format_step(done, total, each.speed)
+                bars.update(each.id, completed=done, total=total, step=step, visible=True)
+            elif each.visible:
+                bars.update(each.id, visible=False)
 
     try:
         yield report
     finally:
-        if tasks:
-            bars.stop()
+        bars.stop()

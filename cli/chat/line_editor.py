@@ -84,7 +84,9 @@ def _decoded_lines(stream: TextIO | None) -> Iterator[str]:
     """Lines of a stream; its bytes are decoded here, since Python hides what is no UTF-8."""
     for number, line in enumerate(getattr(stream, "buffer", None) or stream or (), 1):
         yield (
-            line if isinstance(line, str) else decode_utf8(line, f"standard input, line {number},")
+            line
+            if isinstance(line, str)
+            else decode_utf8(line, f"standard input, line {number},", "")
         )
 
 

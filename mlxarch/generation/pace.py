@@ -75,7 +75,7 @@ class Pace:
 
 def pace_of(model: CausalLM) -> Pace:
     """Pace of a network; every session of the network shares it."""
-    attributes = vars(model)
+    attributes = model.__dict__
     if "_pace" not in attributes:
         first = model.layers[0].parameters()
         size = tree_reduce(lambda total, array: total + array.nbytes, first, 0)

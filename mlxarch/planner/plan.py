@@ -39,6 +39,7 @@ class Plan:
         tokens_per_second: estimated decode speed with a full context; None if the memory bandwidth
             of the machine is unknown.
         remedies: options that would make the model fit.
+        grows: whether KV caches grow on demand; otherwise they are allocated for the whole context.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Plan:
     offloaded: str = ""
     tokens_per_second: float | None = None
     remedies: Sequence[str] = field(default=())
+    grows: bool = False
 
     @property
     def mlx_peak(self) -> int:

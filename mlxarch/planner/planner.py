@@ -68,7 +68,7 @@ def plan(
     planner = _Planner(blueprint, machine, request)
     max_context = planner.footprint.max_context
     if request.context is None:
-        return planner.plan_longest_context()
+        return planner.plan_longest_context(advise)
     if type(request.context) is not int or not 1 <= request.context <= max_context:
         raise InvalidInput(
             f"context must lie in 1 … {max_context}, what {blueprint.name} was made for; "
@@ -88,9 +88,11 @@ def best_plan(blueprint: Blueprint, machine: Machine, request: Request = DEFAULT
     """
     if request.bits is not None:
         return plan(blueprint, machine, request)
-    plans = [plan(blueprint, machine, replace(request, bits=bits)) for bits in (8, 4)]
+    larger = plan(blueprint, machine, replace(request, bits=8), advise=False)
     enough = min(blueprint.max_context, request.context or ENOUGH_CONTEXT)
-    return next((p for p in plans if p.verdict == "resident" and p.context >= enough), plans[-1])
+    if larger.verdict == "resident" and larger.context >= enough:
+        return larger
+    return plan(blueprint, machine, replace(request, bits=4))
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ class _Planner:
             found = self._plan(candidate)
             if self._fits(found):
                 return found
+            if candidate.offload_ple == offload_ple[-1] and self._is_hopeless(found):
+                return found
         if any(self.expert_bytes):
             for candidate in candidates[-2:]:
                 streamed = self._plan_streamed(candidate)
@@ -161,7 +165,12 @@ class _Planner:
                     return streamed
         return self._plan(candidates[-1])
 
-    def plan_longest_context(self) -> Plan:
+    def _is_hopeless(self, found: Plan) -> bool:
+        """Whether the weights and caches alone are too much, so that no chunk is short enough."""
+        least = found.total - (1 + HEADROOM_FRACTION) * found.activations - found.mlx_cache
+        return not any(self.expert_bytes) and least > self.memory
+
+    def plan_longest_context(self, advise: bool) -> Plan:
         """Plan for the longest context that fits beside all weights.
 
         If not even ``ENOUGH_CONTEXT`` tokens fit, plan for that or less with offloaded experts.
@@ -177,7 +186,7 @@ class _Planner:
 
         best = plan_resident(high) or plan_resident(low)
         if best is None:
-            return self._plan_short_context()
+            return self._plan_short_context(advise)
         low = -(-best.context // CONTEXT_STEP)
         while low + 1 < high:
             middle = (low + high) // 2
@@ -189,17 +198,21 @@ class _Planner:
                 high = middle
         return best
 
-    def _plan_short_context(self) -> Plan:
-        """Plan for the first of a few short contexts that fits with offloaded experts."""
+    def _plan_short_context(self, advise: bool) -> Plan:
+        """Plan for the first of a few short contexts that fits, with offloaded experts if need be.
+
+        Caches that grow come first: they take less while a conversation is short.
+        """
         max_context = self.footprint.max_context
-        plans = [
-            self.plan_at(min(ENOUGH_CONTEXT // divisor, max_context), grows=True)
-            for divisor in (1, 2, 4)
-        ]
-        for found in plans:
-            if found.verdict != "does not fit":
-                return found
-        return self.with_remedies(plans[0])
+        longest: Plan | None = None
+        for divisor in (1, 2, 4):
+            for grows in (True, False):
+                found = self.plan_at(min(ENOUGH_CONTEXT // divisor, max_context), grows)
+                if found.verdict != "does not fit":
+                    return found
+            longest = longest or found
+        assert longest is not None, "there is at least one divisor"
+        return self.with_remedies(longest) if advise else longest
 
     def _fits(self, found: Plan) -> bool:
         return found.total <= self.memory
@@ -254,6 +267,7 @@ class _Planner:
             tokens_per_second=decode_tokens_per_second(
                 self.footprint, self.machine, candidate.context, float_bytes, self.kv_bits, slots
             ),
+            grows=candidate.grows,
         )
         return found if self._fits(found) else replace(found, verdict="does not fit")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlxarch.errors import MlxArchError
+from mlxarch.errors import MlxArchError, ModelNotFound
 from mlxarch.hub import catalog, hub_cache
 from mlxarch.hub.catalog import Bits, CatalogEntry, HubSource, ModelReference
 from mlxarch.loading.model_types import RUNNABLE
@@ -81,6 +81,23 @@ def find_folders(name: str) -> list[Path]:
         if found and root == paths.models():
             break  # what was made here comes first
     return found
+
+
+def default_model() -> str:
+    """Name of the model that is used where none is named: MLXARCH_MODEL, or the newest that is here.
+
+    Raises:
+        ModelNotFound: there is none.
+    """
+    if name := os.environ.get("MLXARCH_MODEL"):
+        return name
+    models = list_installed()
+    if not models:
+        raise ModelNotFound(
+            "no model is named, and none is on this machine; `mlxarch list` shows names, and "
+            "`mlxarch pull smollm2-135m` brings a small one"
+        )
+    return str(max(models, key=lambda model: model.path.stat().st_mtime).path)
 
 
 def list_installed() -> list[InstalledModel]:

@@ -1,9 +1,11 @@
 """Evaluation results for output: JSON, text tables and Markdown."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mlxarch.checkpoint.receipt import format_forecast
+from mlxarch.progress import format_size
 from mlxarch.quantize.evaluation.evaluate import Evaluation
 from mlxarch.quantize.evaluation.statistics import Estimate, Metrics
 
@@ -125,6 +127,37 @@ def describe_kl_precision(metrics: Metrics, kept: int) -> str:
         f"its mean off by at most {metrics.kl_bound:.1e}{relative}, "
         f"{kept} tokens of each distribution kept"
     )
+
+
+_JUDGEMENTS = (
+    (0.003, "no difference to be seen in answers"),
+    (0.03, "answers differ in words, seldom in substance"),
+    (0.1, "weaker at code, figures and rare languages"),
+    (float("inf"), "clearly worse than the original"),
+)
+
+
+def judge_kl(mean: float) -> str:
+    """What a mean KL divergence means in practice, in a few words; see docs/evaluation.md."""
+    return next(text for limit, text in _JUDGEMENTS if mean <= limit)
+
+
+def ranking_table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """Rows that rank several models, the best first: by mean KL divergence, or by perplexity."""
+
+    def figure(evaluation: Evaluation) -> Estimate:
+        return evaluation.all.kl_mean or evaluation.all.perplexity
+
+    ranked = sorted(evaluations, key=lambda evaluation: figure(evaluation).value)
+    divergences = all(evaluation.all.kl_mean for evaluation in ranked)
+    metric = "kl_mean" if divergences else "perplexity"
+    rows = [["", "model", "weights", METRIC_LABELS[metric], *(["in practice"] * divergences)]]
+    for rank, evaluation in enumerate(ranked, 1):
+        estimate = figure(evaluation)
+        size = format_size(evaluation.size.bytes)
+        row = [f"{rank}.", evaluation.model, size, format_estimate(estimate, metric)]
+        rows.append(row + [judge_kl(estimate.value)] * divergences)
+    return rows
 
 
 def worst_tokens_table(evaluation: Evaluation) -> list[list[str]]:

@@ -140,6 +140,9 @@ def _evaluate_models(given: EvalOptions) -> None:
             _print_result(result)
         folders.append(folder)
         results.append(result)
+    if len(results) > 1 and not given.as_json:
+        print_line("\nThe best first:")
+        print_table(report.ranking_table(results))
     if given.plot is not None and original is not None:
         _draw_plot(given.plot, results, folders, original)
     if given.max_kl is not None:

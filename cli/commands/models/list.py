@@ -85,7 +85,8 @@ def _print_catalog(copies: "dict[str, list[InstalledModel]]") -> None:
                 status,
             )
         )
-    print_table(rows)
+    licence, context, parameters = 6, 5, 2
+    print_table(rows, optional=(licence, context, parameters))
 
 
 _ORIGINS = {"mlxarch": "made here", "hub": "Hub's cache", "folder": "MLXARCH_MODELS"}

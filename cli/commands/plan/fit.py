@@ -7,7 +7,6 @@ import click
 
 from mlxarch.cli import options
 from mlxarch.cli.output import print_json, print_line, print_stderr, print_table
-from mlxarch.progress import format_size
 from mlxarch.quantization import formats
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ def fit_command(
     if as_json:
         print_json(_plan_json(chosen, table))
     else:
-        _print_plan(chosen)
-        _print_plan_table(chosen, table)
+        _print_plan(chosen, table)
     if chosen.verdict == "does not fit":
         raise click.exceptions.Exit(DOES_NOT_FIT)
 
@@ -152,60 +150,71 @@ def _cell_json(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def _print_plan(chosen: "Plan") -> None:
-    """Print the terms of the memory, their sum, the budget and the verdict."""
+SMALL_TERM = 0.02  # part of the sum below which a term is listed with others
+
+
+def _print_plan(chosen: "Plan", table: "list[list[Plan]]") -> None:
+    """Print the terms of the memory, the table, and last the verdict, on one screen."""
     kv = f", keys and values at {chosen.kv_bits}" if chosen.kv_bits else ""
     print_line(
         f"{chosen.model} at {chosen.bits} bits{kv}, {chosen.context} tokens of context, "
         f"on {chosen.machine.name}"
     )
-    terms = [(term, count) for term, count in chosen.terms.items() if count >= 5 * 10**6]
-    terms += [("together", chosen.total), ("may use", chosen.memory)]
+    least = SMALL_TERM * chosen.total
+    terms = [(term, f"{size / 1e9:.2f} GB") for term, size in chosen.terms.items() if size >= least]
+    if rest := sum(size for size in chosen.terms.values() if size < least):
+        terms.append(("the rest", f"{rest / 1e9:.2f} GB"))
+    terms.append(("together", f"{chosen.total / 1e9:.2f} GB"))
     width = max(len(term) for term, _ in terms)
-    for term, count in terms:
-        amount = f"{count / 1e9:.2f} GB"
+    for term, amount in terms:
         print_line(f"  {term.ljust(width)}  {amount:>10}")
+    print_line()
+    _print_plan_table(chosen, table)
     placement = chosen.offloaded or ("all of it in memory" if chosen.verdict == "resident" else "")
     speed = ""
     if chosen.tokens_per_second and chosen.verdict != "does not fit":
         speed = f", about {chosen.tokens_per_second:.3g} tokens a second"
-    print_line(f"{chosen.verdict}{': ' if placement else ''}{placement}{speed}")
+    print_line(
+        f"{chosen.verdict}{': ' if placement else ''}{placement}{speed}; "
+        f"{chosen.total / 1e9:.2f} GB of the {chosen.memory / 1e9:.2f} GB that it may use"
+    )
     for remedy in chosen.remedies:
         print_line(f"  {remedy}")
-    print_line()
 
 
 _CELL_LEGEND = {
     "no": "does not fit",
-    "streamed": "experts from the disk, as many as need be",
+    "SSD": "experts from the disk, as many as need be",
     "PLE": "per-layer embeddings from the disk",
-    "/s": "tokens a second",
+    "*": "reads prompts in shorter chunks",
+    "/s": "tokens a second, estimated (docs/fit.md)",
 }
 
 
 def _print_plan_table(chosen: "Plan", table: "list[list[Plan]]") -> None:
-    from mlxarch.planner.decode_speed import FORMULA
-
     cells = [[_format_cell(plan) for plan in row] for row in table]
     header = ["bits", *(_format_tokens(plan.context) for plan in table[0])]
     rows = [[str(plans[0].bits), *row] for plans, row in zip(table, cells, strict=True)]
-    print_table([header, *rows])
-    legend = "each cell: the memory it takes"
+    # the longest contexts go first where a terminal is too narrow
+    print_table([header, *rows], optional=range(len(header) - 1, 1, -1))
+    legend = "GB of memory"
     for mark, meaning in _CELL_LEGEND.items():
         if any(mark in cell for row in cells for cell in row):
             legend += f"; {mark}: {meaning}"
     print_stderr(legend, dim=True)
-    if chosen.tokens_per_second is not None:
-        print_stderr(f"estimated: {FORMULA}; bandwidths as measured elsewhere", dim=True)
 
 
 def _format_cell(plan: "Plan") -> str:
+    size = f"{plan.total / 1e9:.{1 if plan.total >= 10**9 else 2}f}"
     if plan.verdict == "does not fit":
-        return f"no, {format_size(plan.total)}"
-    speed = f" {plan.tokens_per_second:.3g}/s" if plan.tokens_per_second else ""
-    if plan.verdict == "resident":
-        return f"{format_size(plan.total)}{speed}"
-    return f"streamed{speed}" if plan.execution.slots else f"{format_size(plan.total)} PLE{speed}"
+        return f"no {size}"
+    speed = f" {plan.tokens_per_second:.2g}/s" if plan.tokens_per_second else ""
+    if plan.tokens_per_second and plan.tokens_per_second >= 100:
+        speed = f" {plan.tokens_per_second:.0f}/s"
+    mark = "*" if plan.execution.chunk else ""
+    if plan.execution.slots:
+        return f"SSD{mark}{speed}"
+    return f"{size}{mark}{speed}{' PLE' if plan.verdict == 'streamed' else ''}"
 
 
 def _format_tokens(count: int) -> str:

@@ -42,7 +42,7 @@ def clocked(model: CausalLM, monkeypatch: pytest.MonkeyPatch, seconds: float) ->
 
     monkeypatch.setattr(pace_module, "evaluate_caches", counting)
     monkeypatch.setattr(pace_module.time, "perf_counter", lambda: len(counted) * seconds)
-    vars(model).pop("_pace", None)  # nothing is known of the machine yet
+    model.__dict__.pop("_pace", None)  # nothing is known of the machine yet
     return counted
 
 

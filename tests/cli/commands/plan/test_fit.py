@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from house import ROOT
 
 
@@ -19,7 +20,7 @@ def test_fit_tells_terms_verdict_and_table_of_a_name_without_weights_or_network(
     ):
         assert words in result.stdout
     assert "streamed: " in result.stdout and "experts from the disk" in result.stdout
-    assert "seconds a token = " in result.stderr
+    assert "tokens a second, estimated (docs/fit.md)" in result.stderr
 
 
 def test_fit_returns_4_and_ways_out_where_it_does_not_fit(invoke):
@@ -37,14 +38,15 @@ def test_fit_returns_4_and_ways_out_where_it_does_not_fit(invoke):
 def test_the_table_has_a_row_for_each_width_and_a_column_for_each_context(invoke):
     table = invoke("fit", "gemma3-12b", "--machine", "m4-16gb").stdout.split("\n\n")[1].splitlines()
     assert table[0].split() == ["bits", "4k", "8k", "16k", "32k", "64k", "128k"]
-    assert [line.split()[0] for line in table[1:]] == ["16", "8", "6", "5", "4", "3", "2"]
-    assert "no, " in table[1] and "no, " not in table[-1].rsplit("no, ", 1)[0] and "/s" in table[-1]
+    assert [line.split()[0] for line in table[1:-1]] == ["16", "8", "6", "5", "4", "3", "2"]
+    two_bits = table[-2]
+    assert " no " in table[1] and " no " not in two_bits.rsplit(" no ", 1)[0] and "/s" in two_bits
     legend = {
         name: invoke("fit", name, "--machine", "m4-16gb").stderr
         for name in ("gemma3-12b", "qwen3-30b-a3b")
     }
     assert "; no: does not fit" in legend["gemma3-12b"] and "streamed: " not in legend["gemma3-12b"]
-    assert "streamed: experts from the disk" in legend["qwen3-30b-a3b"]
+    assert "SSD: experts from the disk" in legend["qwen3-30b-a3b"]
 
 
 def test_the_keys_of_fits_json_are_those_of_the_documentation(invoke):
@@ -144,3 +146,21 @@ def test_embeddings_on_the_disk_are_refused_where_there_are_none(invoke, tiny):
         )
         assert invoke(*command, "--ple", "memory").exit_code == 0
     assert json.loads(invoke("fit", "gemma3n-e4b", "--ple", "ssd", "--json").stdout)["ple"] == "ssd"
+
+
+@pytest.mark.parametrize("machine", ["m4-24gb", "m4-16gb"])
+def test_without_a_context_the_plan_is_a_cell_of_the_table(invoke, machine):
+    report = json.loads(invoke("fit", "gemma3-27b", "--machine", machine, "--json").stdout)
+    assert report["context"] == 4096  # it fits on 24 GB, though not with caches that grow
+    [cell] = [
+        cell
+        for cell in report["table"]
+        if (cell["bits"], cell["context"]) == (report["bits"], report["context"])
+    ]
+    assert all(cell[name] == report[name] for name in cell)
+
+
+def test_a_plan_ends_with_the_verdict_and_has_one_screen(invoke):
+    lines = invoke("fit", "gemma3-27b", "--machine", "m4-24gb").stdout.splitlines()
+    assert len(lines) <= 22 and lines[-1].startswith("resident: ")
+    assert max(map(len, lines[:-1])) <= 80
