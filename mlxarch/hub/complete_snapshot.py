@@ -17,7 +17,13 @@ from mlxarch.hub.hub_cache import (
     remember_absent,
     repository_folder,
 )
-from mlxarch.hub.hub_client import SIDECARS, fetch_file_list
+from mlxarch.hub.hub_client import (
+    NO_TEMPLATES,
+    SIDECARS,
+    absent_sidecars,
+    fetch_file_list,
+    template_names,
+)
 from mlxarch.progress import Progress, silent
 from mlxarch.system.untrusted_files import read_json
 
@@ -56,10 +62,10 @@ def complete_snapshot(folder: Path, progress: Progress = silent) -> None:
         return
     try:
         known = fetch_file_list(repo, commit, timeout=_TIMEOUT_SECONDS).files
-        for name in unknown:
-            if name in known:
-                fetch_file(repo, commit, name, progress=progress, expected=known[name])
-        remember_absent(repo, commit, [name for name in unknown if name not in known])
+        wanted = [name for name in unknown if name in known] + template_names(known)
+        for name in wanted:
+            fetch_file(repo, commit, name, progress=progress, expected=known[name])
+        remember_absent(repo, commit, absent_sidecars(known))
     except MlxArchError as failure:
         _report_incomplete(repo, folder, failure)
 
@@ -70,6 +76,8 @@ def _unknown_files(repo: str, folder: Path) -> list[str]:
     unknown = [
         name for name in SIDECARS if not (folder / name).exists() and not (absent / name).exists()
     ]
+    if not (folder / "additional_chat_templates").is_dir() and not (absent / NO_TEMPLATES).exists():
+        unknown.append(NO_TEMPLATES)
     has_tokenizer = (folder / "tokenizer.json").exists()
     ignored = {"tekken.json"} if has_tokenizer else set()  # Mistral publishes both formats
     return [name for name in unknown if name not in ignored]

@@ -221,7 +221,9 @@ def open_remote_checkpoint(
     open_shards = _OpenShards(keep_files)
     shards, stored = _read_headers(repository, fetcher, open_shards, local_paths.get(INDEX_FILE))
     sidecars = {
-        name: path for name, path in local_paths.items() if name not in ("config.json", INDEX_FILE)
+        name: path
+        for name, path in local_paths.items()
+        if name not in ("config.json", INDEX_FILE) and "/" not in name
     }
     tensors = join_quantized_tensors(stored, repository.config)
     try:

@@ -4,8 +4,9 @@ huggingface_hub reads its environment variables when it is imported; the functio
 on first use.
 """
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ SIDECARS = (
     "NOTICE",
     INDEX_FILE,
 )
+_NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
+NO_TEMPLATES = "additional_chat_templates.none"
+"""Mark in the Hub's cache of a commit that has none of them."""
 _FIRST_RANGE_BYTES = 100_000  # holds the header of most safetensors files
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -137,6 +141,7 @@ def fetch_repository_info(repo: str, revision: str = "main") -> Repository:
     # by the given revision instead of the commit, so that the cache records which commit it is
     config_path = fetch_file(repo, revision, "config.json")
     sidecars = {name: known[name] for name in SIDECARS if name in known}
+    sidecars |= {name: known[name] for name in template_names(known)}
     if "tokenizer.json" in sidecars:  # Mistral publishes its tokenizer in both formats
         sidecars.pop("tekken.json", None)
     index = fetch_file(repo, commit, INDEX_FILE) if INDEX_FILE in known else None
@@ -153,6 +158,18 @@ def fetch_repository_info(repo: str, revision: str = "main") -> Repository:
         )
     weights = {name: known[name] for name in names}
     return Repository(repo, commit, sidecars, weights, read_json(config_path))
+
+
+def template_names(names: Iterable[str]) -> list[str]:
+    """Return the names of the chat templates for special uses, such as tools."""
+    return sorted(name for name in names if _NAMED_TEMPLATE.fullmatch(name))
+
+
+def absent_sidecars(names: Iterable[str]) -> list[str]:
+    """Return what a commit with files of these names lacks, as ``remember_absent`` notes it."""
+    names = list(names)
+    absent = [name for name in SIDECARS if name not in names]
+    return absent if template_names(names) else [*absent, NO_TEMPLATES]
 
 
 def _weight_file_names(known: Mapping[str, RemoteFile], index: Path | None) -> list[str]:
@@ -217,9 +234,9 @@ def download(repository: Repository, progress: Progress = silent) -> Path:
         )
         done += file.size
     progress(f"downloading {repository.repo}", total, total)
-    absent = [
-        name for name in SIDECARS if name not in repository.sidecars and name != "tekken.json"
-    ]
+    absent = absent_sidecars(repository.sidecars)
+    if "tokenizer.json" in repository.sidecars:  # then tekken.json is left out, and may be there
+        absent = [name for name in absent if name != "tekken.json"]
     remember_absent(repository.repo, repository.revision, absent)
     return paths[0].parent
 

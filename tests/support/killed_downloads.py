@@ -21,9 +21,14 @@ DATA = random.Random(0).randbytes(64 << 20)
 DOWNLOAD = """
 import time
 from mlxarch.hub import hub_client
-repository = hub_client.fetch_repository_info("org/model")
-print("begin", flush=True)
-hub_client.download(repository, lambda label, done, total: time.sleep(0.002))
+began = False
+def progress(label, done, total):
+    global began
+    if label.startswith("downloading") and done > 1000 and not began:
+        began = True
+        print("begin", flush=True)  # bytes of the weights arrive
+    time.sleep(0.002)
+hub_client.download(hub_client.fetch_repository_info("org/model"), progress)
 """
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -67,6 +72,7 @@ def main() -> None:
         [file] = home.rglob("snapshots/*/model.safetensors")
         assert file.read_bytes() == DATA
     asked = [span for method, path, span in server.requests if "safetensors" in path and span]
+    assert asked or not kills, "each kill came before the first byte"
     print(f"{kills} kills, {len(asked)} requests for a rest, {before} bytes before the last; right")
     server.close()
 

@@ -86,13 +86,27 @@ def test_each_file_beside_the_weights_is_fetched_when_it_is_lacking(
     assert worker(COMPLETE, folder=snapshot) == [] and server.requests == [], "asked once only"
 
 
+def test_named_chat_templates_are_fetched_too(server: FakeHub, home: Path, worker: Worker) -> None:
+    present = tuple(name for name in FILES if name != "README.md")
+    snapshot = put_snapshot(server, home, "org/templates", present)
+    name = "additional_chat_templates/tool_use.jinja"
+    server.repos["org/templates"].files |= {name: b"{{ tools }}", "additional/x.jinja": b""}
+    assert worker(COMPLETE, folder=snapshot) == []
+    assert (snapshot / name).read_bytes() == b"{{ tools }}"
+    assert not (snapshot / "additional").exists()
+    server.requests.clear()
+    assert worker(COMPLETE, folder=snapshot) == [] and server.requests == []
+
+
 def test_what_mlxarch_downloaded_is_not_asked_about(
     server: FakeHub, home: Path, worker: Worker
 ) -> None:
-    server.repos["org/own"] = Repo(dict(FILES))
+    named = "additional_chat_templates/rag.jinja"
+    server.repos["org/own"] = Repo(FILES | {named: b"{{ documents }}"})
     download = "from mlxarch.hub import hub_client\n"
     download += "return hub_client.download(hub_client.fetch_repository_info('org/own'))"
     folder = worker(download)
+    assert (Path(folder) / named).is_file()
     server.requests.clear()
     assert worker(COMPLETE, folder=folder) == [] and server.requests == []
 
