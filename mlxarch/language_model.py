@@ -54,7 +54,7 @@ from mlxarch.system.untrusted_files import read_json
 from mlxarch.tokenizer.chat_template import join_text_parts
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.tool import ToolChoice
-from mlxarch.tool_calls.use import ToolUse, framed_answer
+from mlxarch.tool_calls.use import ToolUse, framed_answer, render_calls
 
 _PROMPT = "a prompt is a text, a list of messages with role and content, or a list of token ids"
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -467,16 +467,25 @@ class LanguageModel:
         parse_special: bool | None,
     ) -> list[int]:
         """Token ids of a prompt that may offer tools."""
-        if use is None:
-            return self.tokens_of(prompt, template, parse_special=parse_special)
-        if isinstance(prompt, str) or not all(isinstance(each, Mapping) for each in prompt):
+        has_messages = (
+            isinstance(prompt, Sequence)
+            and bool(prompt)
+            and all(isinstance(each, Mapping) for each in prompt)
+        )
+        variables: dict[str, Any] = {}
+        if has_messages:
+            messages = cast(Sequence[Mapping[str, Any]], prompt)
+            if use is None:
+                prompt = render_calls(self.tokenizer, messages)
+            else:
+                prompt, variables = use.prompt(self.tokenizer, messages)
+        elif use is not None:
             raise InvalidInput(
                 "tools need a prompt of messages: they are put into the chat template"
             )
-        messages, variables = use.prompt(self.tokenizer, cast(Sequence[Mapping[str, Any]], prompt))
-        return self.tokens_of(
-            messages, {**(template or {}), **variables}, parse_special=parse_special
-        )
+        if variables:
+            template = {**(template or {}), **variables}
+        return self.tokens_of(prompt, template, parse_special=parse_special)
 
     def _matcher(
         self,

@@ -149,6 +149,18 @@ class ToolUse:
         return CompiledCalls(compiler.lark(built.lark), built.triggers, tuple(warnings))
 
 
+def render_calls(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """Return messages with earlier calls as the template reads them, where no tools are offered."""
+    form = call_form(tokenizer)
+    if not any(message.get("tool_calls") for message in messages):
+        return messages
+    if form is None:
+        return _with_calls_as_text(messages)
+    return [_for_template(message, form) for message in messages]
+
+
 def framed_answer(
     tokenizer: Tokenizer, compiler: GrammarCompiler, prompt: Sequence[int], answer: Grammar
 ) -> Grammar:
@@ -250,13 +262,23 @@ def _template_id(call_id: Any, form: CallForm) -> str:
 def _described(
     messages: Sequence[Mapping[str, Any]], definitions: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return messages for a template without tools: all about them is text.
-
-    Results of calls become a message of the user, and several in a row one message, since many
-    templates want the roles to alternate.
-    """
+    """Return messages for a template without tools: all about them is text."""
     listed = "\n".join(json.dumps(each, ensure_ascii=False) for each in definitions)
     instructions = _INSTRUCTIONS.format(definitions=listed)
+    result = _with_calls_as_text(messages)
+    if result and result[0].get("role") == "system":
+        result[0]["content"] = f"{result[0]['content']}\n\n{instructions}"
+    else:
+        result.insert(0, {"role": "system", "content": instructions})
+    return result
+
+
+def _with_calls_as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with calls and their results as text.
+
+    Results become a message of the user, and several in a row one message, since many templates
+    want the roles to alternate.
+    """
     result: list[dict[str, Any]] = []
     for message in messages:
         fields = {name: value for name, value in message.items() if name != "tool_calls"}
@@ -273,10 +295,6 @@ def _described(
         result.append(fields)
     for fields in result:
         fields.pop("about_tools", None)
-    if result and result[0].get("role") == "system":
-        result[0]["content"] = f"{result[0]['content']}\n\n{instructions}"
-    else:
-        result.insert(0, {"role": "system", "content": instructions})
     return result
 
 

@@ -12,7 +12,7 @@ from mlxarch.generation.answer import AnswerReader
 from mlxarch.generation.answer_form import constrain
 from mlxarch.structured_output.matcher import Matcher
 from mlxarch.tool_calls.events import CallStarted
-from mlxarch.tool_calls.use import ToolUse, framed_answer
+from mlxarch.tool_calls.use import ToolUse, framed_answer, render_calls
 
 TOOLS = [{"name": "f", "parameters": {"properties": {"n": {"type": "boolean"}}}}, {"name": "g"}]
 CALLS = {
@@ -224,3 +224,19 @@ def test_a_template_with_tools_of_its_own_name_gets_them_there() -> None:
     assert list(use_of(tokenizer).prompt(tokenizer, [{"role": "user", "content": "x"}])[1]) == [
         "xml_tools"
     ]
+
+
+@pytest.mark.parametrize("template", ["published/qwen3_coder.jinja", "gemma.jinja"])
+def test_earlier_calls_are_rendered_where_no_tools_are_offered_any_more(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    plain = [{"role": "user", "content": "x"}]
+    assert render_calls(tokenizer, plain) is plain
+    call = {"id": "1", "type": "function", "function": {"name": "g", "arguments": '{"a": "b"}'}}
+    messages = [
+        *plain,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "one", "tool_call_id": "1"},
+    ]
+    text = tokenizer.apply_chat_template(render_calls(tokenizer, messages), tokenize=False)
+    assert ("<function=g>" if "coder" in template else '"name": "g"') in text
+    assert "<tool_response>" in text
