@@ -36,6 +36,7 @@ class CausalLM(nn.Module):
     Args:
         embed_scale: factor of the embeddings, rounded to their type as in training.
         softcap: logits become softcap * tanh(logits / softcap) (arXiv:2408.00118).
+        logit_scale: factor of the logits, before the soft cap.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class CausalLM(nn.Module):
         *,
         embed_scale: float | None = None,
         softcap: float | None = None,
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.embed_scale = embed_scale
         self.softcap = softcap
+        self.logit_scale = logit_scale
         self.vocab_size = c.vocab_size
         self.context_length = c.context_length
         self.model = Decoder(Embedding(c.vocab_size, c.hidden_size), layers, norm)
@@ -76,6 +79,8 @@ class CausalLM(nn.Module):
         """Compute logits: last hidden state (B, L, hidden_size) -> (B, L, V)."""
         x = self.model.norm(state)
         logits = self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+        if self.logit_scale is not None:
+            logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * mx.tanh(logits / self.softcap)
 
     def hidden_state(

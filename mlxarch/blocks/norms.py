@@ -59,11 +59,12 @@ class LayerNorm(nn.Module):
         x: (..., dims) -> the same
     """
 
-    def __init__(self, dims: int, eps: float) -> None:
+    def __init__(self, dims: int, eps: float, bias: bool = True) -> None:
         super().__init__()
         self.weight = mx.ones((dims,))
-        self.bias = mx.zeros((dims,))
+        if bias:
+            self.bias = mx.zeros((dims,))
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.layer_norm(x, self["weight"], self["bias"], self.eps)
+        return mx.fast.layer_norm(x, self["weight"], self.get("bias"), self.eps)

@@ -68,7 +68,7 @@ class RoPE(nn.Module):
 
     Args:
         dims: an even number; the features after it are left unchanged.
-        config: base and scaling. Types: default, linear, llama3,
+        config: base and scaling. Types: default, dynamic (with alpha), linear, llama3,
             mrope (for text), proportional, yarn.
         interleaved: rotate pairs of neighbours (2i, 2i+1) instead of halves (i, i + dims/2).
 
@@ -160,6 +160,12 @@ def _proportional(
     return kept / config.number("factor", 1.0), 1.0
 
 
+def _dynamic(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
+    """Base times a fixed power of ``alpha``, whatever the length (Hunyuan)."""
+    base = config.theta * config.number("alpha") ** (dims / (dims - 2))
+    return base ** -(np.arange(0, dims, 2, dtype=np.float64) / dims), 1.0
+
+
 def _llama3(frequencies: np.ndarray, config: RoPEConfig, dims: int) -> tuple[np.ndarray, float]:
     """Low frequencies divided by a factor, high ones kept, interpolated in between.
 
@@ -220,6 +226,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 _SCALINGS = {
     "default": _default,
+    "dynamic": _dynamic,
     "linear": _linear,
     "llama3": _llama3,
     "mrope": _default,  # the positions of a text token are the same on all three axes

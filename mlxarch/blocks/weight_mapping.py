@@ -138,6 +138,20 @@ class SplitRows:
 
 
 @dataclass(frozen=True)
+class SplitSizes:
+    """Split a tensor (…, out, in) into parts of different sizes along its rows.
+
+    Attributes:
+        to: names of the parts, in order; they may refer to the pattern's groups.
+        sizes: name of the config's attribute with the rows of each part.
+    """
+
+    pattern: str
+    to: tuple[str, ...]
+    sizes: str
+
+
+@dataclass(frozen=True)
 class SplitHeads:
     """Split a matrix that contains two for every head, (H · (a + b), in).
 
@@ -166,6 +180,7 @@ Rule = (
     | Stack
     | Join
     | SplitRows
+    | SplitSizes
     | SplitHeads
 )
 

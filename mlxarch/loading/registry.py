@@ -1,5 +1,6 @@
 """Registry of architectures: from config.json to the file in ``models/`` that runs it."""
 
+import difflib
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from mlxarch.blocks import CausalLM, DecoderConfig
 from mlxarch.blocks.weight_mapping import AddModelPrefix, Ignore, Rename, Rule
 from mlxarch.errors import ConfigError, UnsupportedArchitecture
-from mlxarch.loading.model_types import BY_CLASS, MODELS
+from mlxarch.loading.model_types import BY_CLASS, BY_TEXT_MODEL, MODELS
 
 # Keys of a multimodal config that apply to its text model
 INHERITED_KEYS = ("tie_word_embeddings",)
@@ -18,8 +19,8 @@ INHERITED_KEYS = ("tie_word_embeddings",)
 # model in different ways, which become one
 MULTIMODAL_RULES: tuple[Rule, ...] = (
     Ignore(
-        r"^(model\.)?(vision_tower|vision_model|visual|vision_embedder|audio_tower|embed_vision"
-        r"|embed_audio|multi_modal_projector)\.",
+        r"^(model\.)?(vision_tower|vision_model|visual|vision_embedder|vision_adapter|vision_projection|audio_tower|embed_vision"
+        r"|embed_audio|multi_modal_projector|mm_projector)\.",
         "tower",
     ),
     Rename(r"^language_model\.(?=model\.|lm_head\.)", ""),
@@ -82,8 +83,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     name = _file_name(config)
     if name is None:
         raise UnsupportedArchitecture(
-            f"config.json: model_type {model_type!r} is unknown; known: {', '.join(sorted(MODELS))}. "
-            "docs/adding-a-model.md shows how to add one"
+            f"config.json: model_type {model_type!r} is unknown; {_nearest(config)}"
+            f"known: {', '.join(sorted(MODELS))}. docs/adding-a-model.md shows how to add one"
         )
     # The name comes from our own table, never from the file
     module = importlib.import_module(f"mlxarch.models.{name}")
@@ -100,11 +101,24 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return Architecture(name, parsed, rules, prefix, saved, module.build)
 
 
+def _nearest(config: Mapping[str, Any]) -> str:
+    """Part of a message that names the known types whose names are most like those of a config."""
+    classes = config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else ""
+    names = [str(config.get("model_type")), re.sub(r"For[A-Z]\w+$", "", str(first)).lower()]
+    found = [match for name in names for match in difflib.get_close_matches(name, MODELS, n=2)]
+    return f"nearest by name: {', '.join(dict.fromkeys(found))}; " if found else ""
+
+
 def _file_name(config: Mapping[str, Any]) -> str | None:
     """Name of the file in ``models/`` that runs a config; None if there is none."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return None
+    text = config.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, dict) else None
+    if isinstance(text_type, str) and (model_type, text_type) in BY_TEXT_MODEL:
+        return BY_TEXT_MODEL[model_type, text_type]
     if model_type in MODELS:
         return MODELS[model_type]
     classes = config.get("architectures")

@@ -20,6 +20,7 @@ from mlxarch.blocks.weight_mapping import (
     Rule,
     SplitHeads,
     SplitRows,
+    SplitSizes,
     Stack,
     SubtractOne,
     Transpose,
@@ -93,6 +94,8 @@ def apply_rule(
             return _join(rule, tensors)
         case SplitRows():
             return _split(rule, tensors)
+        case SplitSizes():
+            return _split_sizes(rule, tensors, config)
         case SplitHeads():
             return _split_heads(rule, tensors, config)
         case _:
@@ -220,6 +223,34 @@ def _split(rule: SplitRows, tensors: dict[str, LazyTensor]) -> dict[str, LazyTen
                 )
             else:
                 out[target] = SelectedRows(tensor, indices, rule.vector)
+    return out
+
+
+def _split_sizes(
+    rule: SplitSizes, tensors: dict[str, LazyTensor], config: DecoderConfig
+) -> dict[str, LazyTensor]:
+    sizes = getattr(config, rule.sizes)
+    out: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        if not (found := re.search(rule.pattern, name)):
+            out[name] = tensor
+            continue
+        if tensor.shape[-2] != sum(sizes):
+            raise CheckpointError(
+                f"tensor {name} has shape {tensor.shape}, but config.json makes it {sum(sizes)} "
+                "rows; the two files belong to different models"
+            )
+        start = 0
+        for to, size in zip(rule.to, sizes, strict=True):
+            target = name[: found.start()] + found.expand(to) + name[found.end() :]
+            indices = np.arange(start, start + size)
+            if isinstance(tensor, QuantizedTensor):
+                out[target] = tensor.map_components(
+                    target, lambda part, indices=indices: SelectedRows(part, indices)
+                )
+            else:
+                out[target] = SelectedRows(tensor, indices)
+            start += size
     return out
 
 

@@ -73,6 +73,10 @@ class LatentAttention(nn.Module):
         """Project latents up to values: (B, 1 or h, S, rank) -> (B, h, S, V)."""
         return self.unembed_out(latents, heads)
 
+    def scale_queries(self, q: mx.array, context: ForwardContext) -> mx.array:
+        """Scale queries (B, H, L, N + R) by their positions; a subclass may."""
+        return q
+
     def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
         """Create an empty cache of latents."""
         return self.span.make_cache(capacity, kv)
@@ -168,6 +172,7 @@ class LatentAttention(nn.Module):
         if "q_b_proj" in self:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = mx.unflatten(q, -1, (-1, self.c.head_size)).swapaxes(1, 2)  # (B, H, L, N + R)
+        q = self.scale_queries(q, context)
         q_nope, q_rope = mx.split(q, [self.c.qk_nope_head_dim], axis=-1)
         # (B, 1, L, rank), (B, 1, L, R)
         latents, rope_key = mx.split(kv[:, None], [self.c.kv_lora_rank], axis=-1)

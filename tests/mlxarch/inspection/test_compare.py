@@ -20,7 +20,27 @@ from mlxarch.loading.model_types import BY_CLASS, MODELS
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-WITHOUT_ENTRY = {"gemma4", "lfm2", "nemotron_h", "qwen3_5", "qwen3_next"}  # in the catalog
+WITHOUT_ENTRY = {  # in the catalog
+    "apertus",
+    "cohere2",
+    "cohere2_moe",
+    "ernie4_5",
+    "exaone4",
+    "gemma4",
+    "granite",
+    "hunyuan_v1",
+    "laguna",
+    "lfm2",
+    "minimax_m2",
+    "mistral4",
+    "muse_glimmer",
+    "nemotron_h",
+    "olmoe",
+    "phi3",
+    "qwen3_5",
+    "qwen3_next",
+    "seed_oss",
+}
 
 
 @pytest.fixture(scope="module")
