@@ -148,6 +148,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         kind = c.kinds[index]
+        self.mixer: Any
         self.mixes_tokens = kind in ("mamba", "attention")
         if kind == "mamba":
             self.mixer = Mamba2(c.hidden_size, c.mamba, c.rms_norm_eps)
