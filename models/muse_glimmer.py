@@ -30,7 +30,6 @@ from mlxarch.blocks import (
     Positive,
     RMSNorm,
     RoPE,
-    RoPEConfig,
     ZeroCenteredRMSNorm,
     swiglu,
 )
@@ -57,19 +56,18 @@ class Config(LayerTypesConfig):
         super().check()
         self.check_length("layer_rope_theta", self.layer_rope_theta)
 
-    def rope_base(self, index: int) -> float:
-        """Base of the layer at ``index``; 0 without positions."""
+    def has_rope(self, index: int) -> bool:
+        """Whether the layer at ``index`` has RoPE; all bases but 0 mean that of the file."""
         if self.layer_rope_theta is not None:
-            return self.layer_rope_theta[index]
-        return self.rope.theta if self.layer_type(index) == "sliding_attention" else 0.0
+            return bool(self.layer_rope_theta[index])
+        return self.layer_type(index) == "sliding_attention"
 
 
 class GatedSigmoidAttention(Attention):
     """Attention with a norm of queries and keys without weights, and a gate for every feature."""
 
     def __init__(self, c: Config, index: int) -> None:
-        base = c.rope_base(index)
-        rope = RoPE(c.head_size, RoPEConfig(base)) if base else NoRoPE()
+        rope = RoPE(c.head_size, c.rope) if c.has_rope(index) else NoRoPE()
         super().__init__(c, rope=rope, span=c.span(index))
         self.gate_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_size)
         self.eps = c.rms_norm_eps

@@ -120,7 +120,7 @@ CASES = {
             "output_multiplier": config(output_multiplier=1.0),
             "post_norm_eps": config(post_norm_eps=1e-1),
             "gates": weight("*.self_attn.gate_proj.weight", ZEROS),
-            "bases by layer": config(layer_rope_theta=[1000.0, 0, 1000.0]),
+            "base": config(rope_theta=100.0),
             "positions in full layers": config(layer_rope_theta=[1000.0, 1000.0, 100.0]),
             "window": config(sliding_window=9),
         },
