@@ -1,5 +1,6 @@
 """Opening a checkpoint folder as lazily read tensors, with its config and tokenizer files."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.checkpoint.shards import Checkpoint, Shard
 from mlxarch.errors import CheckpointError
 from mlxarch.quantization.config_section import quantization_from_config
+from mlxarch.system.untrusted_files import read_json
+from mlxarch.tokenizer.chat_template import named_templates, read_additional_templates
 
 SIDECARS = (
     "tokenizer.json",
@@ -71,12 +74,34 @@ def open_checkpoint(folder: str | Path) -> CheckpointSource:
     stored = {
         name: SafetensorsTensor(shard, info) for name, (shard, info) in checkpoint.tensors.items()
     }
-    sidecars = {name: path for name in SIDECARS if (path := checkpoint.folder / name).is_file()}
+    sidecars: dict[str, bytes | Path] = {
+        name: path for name in SIDECARS if (path := checkpoint.folder / name).is_file()
+    }
+    add_named_templates(sidecars, read_additional_templates(checkpoint.folder))
     experts, expert_files = open_packed_experts(checkpoint.folder)
     embeddings, row_files = open_packed_rows(checkpoint.folder)
     tensors = join_quantized_tensors(stored, checkpoint.config) | experts | embeddings
     shards = (*checkpoint.shards, *expert_files, *row_files)
     return CheckpointSource(checkpoint.config, tensors, sidecars, shards, describe_origins(tensors))
+
+
+def add_named_templates(sidecars: dict[str, bytes | Path], templates: Mapping[str, str]) -> None:
+    """Add chat templates of ``additional_chat_templates`` to chat_template.json.
+
+    A model is copied without folders, and the prompts stay the same.
+
+    Args:
+        sidecars: extended in place.
+        templates: name -> Jinja source.
+    """
+    if not templates:
+        return
+    name = "chat_template.json"
+    content = sidecars.get(name)
+    earlier = read_json(content).get("chat_template") if isinstance(content, Path) else None
+    merged = named_templates(earlier, name) | templates
+    listed = [{"name": key, "template": source} for key, source in merged.items()]
+    sidecars[name] = json.dumps({"chat_template": listed}, indent=1, ensure_ascii=False).encode()
 
 
 def describe_origins(tensors: Mapping[str, LazyTensor]) -> tuple[str, ...]:

@@ -18,7 +18,12 @@ import mlx.core as mx
 from mlxarch.checkpoint.lazy_tensor import DTYPES, LazyTensor, SafetensorsTensor
 from mlxarch.checkpoint.safetensors_header import TensorInfo, read_header
 from mlxarch.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Shard, complete_set
-from mlxarch.checkpoint.source import CheckpointSource, describe_origins, join_quantized_tensors
+from mlxarch.checkpoint.source import (
+    CheckpointSource,
+    add_named_templates,
+    describe_origins,
+    join_quantized_tensors,
+)
 from mlxarch.checkpoint.tp_shards import check_tp_slices, find_tp_files, tp_group, tp_slice_name
 from mlxarch.errors import CheckpointError
 from mlxarch.hub import hub_client
@@ -26,6 +31,7 @@ from mlxarch.hub.hub_client import Repository
 from mlxarch.progress import Progress, silent
 from mlxarch.system import paths
 from mlxarch.system.untrusted_files import read_json
+from mlxarch.tokenizer.chat_template import read_template
 
 logger = logging.getLogger(__name__)
 
@@ -220,11 +226,15 @@ def open_remote_checkpoint(
     fetcher = ShardFetcher(repository, folder, progress)
     open_shards = _OpenShards(keep_files)
     shards, stored = _read_headers(repository, fetcher, open_shards, local_paths.get(INDEX_FILE))
-    sidecars = {
+    sidecars: dict[str, bytes | Path] = {
         name: path
         for name, path in local_paths.items()
         if name not in ("config.json", INDEX_FILE) and "/" not in name
     }
+    templates = {
+        path.stem: read_template(path) for name, path in local_paths.items() if "/" in name
+    }
+    add_named_templates(sidecars, templates)
     tensors = join_quantized_tensors(stored, repository.config)
     try:
         yield CheckpointSource(

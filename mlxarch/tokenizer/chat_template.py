@@ -43,6 +43,8 @@ RESERVED_VARIABLES = (
 )
 """Names that a caller's template variables may not have."""
 
+ADDITIONAL_FOLDER = "additional_chat_templates"
+"""Folder of named templates beside tokenizer_config.json."""
 _MAX_TEMPLATES = 32
 _MAX_DEPTH = 64
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -127,19 +129,29 @@ def find_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
     Raises:
         ChatTemplateError: a file is malformed or too large.
     """
-    found = _named_templates(tokenizer_config.get("chat_template"), "tokenizer_config.json")
+    found = named_templates(tokenizer_config.get("chat_template"), "tokenizer_config.json")
     if os.path.lexists(folder / "chat_template.json"):
         content = read_json(safe_path(folder, "chat_template.json"), error=ChatTemplateError)
-        found |= _named_templates(content.get("chat_template"), "chat_template.json")
+        found |= named_templates(content.get("chat_template"), "chat_template.json")
     if os.path.lexists(folder / "chat_template.jinja"):
-        found["default"] = _read_template(safe_path(folder, "chat_template.jinja"))
-    additional = folder / "additional_chat_templates"
-    if additional.is_dir() and not additional.is_symlink():
-        names = sorted(name for name in os.listdir(additional) if name.endswith(".jinja"))
-        for name in names[:_MAX_TEMPLATES]:
-            path = _additional_template_path(folder, name)
-            found[name.removesuffix(".jinja")] = _read_template(path)
-    return found
+        found["default"] = read_template(safe_path(folder, "chat_template.jinja"))
+    return found | read_additional_templates(folder)
+
+
+def read_additional_templates(folder: Path) -> dict[str, str]:
+    """Return name -> Jinja source of the templates in ``additional_chat_templates``.
+
+    Raises:
+        ChatTemplateError: a file is malformed or too large.
+    """
+    additional = folder / ADDITIONAL_FOLDER
+    if not additional.is_dir() or additional.is_symlink():
+        return {}
+    names = sorted(name for name in os.listdir(additional) if name.endswith(".jinja"))
+    return {
+        name.removesuffix(".jinja"): read_template(_additional_template_path(folder, name))
+        for name in names[:_MAX_TEMPLATES]
+    }
 
 
 def choose_template(templates: Mapping[str, str], tools: object) -> str | None:
@@ -166,9 +178,9 @@ def template_variables(source: str) -> frozenset[str]:
 
 def _additional_template_path(folder: Path, name: str) -> Path:
     """Return the path of a template in ``additional_chat_templates``, a symbolic link checked."""
-    path = folder / "additional_chat_templates" / name
+    path = folder / ADDITIONAL_FOLDER / name
     if not path.is_symlink():
-        return safe_path(folder / "additional_chat_templates", name)
+        return safe_path(folder / ADDITIONAL_FOLDER, name)
     # The Hub's cache links to its blobs folder, which from here is one level further up than for
     # the files that ``safe_path`` knows.
     target = Path(os.path.realpath(path))
@@ -180,7 +192,8 @@ def _additional_template_path(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """Return the Jinja source in a file; raises ChatTemplateError if it is malformed."""
     descriptor, status = open_regular_file(path, ChatTemplateError)
     try:
         if status.st_size > MAX_TEMPLATE_BYTES:
@@ -198,7 +211,7 @@ def _read_template(path: Path) -> str:
         raise ChatTemplateError(f"{path}: the file is not UTF-8 ({problem}). {REMEDY}") from problem
 
 
-def _named_templates(value: Any, file: str) -> dict[str, str]:
+def named_templates(value: Any, file: str) -> dict[str, str]:
     """Return name -> source from a ``chat_template`` value: a text, or objects with a name."""
     if value is None:
         return {}
