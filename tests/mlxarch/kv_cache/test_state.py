@@ -70,3 +70,13 @@ def test_rows_have_states_of_their_own() -> None:
 def test_it_takes_no_keys_and_values() -> None:
     with pytest.raises(InvalidInput, match="recurrent"):
         StateCache().append(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
+
+
+def test_an_exported_state_is_restored_in_another_cache() -> None:
+    source = after(5, 3)
+    target = StateCache()
+    target.restore(source.length, [source.export()])
+    assert target.length == 8 and [a.tolist() for a in target.state] == [
+        a.tolist() for a in source.state
+    ]
+    assert target.truncatable_length(7) == 0, "snapshots stay behind"
