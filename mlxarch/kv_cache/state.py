@@ -1,7 +1,6 @@
 """Cache of a layer that folds all earlier tokens into a state of fixed size."""
 
 from collections.abc import Sequence
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -38,12 +37,6 @@ class StateCache(Cache):
         """Replace the state by the one after ``length`` more tokens."""
         self.state = state
         self._advance(length)
-
-    def restore(self, length: int, parts: Sequence[tuple[mx.array, ...]]) -> None:
-        [arrays] = parts
-        self.state = tuple(arrays)
-        self._snapshots = []
-        self.length = length
 
     def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
         raise InvalidInput("a recurrent layer keeps a state, not keys and values")
