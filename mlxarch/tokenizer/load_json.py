@@ -33,8 +33,8 @@ MAX_ADDED_TOKENS = 1 << 17
 """Largest number of added tokens."""
 MAX_EXPANSION = 64
 """Largest factor by which a section may lengthen a text; NFKC needs 18."""
-MAX_NORMALIZED_BYTES = 64 << 20
-"""Largest size that normalization may give to a text; the library takes 17 bytes for each."""
+MAX_NORMALIZED_BYTES = 16 << 20
+"""Largest size that normalization may give to a text; a token of each byte takes 180 bytes."""
 MAX_QUADRATIC_BYTES = 1 << 14
 """Largest text for a regular expression that takes quadratic time: about two seconds."""
 _MAX_TEXT_BY_STEP = 1 << 26  # bytes of a text times steps, or times the longest token: seconds
