@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Worker:
-    """What the engine's thread runs; it does not refer to the ``Engine``, which may be collected."""
+    """Loop of the engine's thread; it does not refer to the ``Engine``, which may be collected."""
 
     def __init__(self, scheduler: Scheduler, deterministic: bool, probe: bool) -> None:
         self.scheduler = scheduler

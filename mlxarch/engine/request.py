@@ -70,7 +70,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What was found out about a prompt while it was read.
+    """Facts about a prompt that are known once it is read.
 
     Attributes:
         tokens: tokens of the prompt.
@@ -97,7 +97,7 @@ class RequestTimings:
 
 @dataclass(frozen=True)
 class RowOutput:
-    """What one step gave one request.
+    """Output of one step for one request.
 
     Attributes:
         tokens: new tokens.

@@ -1,4 +1,4 @@
-"""What the engine computes: a decoding step for all rows, and the next chunk of a prompt."""
+"""Computations of the engine: a decoding step for all rows, and the next chunk of a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

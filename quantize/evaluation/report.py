@@ -138,7 +138,7 @@ _JUDGEMENTS = (
 
 
 def judge_kl(mean: float) -> str:
-    """What a mean KL divergence means in practice, in a few words; see docs/evaluation.md."""
+    """Describe in a few words how close a mean KL divergence is in practice; see docs/evaluation.md."""
     return next(text for limit, text in _JUDGEMENTS if mean <= limit)
 
 

@@ -33,7 +33,7 @@ def config(name: str, **keys: Any) -> Any:
 
 
 def angles(config: Any, layer_type: str = "full_attention") -> np.ndarray:
-    """What the rotation makes of a vector at some positions."""
+    """A vector after the rotation, at some positions."""
     rope = RoPE(16, config.rope_for(layer_type))
     return np.array(rope(mx.ones((1, 1, 40, 16)), 50))
 

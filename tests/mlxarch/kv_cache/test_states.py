@@ -15,7 +15,7 @@ STATES = {
 
 
 def append_random(cache: Cache, length: int, seed: int) -> list[np.ndarray]:
-    """What the queries of ``length`` new tokens see."""
+    """States that the queries of ``length`` new tokens see."""
     keys = mx.random.normal((1, 2, length, 64), key=mx.random.key(seed))
     visible = cache.append(keys, keys[..., :32])
     dense = [v if isinstance(v, mx.array) else v.dequantize() for v in visible]
