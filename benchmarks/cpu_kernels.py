@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--mlx-tokens", type=int, default=6, help="tokens on MLX's side")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip-mlx", action="store_true", help="measure the kernels only")
     given = parser.parse_args()
     used, text = native.status()
     if not used:
@@ -98,6 +99,9 @@ def main() -> None:
     rows = []
     for _ in range(given.rounds):
         ours = measure(model, prompt, given.tokens)
+        if given.skip_mlx:
+            rows.append((ours, ours))
+            continue
         with native.suspended():
             mlx = measure(model, prompt, given.mlx_tokens)
         if ours[2][: len(mlx[2])] != mlx[2]:
@@ -106,6 +110,9 @@ def main() -> None:
     print(f"{given.shape}, {given.bits} bits, {native.description()}, MLX {mx.__version__}")
     for index, name in enumerate(("prefill", "decode")):
         kernels = statistics.median(ours[index] for ours, _ in rows)
+        if given.skip_mlx:
+            print(f"  {name:8}{kernels:9.1f} tok/s")
+            continue
         alone = statistics.median(mlx[index] for _, mlx in rows)
         ratio = statistics.median(ours[index] / mlx[index] for ours, mlx in rows)
         print(f"  {name:8}{kernels:9.1f} tok/s   MLX alone{alone:8.1f}   ratio{ratio:7.1f}")
