@@ -123,6 +123,7 @@ def _terminal_restorer() -> Callable[[], None]:
     import termios
 
     settings = None
+    terminal = -1
     with suppress(AttributeError, ValueError, OSError, termios.error):
         terminal = sys.stdin.fileno()
         settings = termios.tcgetattr(terminal)

@@ -264,7 +264,8 @@ class LanguageModel:
         return repr((str(self.path.resolve()), weights, sorted(map(repr, self.config.items()))))
 
     def __repr__(self) -> str:
-        size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        arrays = cast(list[tuple[str, mx.array]], tree_flatten(self.model.parameters()))
+        size = sum(array.nbytes for _, array in arrays)
         return (
             f"<LanguageModel {self.path.name}: {self.config.get('model_type')}, "
             f"{len(self.model.layers)} layers, {format_size(size)} of weights, "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -164,7 +165,7 @@ def test_a_norm_of_the_example_stands_after_attention(example):
     tokens = mx.array([[1, 5, 9, 30, 2, 7]])
     before = np.array(model(tokens))
     for name, moves in (("o_proj", False), ("v_proj", False), ("post_attention_layernorm", True)):
-        layer = model.layers[0]
+        layer: Any = model.layers[0]
         module = getattr(layer.self_attn, name, None) or getattr(layer, name)
         kept, module.weight = module.weight, module.weight * 4
         assert bool(np.abs(np.array(model(tokens)) - before).max() > 1e-2) is moves, name

@@ -33,6 +33,10 @@ class Layer(Protocol):
         """Compute the residual stream (B, L, hidden_size) after the layer from that before it."""
         ...
 
+    def parameters(self) -> dict[str, Any]:
+        """Arrays by name, nested as the submodules are (``nn.Module.parameters``)."""
+        ...
+
 
 def mixer_name(layer: Any) -> str | None:
     """Name of the submodule of ``layer`` that is a ``TokenMixer``; None without one."""

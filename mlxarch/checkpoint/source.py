@@ -99,7 +99,7 @@ def add_named_templates(sidecars: dict[str, bytes | Path], templates: Mapping[st
     name = "chat_template.json"
     content = sidecars.get(name)
     earlier = read_json(content).get("chat_template") if isinstance(content, Path) else None
-    merged = named_templates(earlier, name) | templates
+    merged = {**named_templates(earlier, name), **templates}
     listed = [{"name": key, "template": source} for key, source in merged.items()]
     sidecars[name] = json.dumps({"chat_template": listed}, indent=1, ensure_ascii=False).encode()
 

@@ -10,6 +10,7 @@ Environment: ``MLXARCH_CPU_KERNELS`` = off, baseline, avx2 or avx512 chooses the
 """
 
 import importlib
+import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,8 +35,9 @@ def _load() -> tuple[Any, str]:
         module = importlib.import_module("mlxarch_cpu._kernels")
     except ImportError as error:
         return None, f"the package mlxarch-cpu is not installed or not built for this MLX: {error}"
-    if mx.__version__ != module.MLX_VERSION:
-        return None, f"mlxarch-cpu is built for MLX {module.MLX_VERSION}, found {mx.__version__}"
+    mlx_version = importlib.metadata.version("mlx")
+    if mlx_version != module.MLX_VERSION:
+        return None, f"mlxarch-cpu is built for MLX {module.MLX_VERSION}, found {mlx_version}"
     if not module.use_instruction_set(wanted):
         return None, f"this machine has no kernels named {wanted!r} (MLXARCH_CPU_KERNELS)"
     module.set_threads(_thread_count())

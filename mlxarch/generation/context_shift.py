@@ -6,11 +6,11 @@ Either they are refused, or tokens in the middle are dropped, behind the instruc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from mlxarch.blocks import CausalLM
 from mlxarch.errors import InvalidInput, MlxArchError
@@ -103,9 +103,8 @@ def decode_with_shift(
             message = "the context of %d tokens is full: %d of %d are left out, behind the opening"
             logger.info(message, context, dropped, len(tokens))
         count = min(len(prompt) + limit - len(tokens), context - len(window))
-        with closing(
-            decode(model, session, window, sampling, count, matcher, report, recorder)
-        ) as steps:  # pyright: ignore[reportArgumentType]
+        decoding = decode(model, session, window, sampling, count, matcher, report, recorder)
+        with closing(cast(Generator[tuple[int, Timings]], decoding)) as steps:
             for token, step_timings in steps:
                 turn = session.turn
                 timings = timings or Timings(len(prompt), step_timings.reused_tokens)

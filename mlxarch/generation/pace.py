@@ -78,7 +78,7 @@ def pace_of(model: CausalLM) -> Pace:
     attributes = model.__dict__
     if "_pace" not in attributes:
         first = model.layers[0].parameters()
-        size = tree_reduce(lambda total, array: total + array.nbytes, first, 0)
+        size: int = tree_reduce(lambda total, array: total + array.nbytes, first, 0) or 0
         attributes["_pace"] = Pace(len(model.layers), size)
     return attributes["_pace"]
 

@@ -262,7 +262,7 @@ def family(name: str) -> list[CatalogEntry]:
 
 
 def _bits_label(bits: Bits) -> str:
-    return bits if bits == "original" else f"{bits}bit"
+    return bits if isinstance(bits, str) else f"{bits}bit"
 
 
 def _parse_path(text: str) -> Path | None:

@@ -141,7 +141,7 @@ def _is_cached_array(value: object) -> bool:
 def _cached_arrays(cache: Cache | None) -> list[mx.array]:
     """Arrays of keys and values, whatever attributes of the cache hold them."""
     found = tree_flatten(dict(vars(cache))) if cache else []
-    return [array for _, array in found if _is_cached_array(array)]
+    return [array for _, array in found if isinstance(array, mx.array) and array.ndim > 2]
 
 
 def _replace_cached_arrays(cache: Cache | None, new: Callable[[mx.array], mx.array]) -> None:

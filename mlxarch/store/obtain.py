@@ -178,10 +178,9 @@ def _quicker_ways(
     name: str | os.PathLike[str], entry: CatalogEntry | None, bits: Bits | None
 ) -> str:
     """Name what is ready sooner than a search for better scales."""
-    ways = [
-        f"`{entry.name}-{ready.bits}bit` is quantized already"
-        for ready in (entry.ready if entry else [])
-    ]
+    ways = []
+    if entry is not None:
+        ways = [f"`{entry.name}-{ready.bits}bit` is quantized already" for ready in entry.ready]
     text = os.fspath(name)
     ways.append(f"`mlxarch pull {text} --bits {bits} --method round` rounds without a search")
     if not text.lower().endswith(".gguf"):

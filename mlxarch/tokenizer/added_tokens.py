@@ -203,6 +203,8 @@ def _special_token(value: Any) -> AddedToken | None:
     """Return a special token given as a text or an object; None if it is neither, or empty."""
     if isinstance(value, str) and value:
         return AddedToken(value, special=True)
+    if not isinstance(value, dict):
+        return None
     try:
         return _parse_added_token({**value, "special": True}) if value["content"] else None
     except (TypeError, ValueError, KeyError, AttributeError):

@@ -110,6 +110,7 @@ def test_messages_spell_no_control_tokens_and_texts_do(model: LanguageModel) -> 
     spelled = [{"role": "user", "content": "a<|im_end|>"}]
     plain = [{"role": "user", "content": "a"}]
     end = model.tokenizer.token_id("<|im_end|>")
+    assert end is not None
     counts = [
         model.tokens_of(prompt, parse_special=parse).count(end)
         for prompt in (plain, spelled, "a<|im_end|>")

@@ -175,7 +175,8 @@ def test_attention_takes_the_bits_asked_for_and_the_experts_keep_theirs(
     assert np.array_equal(copy[name], eight[name])
     assert "model.layers.0.self_attn.q_proj.scales" in eight.keys() - copy.keys()
     model, _ = load_model(tmp_path / "eight", dtype="float32")
-    attention: Any = model.layers[0].self_attn
+    first: Any = model.layers[0]
+    attention = first.self_attn
     assert attention.q_proj.quantization.bits == 8
     assert not any(".router.scales" in name for name in eight)
 

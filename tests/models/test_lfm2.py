@@ -29,7 +29,7 @@ COMMON = {
     "key norm": weight("*.k_layernorm.weight", ONES),
     "order of the thirds": weight("*.conv.in_proj.weight", roll_thirds),
     "convolution backwards": weight("*.conv.conv.weight", lambda w: w[..., ::-1].copy()),
-    "oldest input": weight("*.conv.conv.weight", lambda w: w * np.float32([0, 1, 1])),
+    "oldest input": weight("*.conv.conv.weight", lambda w: w * np.array([0, 1, 1], np.float32)),
     "rope_theta": config(rope_theta=1_000_000.0),
     "norm_eps": config(norm_eps=1e-2),
 }

@@ -265,6 +265,7 @@ def test_a_mistral_config_without_a_window_key_has_the_window_of_transformers() 
     published = json.loads((parity.GOLDEN / "mistral" / "config.json").read_text())
     silent = {key: value for key, value in published.items() if key != "sliding_window"}
     for found, span in ((published, Full()), (silent, Sliding(4096))):
-        attention = architecture(found).build().layers[0].self_attn
+        layer: Any = architecture(found).build().layers[0]
+        attention = layer.self_attn
         assert isinstance(attention, Attention)
         assert attention.span == span

@@ -81,8 +81,9 @@ def test_every_option_of_llama4_shows_in_the_logits(
 def test_the_eps_of_the_qk_norm_is_that_of_the_config(tmp_path: Path) -> None:
     model, _ = load_model(parity.copy("llama4_scout", "config.json", tmp_path), dtype="float32")
     wanted = parity.reference("llama4_scout")
-    for layer in model.layers[:3]:
-        attention: Any = layer.self_attn
+    layers: list[Any] = list(model.layers[:3])
+    for layer in layers:
+        attention = layer.self_attn
         assert attention.eps == 1e-3
         attention.eps = 1e-6
     difference = np.abs(np.array(model(mx.array(wanted["input_ids"]))) - wanted["logits"]).max()

@@ -38,7 +38,7 @@ COMMON = {
     "norm of the DeltaNet": weight("*.linear_attn.norm.weight", ONES),
     "convolution backwards": weight("*.conv1d.weight", lambda w: w[..., ::-1].copy()),
     "last input of the convolution": weight(
-        "*.conv1d.weight", lambda w: w * np.float32([0, 1, 1, 1])
+        "*.conv1d.weight", lambda w: w * np.array([0, 1, 1, 1], np.float32)
     ),
     "key heads": weight("*.in_proj_qkv.weight", lambda w: np.roll(w, 8, axis=0)),
 }

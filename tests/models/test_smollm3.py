@@ -94,9 +94,8 @@ def published(name: str = "smollm3", **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("settings", [{}, {"no_rope_layers": None}], ids=["listed", "by rule"])
 def test_every_fourth_layer_has_no_positions(settings: dict[str, Any]) -> None:
-    attentions: list[Any] = [
-        layer.self_attn for layer in architecture(published(**settings)).build().layers
-    ]
+    layers: list[Any] = list(architecture(published(**settings)).build().layers)
+    attentions = [layer.self_attn for layer in layers]
     assert [isinstance(attention.rope, NoRoPE) for attention in attentions] == [
         False,
         False,

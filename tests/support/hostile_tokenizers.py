@@ -81,6 +81,7 @@ WORDPIECE = {
     "continuing_subword_prefix": "##",
 }
 
+
 def _add_tokens(count, length):
     def change(document):
         document["added_tokens"] += [

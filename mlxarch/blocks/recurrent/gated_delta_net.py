@@ -120,7 +120,7 @@ class GatedDeltaNet(StateLayer):
     def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
         c = self.c
         projected = self.project(context.without_padding(x))
-        state, tail = self.state(cache) or (
+        state, tail = self.load_state(cache) or (
             mx.zeros((x.shape[0], self.A_log.size, c.linear_key_head_dim, c.linear_value_head_dim)),
             self.conv1d.empty_tail(projected.qkv),
         )

@@ -94,7 +94,7 @@ class Mamba2(StateLayer):
         ends = [s.width, projected.shape[-1] - s.heads]
         gate, inputs, time_step = mx.split(projected, ends, axis=-1)
         inputs = context.without_padding(inputs)
-        state, tail = self.state(cache) or (
+        state, tail = self.load_state(cache) or (
             mx.zeros((x.shape[0], s.groups, s.heads // s.groups, s.state_size, s.head_size)),
             self.conv1d.empty_tail(inputs),
         )

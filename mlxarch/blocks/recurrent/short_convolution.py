@@ -35,7 +35,7 @@ class ShortConvolution(StateLayer):
     def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
         before, after, inputs = mx.split(self.in_proj(x), 3, axis=-1)
         inputs = context.without_padding(before * inputs)
-        [tail] = self.state(cache) or (self.conv.empty_tail(inputs),)
+        [tail] = self.load_state(cache) or (self.conv.empty_tail(inputs),)
         y, tail = self.conv(inputs, tail)
         self.keep(cache, x.shape[1], tail)
         return self.out_proj(after * y)

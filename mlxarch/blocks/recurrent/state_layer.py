@@ -25,7 +25,7 @@ class StateLayer(nn.Module):
         """Create an empty state; its size depends neither on ``capacity`` nor on ``kv``."""
         return StateCache()
 
-    def state(self, cache: Cache | None) -> tuple[mx.array, ...]:
+    def load_state(self, cache: Cache | None) -> tuple[mx.array, ...]:
         """Arrays of the state; empty before the first token, and without a cache."""
         return () if cache is None else cast(StateCache, cache).state
 

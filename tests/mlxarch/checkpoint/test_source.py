@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from tiny_llama import make_llama
-
 from mlxarch.checkpoint.source import open_checkpoint
 from mlxarch.tokenizer.chat_template import find_templates
+from tiny_llama import make_llama
 
 
 def templates_of(sidecars: dict[str, bytes | Path], folder: Path) -> dict[str, str]:

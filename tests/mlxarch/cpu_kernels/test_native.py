@@ -66,7 +66,9 @@ def mlx_matmul(x: mx.array, arrays: Arrays, mode: str, bits: int, group_size: in
     if mode == "dense":
         return x @ arrays["weight"].T
     options: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-    return mx.quantized_matmul(x, *arrays.values(), **options)
+    weight, *others = arrays.values()
+    names = ("scales", "biases")
+    return mx.quantized_matmul(x, weight, **dict(zip(names, others, strict=False)), **options)
 
 
 def mlx_expert_matmul(

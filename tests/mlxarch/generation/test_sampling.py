@@ -158,11 +158,12 @@ def test_refuses_a_bias_outside_of_the_vocabulary() -> None:
 
 def test_frequency_and_presence_penalties_count_the_answer_and_not_the_prompt() -> None:
     logits = mx.array([[5.0, 4.0, 0.0]])
-    for settings, wanted in (
+    cases: list[tuple[dict[str, Any], list[int]]] = [
         ({"presence_penalty": 1.5}, [0, 1, 0, 0]),
         ({"frequency_penalty": 0.4}, [0, 0, 0, 1]),
         ({"frequency_penalty": -0.4}, [0, 0, 0, 0]),
-    ):
+    ]
+    for settings, wanted in cases:
         sampler = Sampler(Sampling(**settings), 3, [[0, 0, 0, 0]])
         assert [sampler(logits).item() for _ in range(4)] == wanted, settings
 
@@ -181,7 +182,7 @@ def test_rows_with_parameters_of_their_own_draw_as_alone() -> None:
     together = [RowSampler(each, 40, [1]) for each in parameters]
     alone = [RowSampler(each, 40, [1]) for each in parameters]
     for _ in range(5):
-        tokens = sample(together, logits, masks).tolist()
+        tokens: Any = sample(together, logits, masks).tolist()
         single = [
             sample([row], logits[index : index + 1], [masks[index]]).item()
             for index, row in enumerate(alone)

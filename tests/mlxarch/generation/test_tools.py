@@ -38,7 +38,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 def generate(model: LanguageModel, **options: Any) -> Any:
-    bias = {model.tokenizer.token_id("<think>"): -100.0, model.tokenizer.token_id("}"): 5.0}
+    biases = {"<think>": -100.0, "}": 5.0}
+    found = {model.tokenizer.token_id(text): value for text, value in biases.items()}
+    bias = {token: value for token, value in found.items() if token is not None}
+    assert len(bias) == 2
     return model.generate(MESSAGES, logit_bias=bias, seed=1, temperature=1.0, **options)
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -144,12 +145,11 @@ def test_the_experts_that_most_tokens_need_stay(folder: Path) -> None:
 
 def test_attention_is_itself_again_after_a_prompt_and_after_an_error(folder: Path) -> None:
     model = load(folder, 3)
-    before = [layer.self_attn for layer in model.layers]
+    layers: list[Any] = list(model.layers)
+    before = [layer.self_attn for layer in layers]
     prefill(model, Session(model.make_caches()), PROMPT)
-    assert [layer.self_attn for layer in model.layers] == before
+    assert [layer.self_attn for layer in layers] == before
     attached(model).layers[0].records.read = lambda expert, buffers: 1 / 0
     with pytest.raises(ZeroDivisionError):
         prefill(model, Session(model.make_caches()), PROMPT)
-    assert all(
-        a is b for a, b in zip([layer.self_attn for layer in model.layers], before, strict=True)
-    )
+    assert all(a is b for a, b in zip([layer.self_attn for layer in layers], before, strict=True))

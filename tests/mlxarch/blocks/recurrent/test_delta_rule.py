@@ -58,8 +58,8 @@ def test_prompts_may_be_cut_anywhere() -> None:
     whole, last = delta_rule(q, k, v, g, beta, state)
     parts = []
     for start, end in ((0, 1), (1, 14), (14, 80), (80, 90)):
-        piece = [t[:, :, start:end] for t in (q, k, v, g, beta)]
-        out, state = delta_rule(*piece, state)
+        q_part, k_part, v_part, g_part, beta_part = (t[:, :, start:end] for t in (q, k, v, g, beta))
+        out, state = delta_rule(q_part, k_part, v_part, g_part, beta_part, state)
         parts.append(out)
     assert float(mx.abs(mx.concatenate(parts, 2) - whole).max()) <= 1e-5
     assert float(mx.abs(state - last).max()) <= 1e-5

@@ -4,6 +4,7 @@ import io
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -231,6 +232,7 @@ def opened(keys: dict, folder: Path) -> OurTokenizer:
 def test_a_tag_that_the_template_writes_is_a_token_and_its_last_one_ends_an_answer(
     model: str, token_type: int, tmp_path: Path
 ):
+    count = 0
     if model == "gpt2":
         keys = metadata(eos_token_id=2)
         keys["tokenizer.ggml.token_type"] = [token_type, token_type, 4, 5] + [1] * len(trained()[0])
@@ -366,6 +368,7 @@ def test_a_tokenizer_that_cannot_be_rebuilt_exactly_is_refused_by_name(keys: dic
 def test_an_id_that_is_no_token_counts_for_nothing(
     name: str, token: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    without = files(metadata(**{f"{name}_token_id": None}))
-    assert files(metadata(**{f"{name}_token_id": token})) == without
+    without: dict[str, Any] = {f"{name}_token_id": None}
+    wrong: dict[str, Any] = {f"{name}_token_id": token}
+    assert files(metadata(**wrong)) == files(metadata(**without))
     assert f"{name}_token_id is {token}, which is none of" in caplog.text

@@ -193,7 +193,7 @@ def test_a_model_that_does_not_mark_blanks_is_refused():
 
 def test_words_and_characters_are_refused_as_kinds():
     with pytest.raises(TokenizerError, match="kind 4"):
-        convert_sentencepiece(trained(model_type="char", vocab_size=60), "tokenizer.model")
+        convert_sentencepiece(trained(model_type="char", vocab_size=60), {})
 
 
 def test_blanks_at_the_end_of_words_are_refused():
