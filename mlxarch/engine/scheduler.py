@@ -164,7 +164,8 @@ class Scheduler:
         if needed > self.room.total - self._reserved_bytes():
             return False
         while needed > self.room.total - self._reserved_bytes() - cache.nbytes:
-            cache.drop_least_recently_used(cache.path(prompt)) or cache.drop_least_recently_used()
+            if not cache.drop_least_recently_used(cache.path(prompt)):
+                cache.drop_least_recently_used()
         return True
 
     def _reserved_bytes(self) -> int:
