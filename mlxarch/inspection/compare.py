@@ -165,6 +165,13 @@ def comparison_table(models: Sequence[InspectedModel]) -> list[list[str]]:
     ]
 
 
+def footnote(models: Sequence[InspectedModel]) -> str:
+    """Explain the asterisk of the table; empty if it has none."""
+    if all(model.structure.context >= KV_CONTEXT for model in models):
+        return ""
+    return f"* KV cache at the model's longest context, which is shorter than {KV_CONTEXT:,} tokens"
+
+
 def to_svg(models: Sequence[InspectedModel]) -> str:
     """Draw the blocks of the models side by side."""
     return draw_svg([(model.title, model.structure) for model in models])

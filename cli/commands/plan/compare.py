@@ -55,6 +55,8 @@ def compare_command(
         for rows in _split_columns(compare.comparison_table(inspected), width):
             print_table(rows)
             print_line()
+        if footnote := compare.footnote(inspected):
+            print_stderr(footnote, dim=True)
         for model in inspected:
             for note in compare.published_differences(model):
                 print_stderr(note, dim=True)

@@ -16,6 +16,13 @@ def test_compare_shows_models_side_by_side(execute):
     )
 
 
+def test_an_asterisk_has_a_footnote(invoke):
+    short = invoke("compare", "gpt2-xl")
+    assert " MB*" in short.stdout and "* KV cache at the model's longest context" in short.stderr
+    long = invoke("compare", "qwen3-0.6b")
+    assert "*" not in long.stdout + long.stderr
+
+
 def test_a_narrow_terminal_gets_several_tables(execute):
     narrow = execute("compare", "llama3-8b", "olmo2-7b", "gpt2-xl", COLUMNS="45").stdout
     assert sum(line.startswith("parameters") for line in narrow.splitlines()) == 3
