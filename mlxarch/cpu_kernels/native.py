@@ -9,7 +9,6 @@ Environment: ``MLXARCH_CPU_KERNELS`` = off, baseline, avx2 or avx512 chooses the
 ``MLXARCH_THREADS`` the number of threads (default: one for each physical core).
 """
 
-import importlib
 import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ def _load() -> tuple[Any, str]:
     if wanted == "off":
         return None, "switched off by MLXARCH_CPU_KERNELS"
     try:
-        module = importlib.import_module("mlxarch_cpu._kernels")
+        import mlxarch_cpu._kernels as module  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         return None, f"the package mlxarch-cpu is not installed or not built for this MLX: {error}"
     mlx_version = importlib.metadata.version("mlx")

@@ -108,12 +108,12 @@ class GrammarCompiler:
             raise InvalidSchema(f"the answer's grammar is refused: {_reason(state.get_error())}")
         return Grammar(rule, warnings, schema, state, self._vocab_size, self._newlines)
 
-    def _cached(self, key: tuple[str, ...], compile: Callable[[], Grammar]) -> Grammar:
+    def _cached(self, key: tuple[str, ...], make: Callable[[], Grammar]) -> Grammar:
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        grammar = compile()
+        grammar = make()
         with self._lock:
             self._cache[key] = grammar
             while len(self._cache) > _CACHED_GRAMMARS:

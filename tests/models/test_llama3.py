@@ -179,7 +179,7 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         "dynamic",
     ),
-    "rope parameter missing": ({"rope_scaling": LLAMA3_ROPE}, "original_max_position_embeddings"),
+    "rope parameter missing": ({"rope_scaling": {"type": "linear"}}, "factor"),
     "rope parameter of another type": (
         {"rope_scaling": {"type": "linear", "factor": "4"}},
         "factor",

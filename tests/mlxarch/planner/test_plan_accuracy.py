@@ -96,8 +96,8 @@ def test_with_cpu_kernels_a_model_stays_below_the_plan(
     accuracy.write(accuracy.QWEN3 | DENSE, 4, folder)
     monkeypatch.setenv("MLXARCH_CPU_KERNELS", "")
     found = measured(folder, 2048, {})
-    assert 0.3 * found["mlx"] < found["measured_mlx"] <= 1.05 * found["mlx"]
-    assert found["measured_process"] <= 1.05 * found["process"]
+    assert 0.3 * found["mlx"] < found["measured_mlx"] <= 1.1 * found["mlx"]
+    assert found["measured_process"] <= 1.1 * found["process"]
 
 
 def test_streamed_experts_keep_within_the_memory_they_may_use(sparse: Path) -> None:

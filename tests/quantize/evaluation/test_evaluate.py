@@ -342,11 +342,29 @@ def test_the_texts_here_are_long_enough_and_each_of_its_kind():
     assert all(f"`{name}.txt`" in page for name in DOMAINS) and "Licence: MIT" in page
 
 
+def begin_with(file: Path, token: str) -> None:
+    """Let a tokenizer.json put a special token in front of every text."""
+    content = json.loads(file.read_text())
+    [number] = [each["id"] for each in content["added_tokens"] if each["content"] == token]
+    single = [
+        {"SpecialToken": {"id": token, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+    file.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("begins", [False, True])
 def test_windows_hold_every_token_once_and_begin_as_texts_do(original, begins, tmp_path):
     folder = make_chat_model(tmp_path / "m")
-    settings = {"bos_token": "<|system|>", "add_bos_token": begins}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|system|>"}))
+    if begins:
+        begin_with(folder / "tokenizer.json", "<|system|>")
     tokenizer = Tokenizer.from_folder(folder)
     (passage,) = tokenize_passages([Text("t", "abcdefghij")], tokenizer, 9, 4)
     body, bos = tokenizer.encode("abcdefghi", add_special_tokens=False), [tokenizer.bos_id]

@@ -120,6 +120,20 @@ def test_the_states_are_those_of_the_packed_model() -> None:
     assert state_error(calibration) > 0
 
 
+# Outputs in a layer that reach the residual stream unchanged, where they are fewer than two: others
+# are scaled, summed with a parallel branch, or the only one of their layer
+FEWER = {
+    "cohere2_moe": 0,
+    "gemma3n": 0,
+    "gemma3n_text": 0,
+    "gemma4": 1,
+    "gemma4_e2b": 1,
+    "granite": 0,
+    "granite_hybrid": 0,
+    "nemotron_h": 1,
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_that_add_to_the_states_are_found_in_every_architecture(name: str) -> None:
     resolved = opened(name)
@@ -137,7 +151,8 @@ def test_matrices_that_add_to_the_states_are_found_in_every_architecture(name: s
             )
             assert projection.norm is None or f"{projection.norm}.weight" in resolved.parameters
     experts = any("experts" in path or "switch_mlp" in path for path in resolved.parameters)
-    assert count == 0 if "gemma3n" in name else count >= (1 if experts else 2) * len(model.layers)
+    least = FEWER.get(name, 1 if experts else 2)
+    assert count == 0 if least == 0 else count >= least * len(model.layers)
 
 
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def person(home, tiny):
 def test_a_chat_with_interrupts_retry_undo_save_and_load(person, home, tmp_path, endless):
     file = tmp_path / "talk.json"
     with person(model=endless) as user:
-        user.sees("/help lists the commands")
+        user.sees(r"/help\s+lists\s+the\s+commands")
         user.sees(PROMPT)
 
         user.type("Hello\r")  # this model does not end by itself
@@ -226,7 +226,7 @@ def test_a_script_ends_at_its_first_mistake(invoke, tiny, script, code):
 
 def test_a_base_model_is_announced_and_continues(person, tiny_base):
     with person("-n", "3", model=tiny_base) as user:
-        user.sees("no chat template and continues your text")
+        user.sees(r"no\s+chat\s+template\s+and\s+continues\s+your\s+text")
         user.sees(PROMPT)
         user.enters("Once upon", "cut off")
         user.enters("/system Be brief", "error: .*no chat template")
