@@ -96,7 +96,9 @@ class Person:
 
     def __init__(self, *command: str, **environment: str) -> None:
         self.terminal, inside = pty.openpty()
-        fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # status lines on one line
+        fcntl.ioctl(
+            inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0)
+        )  # status lines on one line
         plain = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "", "LINES": ""}
         self.program = subprocess.Popen(
             [sys.executable, "-c", _LAUNCH, *command],
