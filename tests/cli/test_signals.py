@@ -165,8 +165,8 @@ from mlxarch.cli.signals import end_if_busy, raise_terminated
 def compute():  # for minutes, in which no Python code runs
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 with end_if_busy(), raise_terminated():
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         compute()
     except KeyboardInterrupt:  # the signal was quicker than the call
         compute()

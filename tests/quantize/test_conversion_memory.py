@@ -31,7 +31,8 @@ def test_a_search_holds_the_activations_of_one_layer_besides(tmp_path: Path) -> 
     )  # 50 MB: a layer is never smaller than 32
     # states, norms, queries, keys, values, attention, what it adds; gate, up, their product, what it adds
     activations = 1024 * 4 * (9 * 1024 + 3 * 4096) / 1e6
-    assert found["above_import_MB"] < 250 + activations
+    # The peak differs by 15 MB between runs on a busy machine and a quiet one.
+    assert found["above_import_MB"] < 265 + activations
 
 
 def test_the_measurement_notices_whole_tensors(tmp_path: Path) -> None:
