@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine.admission import MemoryRoom, one_token_caches
 from mlxarch.engine.prefix.files import DiskLimits, PrefixFiles
@@ -134,6 +136,8 @@ class Engine:
         probe: whether to find out at the start if the bits of a row depend on other rows.
         spill_dir: folder for the caches of requests that are set aside, to make room for older ones;
             None keeps them in the host's memory.
+        share_arrays: whether rows that decode together have their caches in arrays that they share,
+            which saves operations and takes memory for padding; None decides by the device.
         on_death: called on the engine's thread after a failure that ended it.
     """
 
@@ -154,6 +158,7 @@ class Engine:
         deterministic: bool = False,
         probe: bool = True,
         spill_dir: Path | None = None,
+        share_arrays: bool | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         def make_caches() -> list[Cache | None]:
@@ -171,7 +176,14 @@ class Engine:
         if prefix_cache_dir is not None and prefix_cache_bytes:
             files = PrefixFiles(prefix_cache_dir, prefix_key, sample, self.vocab_size, disk_limits)
         prefixes = PrefixUse(cache, sample, not deterministic, files)
-        scheduler = Scheduler(model, make_caches, reader, self._room, prefixes, max_rows, spill_dir)
+        # On a CPU, operations cost little beside their arithmetic, which padding adds to. The shapes
+        # of shared arrays depend on other rows, and the order of additions may follow them.
+        if share_arrays is None:
+            share_arrays = mx.default_device() != mx.cpu
+        shares = share_arrays and not deterministic
+        scheduler = Scheduler(
+            model, make_caches, reader, self._room, prefixes, max_rows, spill_dir, shares
+        )
         self._worker = _Worker(scheduler, deterministic, probe)
         self._worker.on_death = on_death
         self._numbers = itertools.count(1)
@@ -248,7 +260,8 @@ class Engine:
             running=len(scheduler.running),
             reading=len(scheduler.reading),
             waiting=len(scheduler.waiting) + len(scheduler.aside) + len(worker.arrivals),
-            row_bytes=sum(row.nbytes for row in scheduler.rows if not row.finished),
+            row_bytes=scheduler.shared.nbytes
+            + sum(row.nbytes for row in scheduler.rows if not row.finished),
             room_bytes=self._room.total,
             prefix_bytes=scheduler.prefixes.cache.nbytes,
             rows_independent=scheduler.batch_sizes.independent,

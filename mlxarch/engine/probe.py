@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlxarch.blocks import CausalLM
-from mlxarch.kv_cache import join_rows
+from mlxarch.blocks import Cache, CausalLM
+from mlxarch.kv_cache import CacheBatch, can_batch, join_rows
 
 CUDA_ROWS = 8  # a packed product of as many rows takes as long there as one of a single row
 PROBE_TOKENS = 4
+LONGER_PROMPT = 300  # so that the keys of a batch with shared arrays have another number
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ def candidates(max_rows: int) -> list[int]:
     return [1, *range(CUDA_ROWS, max_rows + CUDA_ROWS, CUDA_ROWS)] if max_rows > 1 else [1]
 
 
-def probe_batch_sizes(model: CausalLM, max_rows: int, deterministic: bool) -> BatchSizes:
+def probe_batch_sizes(
+    model: CausalLM, max_rows: int, deterministic: bool, shares_arrays: bool = False
+) -> BatchSizes:
     """Find the numbers of rows to use.
 
     Args:
         max_rows: largest number of rows that must run together.
         deterministic: allow only sizes that give the same bits as the largest, whatever they cost.
+        shares_arrays: whether rows that decode together have their caches in shared arrays.
     """
     sizes = candidates(max_rows)
     if deterministic:
@@ -57,7 +61,8 @@ def probe_batch_sizes(model: CausalLM, max_rows: int, deterministic: bool) -> Ba
     # on a CPU the rows of a product are computed one by one: two of them show it
     probed = sizes[:2] if mx.default_device() == mx.cpu else _spread(sizes)
     wanted = _probe_logits(model, sizes[0])
-    equal = (_all_rows_equal(_probe_logits(model, size), wanted) for size in probed[1:])
+    compute = _shared_logits if shares_arrays and can_batch(model.make_caches()) else _probe_logits
+    equal = (_all_rows_equal(compute(model, size), wanted) for size in probed[1:])
     return BatchSizes(tuple(sizes), independent=all(equal))
 
 
@@ -70,14 +75,30 @@ def _spread(sizes: Sequence[int]) -> list[int]:
     return spread
 
 
+def _shared_logits(model: CausalLM, rows: int) -> np.ndarray:
+    """The same for rows with shared arrays, beside one with a longer prompt, which is left out."""
+    caches = [_filled_caches(model, PROBE_TOKENS) for _ in range(rows - 1)]
+    caches.append(_filled_caches(model, LONGER_PROMPT))
+    shared = CacheBatch()
+    places = shared.arrange(caches, rows)
+    state = model.hidden_state(mx.zeros((rows, 1), mx.uint32), shared.layers)
+    logits = np.asarray(model.head(state)[:, 0].astype(mx.float32))
+    return logits[places[:-1]]
+
+
 def _probe_logits(model: CausalLM, rows: int) -> np.ndarray:
     """Logits (rows, V), float32, of the same token after the same prompt in every row."""
-    prompt = [index % model.vocab_size for index in range(1, 1 + PROBE_TOKENS)]
-    caches = model.make_caches()
-    mx.eval(model.hidden_state(mx.array([prompt]), caches))
+    caches = _filled_caches(model, PROBE_TOKENS)
     tokens = mx.zeros((rows, 1), mx.uint32)
     state = model.hidden_state(tokens, join_rows([caches], rows))
     return np.asarray(model.head(state)[:, 0].astype(mx.float32))
+
+
+def _filled_caches(model: CausalLM, length: int) -> list[Cache | None]:
+    prompt = [index % model.vocab_size for index in range(1, 1 + length)]
+    caches = model.make_caches()
+    mx.eval(model.hidden_state(mx.array([prompt]), caches))
+    return caches
 
 
 def _all_rows_equal(logits: np.ndarray, wanted: np.ndarray) -> bool:

@@ -20,6 +20,7 @@ from mlxarch.engine.request import FinishReason
 from mlxarch.engine.row import Row
 from mlxarch.engine.steps import NOT_FINITE, Cancelled, Choice, PromptReader, choose, forward
 from mlxarch.errors import GenerationError, MlxArchError, NonFiniteLogits
+from mlxarch.kv_cache import CacheBatch, can_batch
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Scheduler:
         prefixes: reuse of earlier prompts.
         max_rows: rows that run at the same time.
         spill: folder for the caches of rows that are set aside; None keeps them in memory.
+        shares_arrays: whether rows that decode together have their caches in shared arrays.
 
     Attributes:
         waiting: requests that have not begun.
@@ -44,7 +46,11 @@ class Scheduler:
         counters: totals since the start, by name.
         seconds_per_request: moving average of the seconds that a request runs.
         batch_sizes: numbers of rows that a decoding pass may have.
+        shared: shared arrays of the rows that decode together.
     """
+
+    floor_tokens = 2048  # for each place of a batch, which may be allocated whatever the rows hold
+    most_padding = 3  # tokens allocated in shared arrays for each that the rows hold
 
     def __init__(
         self,
@@ -55,6 +61,7 @@ class Scheduler:
         prefixes: PrefixUse,
         max_rows: int,
         spill: Path | None = None,
+        shares_arrays: bool = False,
     ) -> None:
         self.model = model
         self.reader = reader
@@ -69,6 +76,8 @@ class Scheduler:
         self._make_caches = make_caches
         self._max_rows = max_rows
         self._spill = spill
+        self._shares_arrays = shares_arrays
+        self.shared = CacheBatch()
         self._unread: list[Choice] = []
         self.seconds_per_request = 0.0
         self._turns = 0
@@ -85,7 +94,9 @@ class Scheduler:
 
     def probe(self, deterministic: bool) -> None:
         """Find out in which batch sizes a row does not depend on its neighbours."""
-        self.batch_sizes = probe_batch_sizes(self.model, self._max_rows, deterministic)
+        self.batch_sizes = probe_batch_sizes(
+            self.model, self._max_rows, deterministic, self._shares_arrays
+        )
 
     def turn(self) -> None:
         """Compute one decoding step and one chunk of a prompt, and deliver the step before."""
@@ -125,6 +136,9 @@ class Scheduler:
         self.aside = [row for row in self.aside if not row.finished]
         self.waiting = deque(row for row in self.waiting if not row.finished)
         for row in finished:
+            if self.prefixes.cache.most_bytes:
+                self.shared.release(row.caches)
+            self.shared.discard(row.caches)
             self.prefixes.store(row, self._free_bytes())
             row.caches = []
             self.counters[f"finished_{row.reason}"] += 1
@@ -193,6 +207,7 @@ class Scheduler:
             row.reserved = tokens
 
     def _set_aside(self, row: Row) -> None:
+        self.shared.release(row.caches)
         row.set_aside(self._spill)
         for rows in (self.running, self.reading):
             if row in rows:
@@ -211,7 +226,7 @@ class Scheduler:
         self._unread = []
         logits = None
         if rows:
-            logits = forward(self.model, rows, self.batch_sizes.at_least(len(rows)))
+            logits = self._forward(rows)
             if any(row.request.matcher is not None for row in rows):
                 mx.async_eval(logits)
             else:
@@ -223,6 +238,34 @@ class Scheduler:
             if left:
                 some = logits if len(left) == len(rows) else logits[mx.array(left)]
                 self._choose([rows[index] for index in left], some)
+
+    def _forward(self, rows: list[Row]) -> mx.array:
+        """Logits (B, V) after the newest token of each row."""
+        batch = self.batch_sizes.at_least(len(rows))
+        if self._can_share(rows, batch):
+            return forward(self.model, rows, batch, self.shared)
+        self.shared.clear()
+        return forward(self.model, rows, batch)
+
+    def _can_share(self, rows: list[Row], places: int) -> bool:
+        """Whether to keep the caches of the rows in shared arrays.
+
+        In these each row takes as much memory as the longest.
+        """
+        if not self._shares_arrays or len(rows) < 2 or not can_batch(rows[0].caches):
+            return False
+        held = [row.held for row in rows]
+        tokens = max(held) * 9 // 8  # ``CacheBatch`` allocates an eighth more
+        most = max(self.most_padding * sum(held), self.floor_tokens * places)
+        if self.shared.rows:  # so that rows near the limit are not copied in and out
+            most = most * 3 // 2
+        if places * tokens > most:
+            return False
+        if self.room.total is None:
+            return True
+        decoding = sum(self.room.bytes_for(row.reserved) for row in rows)
+        free = self.room.total - self.prefixes.cache.nbytes - self._reserved_bytes() + decoding
+        return places * self.room.bytes_for(tokens) <= free
 
     def _choose(self, rows: list[Row], logits: mx.array) -> None:
         """Choose the next token of each row from logits (B, V); a matcher that fails ends its row."""

@@ -17,7 +17,7 @@ from mlxarch.generation.logprobs import (
 from mlxarch.generation.pace import compute_state, pace_of
 from mlxarch.generation.prefill import default_chunk, fill_caches
 from mlxarch.generation.sampling import RowSampler, sample
-from mlxarch.kv_cache import join_rows
+from mlxarch.kv_cache import CacheBatch, join_rows
 from mlxarch.ssd_streaming.experts import streaming_of
 from mlxarch.ssd_streaming.layerwise_prefill import prefill as prefill_by_layers
 from mlxarch.ssd_streaming.layerwise_prefill import segments
@@ -60,17 +60,30 @@ class Choice:
         return results
 
 
-def forward(model: CausalLM, rows: Sequence[Row], batch: int) -> mx.array:
+def forward(
+    model: CausalLM, rows: Sequence[Row], batch: int, shared: CacheBatch | None = None
+) -> mx.array:
     """Append the newest token of each row to its caches, and compute the logits (B, V) after it.
 
     Args:
-        batch: rows of the pass; those beyond ``rows`` repeat the last one.
+        batch: rows of the pass; those beyond ``rows`` repeat one of them.
+        shared: the caches of the rows in shared arrays; None attends row by row.
     """
     tokens = [row.chosen for row in rows if row.chosen is not None]
-    tokens += tokens[-1:] * (batch - len(tokens))
-    caches = join_rows([row.caches for row in rows], batch)
-    state = model.hidden_state(mx.concatenate(tokens)[:, None], caches)
-    return model.head(state)[: len(rows), 0]
+    if shared is None:
+        tokens += tokens[-1:] * (batch - len(tokens))
+        caches = join_rows([row.caches for row in rows], batch)
+        state = model.hidden_state(mx.concatenate(tokens)[:, None], caches)
+        return model.head(state)[: len(rows), 0]
+    places = shared.arrange([row.caches for row in rows], batch)
+    by_place = tokens[:1] * batch
+    for place, token in zip(places, tokens, strict=True):
+        by_place[place] = token
+    state = model.hidden_state(mx.concatenate(by_place)[:, None], shared.layers)
+    shared.advance()
+    logits = model.head(state)[:, 0]
+    in_order = places == list(range(len(rows)))
+    return logits[: len(rows)] if in_order else logits[mx.array(places)]
 
 
 def choose(rows: Sequence[Row], logits: mx.array, masks: Sequence[mx.array | None]) -> Choice:

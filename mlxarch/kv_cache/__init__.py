@@ -6,11 +6,13 @@ sliding         the newest tokens of a sliding window, in a ring buffer
 latent          one latent vector per token (multi-head latent attention)
 state           a state of fixed size (linear attention, state-space models, convolutions)
 quantized       vectors in 8 or 4 bits, rotated before they are quantized
-rows            caches of several rows with different numbers of tokens
+rows            caches of several rows with different numbers of tokens, one for each row
+batched         caches of several rows in shared arrays
 prefill_only    update a cache without computing the rest of its layer
 """
 
 from mlxarch.kv_cache.base import Cache, KVArray
+from mlxarch.kv_cache.batched import BatchedCache, BatchedStateCache, CacheBatch, can_batch
 from mlxarch.kv_cache.full import FullCache
 from mlxarch.kv_cache.latent import LatentCache
 from mlxarch.kv_cache.prefill_only import last_cached_layer, update_cache_only
@@ -20,7 +22,10 @@ from mlxarch.kv_cache.sliding import SlidingCache
 from mlxarch.kv_cache.state import StateCache
 
 __all__ = [
+    "BatchedCache",
+    "BatchedStateCache",
     "Cache",
+    "CacheBatch",
     "FullCache",
     "KVArray",
     "LatentCache",
@@ -31,6 +36,7 @@ __all__ = [
     "StateCache",
     "UpProjectedLatents",
     "by_row",
+    "can_batch",
     "join_rows",
     "last_cached_layer",
     "update_cache_only",

@@ -159,6 +159,10 @@ class Cache(ABC):
         starts = range(0, len(arrays), size)
         return {index: arrays[start : start + size] for index, start in enumerate(starts)}
 
+    def drop_arrays(self) -> None:
+        """Drop the stored arrays, of which another cache has a copy; ``restore`` brings them back."""
+        self._buffers = {}
+
     def bytes_at(self, length: int) -> int:
         """Bytes that are allocated once ``length`` tokens have been appended one after the other.
 

@@ -91,6 +91,10 @@ class SlidingCache(FullCache):
         self._snapshots = []
         self.length = length
 
+    def drop_arrays(self) -> None:
+        super().drop_arrays()
+        self._snapshots = []
+
     def slots(self, length: int) -> mx.array:
         if length > 1 or self.length < self.window:
             return mx.arange(self.oldest_slot(length), self.length + length)

@@ -49,6 +49,10 @@ class StateCache(Cache):
         self._snapshots = []
         self.length = length
 
+    def drop_arrays(self) -> None:
+        self.state = ()
+        self._snapshots = []
+
     def truncatable_length(self, length: int) -> int:
         if length >= self.length:
             return self.length

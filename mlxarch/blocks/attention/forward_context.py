@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlxarch.blocks.attention.blockwise import Mask
 from mlxarch.blocks.attention.span import Span
-from mlxarch.kv_cache import Cache, PerRow, RowCaches
+from mlxarch.kv_cache import BatchedCache, BatchedStateCache, Cache, PerRow, RowCaches
 
 
 class ForwardContext:
@@ -33,6 +33,11 @@ class ForwardContext:
             offsets = [cache.length for cache in first.rows]
             offsets += offsets[-1:] * (first.batch - len(rows))
             self.offset: int | mx.array = mx.array(offsets)
+            return
+        if isinstance(first, BatchedCache | BatchedStateCache):
+            self.padding = None
+            batch = first.batch
+            self.offset = batch.lengths[0] if batch.are_equal else batch.offsets
             return
         cached = first.length if first else 0
         self.padding = first.padding if first else None
@@ -77,11 +82,14 @@ class ForwardContext:
         return self._masks[key]
 
     def _make_mask(self, span: Span, cache: Cache | None) -> Mask:
-        if self.padding is None:
+        if isinstance(self.offset, int):
             first = cache.oldest_slot(self.length) if cache else 0
-            last = (cache.length if cache else 0) + self.length - 1
-            if span.is_plain_causal(first, last):
+            if span.is_plain_causal(first, self.offset + self.length - 1):
                 return None if self.length == 1 else "causal"
+        if isinstance(cache, BatchedCache):
+            keys = cache.slots(self.length)[:, None]  # (B, 1, S)
+            visible = span.is_visible(self.positions[..., None], keys) & (keys >= 0)
+            return visible[:, None]
         keys = cache.slots(self.length) if cache else mx.arange(self.length)  # (S,)
         if self.padding is None:
             return span.is_visible(self.positions[:, None], keys)
