@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +26,14 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[RowOutput], None]
 
 
+@dataclass(frozen=True)
+class ChosenToken:
+    """One token of those that a step has chosen for all its rows (B,)."""
+
+    tokens: mx.array
+    index: int
+
+
 class Row:
     """A request from its arrival to its last output.
 
@@ -36,7 +45,7 @@ class Row:
         reserved: tokens for which it has reserved memory.
         parked: its caches while it is set aside; None while it runs.
         tokens: generated tokens that have been delivered.
-        chosen: newest chosen token (1,), which the host may not know yet.
+        chosen: newest chosen token, which the host may not know yet.
         chosen_count: tokens chosen so far, delivered or not.
         reason: why the row has ended; None before.
         prompt_logprobs: of the tokens of the prompt read so far.
@@ -55,7 +64,7 @@ class Row:
         self.cached_tokens = 0
         self.first_difference: int | None = None
         self.tokens: list[int] = []
-        self.chosen: mx.array | None = None
+        self.chosen: ChosenToken | None = None
         self.chosen_count = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.reason: FinishReason | None = None

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxarch.blocks import CausalLM
-from mlxarch.engine.row import Row
+from mlxarch.engine.row import ChosenToken, Row
 from mlxarch.generation.logprobs import (
     LogprobArrays,
     TokenLogprobs,
@@ -69,21 +69,33 @@ def forward(
         batch: rows of the pass; those beyond ``rows`` repeat one of them.
         shared: the caches of the rows in shared arrays; None attends row by row.
     """
-    tokens = [row.chosen for row in rows if row.chosen is not None]
     if shared is None:
-        tokens += tokens[-1:] * (batch - len(tokens))
-        caches = join_rows([row.caches for row in rows], batch)
-        state = model.hidden_state(mx.concatenate(tokens)[:, None], caches)
+        caches = rows[0].caches
+        if batch > 1:
+            caches = join_rows([row.caches for row in rows], batch)
+        state = model.hidden_state(_newest_tokens(rows, batch)[:, None], caches)
         return model.head(state)[: len(rows), 0]
     places = shared.arrange([row.caches for row in rows], batch)
-    by_place = tokens[:1] * batch
-    for place, token in zip(places, tokens, strict=True):
-        by_place[place] = token
-    state = model.hidden_state(mx.concatenate(by_place)[:, None], shared.layers)
+    by_place = [rows[0]] * batch
+    for place, row in zip(places, rows, strict=True):
+        by_place[place] = row
+    state = model.hidden_state(_newest_tokens(by_place, batch)[:, None], shared.layers)
     shared.advance()
     logits = model.head(state)[:, 0]
     in_order = places == list(range(len(rows)))
     return logits[: len(rows)] if in_order else logits[mx.array(places)]
+
+
+def _newest_tokens(rows: Sequence[Row], batch: int) -> mx.array:
+    """Newest token of each row (B,); the last one is repeated to fill up the batch."""
+    chosen = [row.chosen for row in rows if row.chosen is not None]
+    chosen += chosen[-1:] * (batch - len(chosen))
+    tokens = chosen[0].tokens
+    if [each.index for each in chosen] == list(range(tokens.size)) and all(
+        each.tokens is tokens for each in chosen
+    ):
+        return tokens  # of the step before, with the same rows
+    return mx.concatenate([each.tokens[each.index : each.index + 1] for each in chosen])
 
 
 def choose(rows: Sequence[Row], logits: mx.array, masks: Sequence[mx.array | None]) -> Choice:
@@ -100,10 +112,10 @@ def choose(rows: Sequence[Row], logits: mx.array, masks: Sequence[mx.array | Non
     wanted = [row.request.top_logprobs for row in rows if row.request.top_logprobs is not None]
     logprobs = compute_logprobs(logits, total, tokens, max(wanted)) if wanted else None
     for index, row in enumerate(rows):
-        row.chosen = tokens[index : index + 1]
+        row.chosen = ChosenToken(tokens, index)
         row.chosen_count += 1
     states = [array for sampler in samplers for array in sampler.state]
-    mx.async_eval(checked, logprobs or (), [row.chosen for row in rows], states)
+    mx.async_eval(checked, logprobs or (), tokens, states)
     return Choice(tuple(rows), tokens, checked, logprobs)
 
 
