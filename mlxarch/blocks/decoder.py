@@ -83,6 +83,12 @@ class CausalLM(nn.Module):
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * mx.tanh(logits / self.softcap)
 
+    def begin_pass(
+        self, tokens: mx.array, caches: Sequence[Cache | None] | None = None
+    ) -> ForwardContext:
+        """Create the context of a pass of tokens (B, L) that follow those in the caches."""
+        return ForwardContext(tokens.shape[1], caches)
+
     def hidden_state(
         self, tokens: mx.array, caches: Sequence[Cache | None] | None = None
     ) -> mx.array:
@@ -90,7 +96,7 @@ class CausalLM(nn.Module):
 
         The ids must be in range; they are not checked here.
         """
-        context = ForwardContext(tokens.shape[1], caches)
+        context = self.begin_pass(tokens, caches)
         state = self.embed(tokens, context)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             state = layer(state, context, cache)

@@ -113,11 +113,15 @@ class RoPE(nn.Module):
             self._freqs = mx.array((1 / frequencies).astype(np.float32))
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        return self.rotate(x, offset, self._freqs)
+
+    def rotate(self, x: mx.array, offset: int | mx.array, freqs: mx.array) -> mx.array:
+        """Rotate with the periods ``freqs`` (dims / 2,); shapes as in the call."""
         if self.factor != 1.0:
             scaled = x[..., : self.dims] * self.factor
             partial = self.dims < x.shape[-1]
             x = mx.concatenate([scaled, x[..., self.dims :]], axis=-1) if partial else scaled
-        y = native.rope(x, self.dims, self.interleaved, offset, self._freqs)
+        y = native.rope(x, self.dims, self.interleaved, offset, freqs)
         if y is not None:
             return y
         return mx.fast.rope(
@@ -127,7 +131,7 @@ class RoPE(nn.Module):
             base=None,
             scale=1.0,
             offset=offset,
-            freqs=self._freqs,
+            freqs=freqs,
         )
 
 

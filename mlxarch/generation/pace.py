@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx.utils import tree_reduce
 
-from mlxarch.blocks import Cache, CausalLM, ForwardContext
+from mlxarch.blocks import Cache, CausalLM
 from mlxarch.blocks.layer import Layer
 from mlxarch.kv_cache import last_cached_layer, update_cache_only
 from mlxarch.kv_cache.base import evaluate_caches
@@ -132,7 +132,7 @@ class _Parts:
         caches: Sequence[Cache | None],
         on_part: OnPart,
     ) -> None:
-        self.context = ForwardContext(tokens.shape[1], caches)
+        self.context = model.begin_pass(tokens, caches)
         self.state = model.embed(tokens, self.context)
         self._caches = caches
         self._pace = pace_of(model)

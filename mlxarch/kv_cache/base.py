@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlxarch.kv_cache.quantized import QuantizedVectors, quantize_vectors
 from mlxarch.quantization.scheme import Quantization
 
+RECORDS = 2  # index of a buffer of numbers, beside those of keys (0) and values (1)
 QUANTIZED_ARRAYS = 3  # packed codes, scales, biases
 KVArray = mx.array | QuantizedVectors
 """Keys or values of one layer, (B, K, S, D)."""
@@ -31,12 +32,15 @@ class Cache(ABC):
     Attributes:
         length: tokens appended so far, including those that are no longer stored.
         padding: tokens of padding on the left of each row (B,); None without padding.
+        recorded_at: what the owner of records wants to remember, with the length to which it
+            belongs.
     """
 
     def __init__(self, kv: Quantization | None = None) -> None:
         self.length = 0
         self.padding: mx.array | None = None
         self.kv = kv
+        self.recorded_at: tuple[int, object] | None = None
         # stored arrays of the keys (0) and of the values (1): one, or weight, scales and biases
         self._buffers: dict[int, tuple[mx.array, ...]] = {}
 
@@ -63,8 +67,22 @@ class Cache(ABC):
             visible.append(found[0] if quantized is None else quantized.with_arrays(found))
         # length first: if interrupted in between, no overwritten token counts as stored
         self._advance(tensors[0].shape[2])
-        self._buffers = buffers
+        self._buffers = {**self._buffers, **buffers}
         return visible
+
+    def record(self, numbers: mx.array) -> None:
+        """Store an integer for each new token, (B, L), beside its keys and values.
+
+        Call it before they are appended.
+        """
+        [stored] = self._buffers.get(RECORDS, (None,))
+        buffer, _ = self._write(stored, numbers[:, None, :, None])
+        self._buffers = {**self._buffers, RECORDS: (buffer,)}
+
+    def recorded(self) -> mx.array | None:
+        """Integers of all tokens, (B, S); None if those of older tokens are no longer stored."""
+        [stored] = self._buffers[RECORDS]
+        return stored[:, 0, : self.length, 0]
 
     @abstractmethod
     def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
@@ -172,7 +190,7 @@ class Cache(ABC):
 
     def arrays(self) -> list[mx.array]:
         """Arrays to evaluate so that the cache is up to date."""
-        return [array for arrays in self._buffers.values() for array in arrays]
+        return [array for _, arrays in sorted(self._buffers.items()) for array in arrays]
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlxarch.blocks import Chunked, ExpertLinear, Router, Sliding
@@ -37,7 +38,10 @@ def layer_cache(mixer: Any, cache: Any) -> LayerCache | None:
         count = mixer.float32_states
         return LayerCache("state", (), state=(sum(sizes[:count]), sum(sizes[count:])))
     span = getattr(mixer, "span", None)
-    vectors = tuple((array.shape[1], array.shape[-1]) for array in cache.arrays())
+    # integers are records of tokens, four bytes each
+    vectors = tuple(
+        (array.shape[1], array.shape[-1]) for array in cache.arrays() if array.dtype != mx.int32
+    )
     match span:
         case Sliding(window):
             return LayerCache("sliding", vectors, window)

@@ -70,7 +70,7 @@ def prefill(
     contexts: list[ForwardContext] = []
     before = 0
     for chunk in chunks:
-        context = ForwardContext(chunk.shape[1], caches)
+        context = model.begin_pass(chunk, caches)
         context.offset = context.offset + before  # the caches will hold the chunks before it
         contexts.append(context)
         before += chunk.shape[1]

@@ -97,6 +97,25 @@ CASES = {
         }
     ),
     "phi3_window": Case({"window": config(sliding_window=9)}),
+    "phi3_short": Case(
+        {
+            "short_factor": config(rope_scaling={"short_factor": [1.0, 1.0, 1.0]}),
+            "extension": config(max_position_embeddings=1024),
+        }
+    ),
+    "phi3_long": Case(
+        {
+            "long_factor": config(rope_scaling={"long_factor": [1.0, 4.0, 1.0]}),
+            "features with RoPE": config(
+                partial_rotary_factor=0.5,
+                rope_scaling={
+                    "partial_rotary_factor": 0.5,
+                    "short_factor": [1.0] * 2,
+                    "long_factor": [1.0, 4.0],
+                },
+            ),
+        }
+    ),
     "apertus": Case(
         {
             "norm": weight("*.feedforward_layernorm.weight", ONES),
@@ -175,6 +194,7 @@ def test_a_converted_checkpoint_keeps_the_published_names(name: str) -> None:
     ("name", "settings", "named"),
     [
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope"),
+        ("seed_oss", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope"),
         ("hunyuan_v1", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "alpha"),
         ("hunyuan_v1", {"use_qk_norm": False}, "use_qk_norm"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size"),
