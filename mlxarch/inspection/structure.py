@@ -260,7 +260,10 @@ def _describe_mixer(mixer: Any) -> str:
     span = getattr(mixer, "span", None)
     if isinstance(span, Sliding):
         return f"window {span.window}"
-    return f"chunk {span.size}" if isinstance(span, Chunked) else "full"
+    if isinstance(span, Chunked):
+        return f"chunk {span.size}"
+    chosen = getattr(mixer, "index_topk", None)
+    return f"top {chosen}" if chosen else "full"
 
 
 def _describe_qk_norm(attention: Any, c: Any) -> str:

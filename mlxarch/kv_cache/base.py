@@ -41,20 +41,23 @@ class Cache(ABC):
         self.padding: mx.array | None = None
         self.kv = kv
         self.recorded_at: tuple[int, object] | None = None
-        # stored arrays of the keys (0) and of the values (1): one, or weight, scales and biases
+        # stored arrays of the keys (0), of the values (1) and of further vectors: one array, or
+        # weight, scales and biases
         self._buffers: dict[int, tuple[mx.array, ...]] = {}
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
+    def append(self, keys: mx.array, values: mx.array, *others: mx.array) -> tuple[KVArray, ...]:
         """Append the keys and values of new tokens; return all that the new queries may attend to.
 
+        Args:
+            others: further vectors of each token, such as the keys of an indexer.
+
         Shape:
-            keys, values: (B, K, L, D) -> (B, K, S, D)
+            keys, values, others: (B, K, L, D) -> (B, K, S, D)
         """
-        visible = self._append(keys, values)
-        return visible[0], visible[1]
+        return tuple(self._append(keys, values, *others))
 
     def _append(self, *tensors: mx.array) -> list[KVArray]:
-        """Append keys, or keys and values; return the visible vectors of each."""
+        """Append vectors of new tokens, one after the other; return the visible vectors of each."""
         buffers: dict[int, tuple[mx.array, ...]] = {}
         visible: list[KVArray] = []
         for index, tensor in enumerate(tensors):
@@ -172,7 +175,7 @@ class Cache(ABC):
         return mine.shape == other.shape
 
     def _group(self, arrays: tuple[mx.array, ...]) -> dict[int, tuple[mx.array, ...]]:
-        """Arrays of an export, by keys (0) and values (1)."""
+        """Arrays of an export, by keys (0), values (1) and further vectors."""
         size = 1 if self.kv is None else QUANTIZED_ARRAYS
         starts = range(0, len(arrays), size)
         return {index: arrays[start : start + size] for index, start in enumerate(starts)}

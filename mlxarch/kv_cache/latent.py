@@ -7,15 +7,15 @@ from mlxarch.kv_cache.full import FullCache
 
 
 class LatentCache(FullCache):
-    """KV cache that stores keys only: the first features of a key are the value.
+    """KV cache without values of its own: the first features of a key are the value.
 
     The key of a token is its normalised latent followed by the RoPE key that all heads share; the
-    value is the latent alone (arXiv:2405.04434 section 2.1).
+    value is the latent alone (arXiv:2405.04434 section 2.1). Further vectors are stored as they are.
     """
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
-        [cached] = self._append(keys)
+    def append(self, keys: mx.array, values: mx.array, *others: mx.array) -> tuple[KVArray, ...]:
+        cached, *visible = self._append(keys, *others)
         size = values.shape[-1]
         if isinstance(cached, mx.array):
-            return cached, cached[..., :size]
-        return cached, cached.first_features(size)
+            return cached, cached[..., :size], *visible
+        return cached, cached.first_features(size), *visible

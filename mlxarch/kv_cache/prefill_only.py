@@ -27,8 +27,8 @@ class _StopAfterAppend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
-        self._cache.append(keys, values)
+    def append(self, *vectors: mx.array) -> tuple[KVArray, ...]:
+        self._cache.append(*vectors)
         raise _CacheUpdated
 
     def update(self, length: int, *state: mx.array) -> None:

@@ -42,16 +42,16 @@ class RowCaches:
         self.rows = tuple(rows)
         self.batch = batch
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
-        """Append the new tokens of each row to its cache.
+    def append(self, *vectors: mx.array) -> tuple[KVArray, ...]:
+        """Append the new tokens of each row to its cache: keys, values and further vectors.
 
         Shape:
-            keys, values: (B, K, L, D) -> for each row (1, K, S, D)
+            vectors: (B, K, L, D) -> for each row (1, K, S, D)
         """
-        new = zip(self.rows, mx.split(keys, self.batch), mx.split(values, self.batch), strict=False)
-        pairs = [cache.append(k, v) for cache, k, v in new]
-        visible = (PerRow(tuple(arrays), self.batch) for arrays in zip(*pairs, strict=True))
-        return cast("tuple[KVArray, KVArray]", tuple(visible))
+        new = zip(self.rows, *(mx.split(array, self.batch) for array in vectors), strict=False)
+        appended = [cache.append(*arrays) for cache, *arrays in new]
+        visible = (PerRow(tuple(arrays), self.batch) for arrays in zip(*appended, strict=True))
+        return cast("tuple[KVArray, ...]", tuple(visible))
 
     @property
     def state(self) -> tuple[mx.array, ...]:

@@ -50,15 +50,15 @@ def both(
     The second run takes them over from the first: rounding its own would now and then round to the other side, where
     the two differ by the last digit of a float.
     """
-    taken: dict[int, list[tuple[mx.array, mx.array]]] = {}
+    taken: dict[int, list[list[mx.array]]] = {}
 
-    def noting(index: int, append: Callable[..., Any], keys: mx.array, values: mx.array) -> Any:
+    def noting(index: int, append: Callable[..., Any], *vectors: mx.array) -> Any:
         taken.setdefault(index, []).append(
-            (quantize_vectors(keys, kv).dequantize(), quantize_vectors(values, kv).dequantize())
+            [quantize_vectors(array, kv).dequantize() for array in vectors]
         )
-        return append(keys, values)
+        return append(*vectors)
 
-    def repeating(index: int, append: Callable[..., Any], keys: mx.array, values: mx.array) -> Any:
+    def repeating(index: int, append: Callable[..., Any], *vectors: mx.array) -> Any:
         return append(*taken[index].pop(0))
 
     logits = []

@@ -61,6 +61,8 @@ LAYOUTS: dict[str, parity.Change] = {
 }
 FOLDERS = [folder for folder in sorted(parity.GOLDEN.iterdir()) if (folder / "meta.json").exists()]
 TYPES = {json.loads((f / "config.json").read_text())["model_type"]: f.name for f in FOLDERS[::-1]}
+# an indexer or a router that chooses otherwise moves logits more than rounding itself
+CHOOSING = {"deepseek_v32", "glm_moe_dsa"}
 NAMES = sorted({folder.name for folder in FOLDERS} if THOROUGH else {*TYPES.values(), *LAYOUTS})
 
 
@@ -137,7 +139,8 @@ def test_every_way_of_quantizing_ends_in_a_model_near_its_source(name: str, tmp_
     for way, run in ways.items():
         assert run().quantized > 0
         found[way] = typical_distance(tmp_path / way, name)
-    assert 0 < found["gptq"] < 0.3 and found["gptq"] < found["recipe"] < 2.5
+    limit_of_8_bits = 0.6 if name in CHOOSING else 0.3
+    assert 0 < found["gptq"] < limit_of_8_bits and found["gptq"] < found["recipe"] < 2.5
     size = sum(file.stat().st_size for file in (tmp_path / "target").iterdir())
     assert size <= limit
     receipt = json.loads((tmp_path / "gptq" / "receipt.json").read_text())

@@ -1,6 +1,7 @@
 """Multi-head latent attention: all heads get keys and values from one cached latent per token."""
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,6 +73,21 @@ class LatentAttention(nn.Module):
     def latents_to_values(self, latents: mx.array, heads: slice) -> mx.array:
         """Project latents up to values: (B, 1 or h, S, rank) -> (B, h, S, V)."""
         return self.unembed_out(latents, heads)
+
+    def index_tokens(
+        self, x: mx.array, q_latents: mx.array, context: ForwardContext
+    ) -> tuple[list[mx.array], list[Any]]:
+        """Compute what a subclass needs to choose keys.
+
+        Args:
+            x: inputs of the layer (B, L, hidden_size).
+            q_latents: normalised latents of the queries (B, L, q_lora_rank).
+
+        Returns:
+            Vectors (B, 1, L, …) to be cached, such as index keys, and further arguments of
+            ``attend``; nothing here.
+        """
+        return [], []
 
     def scale_queries(self, q: mx.array, context: ForwardContext) -> mx.array:
         """Scale queries (B, H, L, N + R) by their positions; a subclass may."""
@@ -147,8 +163,13 @@ class LatentAttention(nn.Module):
         latent_keys: KVArray,
         latents: KVArray,
         mask: Mask,
+        *index: Any,
     ) -> mx.array:
-        """Attend with all heads, in the cheaper form; shapes as in ``absorbed``."""
+        """Attend with all heads, in the cheaper form; shapes as in ``absorbed``.
+
+        Args:
+            index: cached vectors of all tokens and further arguments from ``index_tokens``.
+        """
         batch, heads, length, nope = q_nope.shape
         keys_total = latent_keys.shape[2]
         rank = self.c.kv_lora_rank
@@ -169,8 +190,12 @@ class LatentAttention(nn.Module):
 
     def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
         q, kv = self.q_kv(x)
+        cached: list[Any] = []
+        index: list[Any] = []
         if "q_b_proj" in self:
-            q = self.q_b_proj(self.q_a_layernorm(q))
+            q_latents = self.q_a_layernorm(q)
+            q = self.q_b_proj(q_latents)
+            cached, index = self.index_tokens(x, q_latents, context)
         q = mx.unflatten(q, -1, (-1, self.c.head_size)).swapaxes(1, 2)  # (B, H, L, N + R)
         q = self.scale_queries(q, context)
         q_nope, q_rope = mx.split(q, [self.c.qk_nope_head_dim], axis=-1)
@@ -181,7 +206,7 @@ class LatentAttention(nn.Module):
         latent_keys: KVArray = mx.concatenate([latents, rope_key], axis=-1)
         mask = context.mask(self.span, cache)  # before the new keys are appended to the cache
         if cache is not None:
-            latent_keys, latents = cache.append(latent_keys, latents)
+            latent_keys, latents, *cached = cache.append(latent_keys, latents, *cached)
         q_rope = self.rope(q_rope, context.offset)
-        out = by_row(self.attend, q_nope, q_rope, latent_keys, latents, mask)
+        out = by_row(self.attend, q_nope, q_rope, latent_keys, latents, mask, *cached, *index)
         return self.o_proj(out.swapaxes(1, 2).flatten(-2))

@@ -45,6 +45,7 @@ KINDS: dict[str, tuple[Maker, int | None]] = {
     "chunked": (golden("llama4_scout"), None),
     "latent": (golden("deepseek_v3"), None),
     "latent, 4 bits": (golden("deepseek_v3"), 4),
+    "chosen keys": (golden("deepseek_v32"), None),
     "shared": (golden("gemma3n_text"), None),
     "recurrent states": (golden("qwen3_5"), None),
     "sinks": (golden("gpt_oss"), None),

@@ -1,0 +1,6 @@
+"""Attention to few of the earlier tokens, which an indexer with small keys of its own chooses.
+
+selection                choose the keys with the highest scores; masks and gathers for them
+lightning_indexer        scores of single tokens (DeepSeek Sparse Attention)
+sparse_latent_attention  multi-head latent attention to the chosen tokens
+"""
