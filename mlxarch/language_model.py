@@ -53,6 +53,7 @@ from mlxarch.system.machines import parse_size, parse_tokens
 from mlxarch.system.untrusted_files import read_json
 from mlxarch.tokenizer.chat_template import join_text_parts
 from mlxarch.tokenizer.tokenizer import Tokenizer
+from mlxarch.tool_calls.parser import CallParser
 from mlxarch.tool_calls.tool import ToolChoice
 from mlxarch.tool_calls.use import ToolUse, framed_answer, render_calls
 
@@ -429,8 +430,8 @@ class LanguageModel:
         use = ToolUse.of(self.tokenizer, tools, tool_choice, parallel_tool_calls)
         tokens = self._prompt_tokens(prompt, template, use, parse_special)
         calls = use.parser() if use else None
-        reader = AnswerReader(self.tokenizer, tokens, stop, calls, continues=not _is_chat(prompt))
         form = self._answer_form(schema, grammar)
+        reader = self._reader(tokens, prompt, stop, calls, constrained=form is not None)
         matcher = self._matcher(tokens, form and form.grammar, use, reader.warnings)
         session = session or self._session(rewind=0)  # for this answer alone
         check_overflow(overflow)
@@ -459,6 +460,21 @@ class LanguageModel:
             recorder,
         )
         return self._pieces(steps, limit, reader, matcher, guard, recorder)
+
+    def _reader(
+        self,
+        tokens: Sequence[int],
+        prompt: Prompt,
+        stop: str | Sequence[str],
+        calls: CallParser | None = None,
+        *,
+        constrained: bool = False,
+    ) -> AnswerReader:
+        """Build the reader of the answer to a prompt; arguments as for ``AnswerReader``."""
+        continues = not _is_chat(prompt)
+        return AnswerReader(
+            self.tokenizer, tokens, stop, calls, continues=continues, constrained=constrained
+        )
 
     def _prompt_tokens(
         self,
@@ -619,7 +635,7 @@ class LanguageModel:
             except MlxArchError as error:
                 raise type(error)(f"prompts[{index}]: {error}") from None
         rows = [
-            BatchRow(AnswerReader(self.tokenizer, tokens, stop, continues=not _is_chat(prompt)))
+            BatchRow(self._reader(tokens, prompt, stop))
             for prompt, tokens in zip(prompts, ids, strict=True)
         ]
         timings = [Timings(len(prompt)) for prompt in ids]

@@ -8,7 +8,12 @@ import msgspec
 
 from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.generation.stopping import StopStrings
-from mlxarch.generation.thinking.splitter import Segment, split_at_closing_tag, splitter
+from mlxarch.generation.thinking.splitter import (
+    Segment,
+    always_thinks,
+    split_at_closing_tag,
+    splitter,
+)
 from mlxarch.generation.timings import Timings
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.events import (
@@ -122,6 +127,7 @@ class AnswerReader:
         calls: parser of calls; None for an answer without tools.
         continues: whether the answer continues the prompt's text, with the blank in front of its
             first word, rather than being a message of its own.
+        constrained: whether the answer has a form, and so no tags but those of the prompt.
 
     Attributes:
         tokenizer: tokenizer of the model.
@@ -137,11 +143,13 @@ class AnswerReader:
         calls: CallParser | None = None,
         *,
         continues: bool = False,
+        constrained: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self._eos_ids = tokenizer.eos_ids
         self._stops = StopStrings(stop)
-        self._splitter = splitter(tokenizer, prompt, continues=continues)
+        presumes = calls is None and not constrained
+        self._splitter = splitter(tokenizer, prompt, continues=continues, presumes=presumes)
         self._calls = calls
         self.warnings: list[str] = [] if calls is None else calls.warnings
         self._recipient = self._splitter.recipient
@@ -172,6 +180,8 @@ class AnswerReader:
         if not self._stops.found:
             ending: list[AnswerEvent] = []
             segments = self._splitter.finish()
+            if self.ended and (answer := self._splitter.untagged):
+                segments.append(Segment(answer, False))
             if self._calls is None:
                 ending += segments
             elif self._recipient is not None:
@@ -301,9 +311,13 @@ class AnswerCollector:
 def whole_answer(tokenizer: Tokenizer, thinking: str, text: str) -> tuple[str, str]:
     """Return thinking and answer of a complete result.
 
-    They differ from the pieces of a stream where the model closed its thinking without opening it.
+    They differ from the pieces of a stream where the model closed its thinking without opening it,
+    and where an answer was presumed to be thinking.
     """
-    return (thinking, text) if thinking else split_at_closing_tag(tokenizer, text)
+    if not thinking:
+        return split_at_closing_tag(tokenizer, text)
+    presumed = thinking == text and always_thinks(tokenizer)
+    return ("", text) if presumed else (thinking, text)
 
 
 class BatchRow:

@@ -46,6 +46,7 @@ class EvalModel:
         name: shown in reports.
         size: size of its weight files, and number of parameters.
         vocab_size: number of logits per token; ``tokenizer`` may know fewer tokens.
+        context_length: largest number of tokens that the model can read.
         tokenizer: tokenizer of the model.
         open_weights: returns a context manager that opens the checkpoint and closes it again.
         content_hash: computes a hash that changes with any byte of the weights or of the config.
@@ -54,6 +55,7 @@ class EvalModel:
     name: str
     size: ModelSize
     vocab_size: int
+    context_length: int
     tokenizer: Tokenizer
     open_weights: Callable[[], AbstractContextManager[Resolved]]
     content_hash: Callable[[], str]
@@ -75,6 +77,7 @@ class EvalModel:
             name=model_title(folder),
             size=measure_size(resolved.parameters.values(), source.shards),
             vocab_size=resolved.model.vocab_size,
+            context_length=resolved.model.context_length,
             tokenizer=tokenizer,
             open_weights=partial(_open_folder, folder),
             content_hash=lambda: content_hash(source.shards, source.config),

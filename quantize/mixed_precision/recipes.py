@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mlxarch.blocks.moe.moe import Experts
 from mlxarch.checkpoint.layout import plan_layout
 from mlxarch.errors import QuantizationError
 from mlxarch.loading.registry import Architecture
@@ -67,19 +68,17 @@ class Recipe:
 
     @classmethod
     def for_architecture(cls, architecture: Architecture) -> "Recipe":
-        """Find the bundled recipe that is made for an architecture.
+        """Find the bundled recipe for an architecture: the one made for it, else that of its kind.
 
-        Raises:
-            QuantizationError: there is none.
+        The kinds are mixture of experts, dense with tied embeddings, and dense.
         """
         tied = architecture.config.tie_word_embeddings
         for recipe in map(cls.read, bundled_recipes()):
             if architecture.name in recipe.architectures and recipe.tied in (None, tied):
                 return recipe
-        raise QuantizationError(
-            f"no recipe is meant for {architecture.name}; name one of "
-            f"{', '.join(bundled_recipes())}"
-        )
+        if any(isinstance(module, Experts) for module in architecture.build().modules()):
+            return cls.read("experts")
+        return cls.read("tied" if tied else "dense")
 
     @classmethod
     def _from_table(cls, path: Path, table: Mapping[str, Any]) -> "Recipe":

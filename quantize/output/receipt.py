@@ -58,11 +58,12 @@ def evaluate_output(
             name=origin.name,
             size=measure_size(resolved.parameters.values(), source.shards),
             vocab_size=resolved.model.vocab_size,
+            context_length=resolved.model.context_length,
             tokenizer=converted.tokenizer,  # a copy of the source's
             open_weights=lambda: nullcontext(resolved),
             content_hash=partial(content_hash, source.shards, source.config),
         )
-        context = min(EVALUATION_SETTINGS.context, resolved.model.context_length)
+        context = min(EVALUATION_SETTINGS.context, original.context_length)
         settings = replace(EVALUATION_SETTINGS, context=context)
         return evaluate(converted, original, texts=texts, settings=settings, progress=progress)
     except Exception as error:

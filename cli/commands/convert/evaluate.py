@@ -11,7 +11,10 @@ from mlxarch.cli.output import print_json, print_line, print_stderr, print_table
 from mlxarch.progress import terminal_progress
 
 if TYPE_CHECKING:
+    from mlxarch.quantize.evaluation.eval_model import EvalModel
     from mlxarch.quantize.evaluation.evaluate import Evaluation
+
+DEFAULT_CONTEXT = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class EvalOptions:
     against: str | None
     text_files: tuple[Path, ...]
     tokens: int
-    context: int
+    context: int | None
     batch: int
     seed: int
     max_kl: float | None
@@ -54,8 +57,7 @@ class EvalOptions:
 @click.option(
     "--context",
     type=click.IntRange(2),
-    default=512,
-    help="Context window in tokens (default: 512)",
+    help="Context window in tokens (default: 512, or fewer if a model has fewer)",
 )
 @click.option(
     "--batch",
@@ -114,19 +116,23 @@ def _evaluate_models(given: EvalOptions) -> None:
     """Evaluate, print and plot; exits with code 1 if a model's mean KL is above --max-kl."""
     from mlxarch.quantize.calibration.texts import read_texts
     from mlxarch.quantize.evaluation import report
+    from mlxarch.quantize.evaluation.eval_model import EvalModel
     from mlxarch.quantize.evaluation.evaluate import EvaluationSettings, evaluate
 
     texts = read_texts(given.text_files) if given.text_files else None
-    settings = EvaluationSettings(tokens=given.tokens, context=given.context, seed=given.seed)
     original = None if given.against is None else _obtain_original(given.against, given.yes)
+    reference = None if original is None else EvalModel.from_folder(original)
     results = []
     folders = []
     for name in given.models:
         folder = options.obtain_model(name, None, given.yes)
+        subject = EvalModel.from_folder(folder)
+        context = given.context or _default_context(subject, reference)
+        settings = EvaluationSettings(tokens=given.tokens, context=context, seed=given.seed)
         with terminal_progress(None) as progress:
             result = evaluate(
-                folder,
-                original,
+                subject,
+                reference,
                 texts=texts,
                 settings=settings,
                 batch=given.batch,
@@ -147,6 +153,17 @@ def _evaluate_models(given: EvalOptions) -> None:
         _draw_plot(given.plot, results, folders, original)
     if given.max_kl is not None:
         _check_max_kl(results, given.max_kl)
+
+
+def _default_context(model: "EvalModel", original: "EvalModel | None") -> int:
+    """Return the context window that both models have, and name one that has less than usual."""
+    shortest = min((each for each in (model, original) if each), key=lambda m: m.context_length)
+    if shortest.context_length < DEFAULT_CONTEXT:
+        print_stderr(
+            f"{shortest.name} has a context of {shortest.context_length} tokens, so texts are read "
+            f"in windows of {shortest.context_length} instead of {DEFAULT_CONTEXT}"
+        )
+    return min(DEFAULT_CONTEXT, shortest.context_length)
 
 
 def _print_result(result: "Evaluation") -> None:

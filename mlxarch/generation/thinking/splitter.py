@@ -102,9 +102,18 @@ class Splitter(Protocol):
         """Remaining segments, after the last token."""
         ...
 
+    @property
+    def untagged(self) -> str:
+        """Text that was presumed to be thinking, and that no tag confirmed; "" for none."""
+        ...
+
 
 def splitter(
-    tokenizer: ThinkingTokenizer, prompt: Sequence[int], *, continues: bool = False
+    tokenizer: ThinkingTokenizer,
+    prompt: Sequence[int],
+    *,
+    continues: bool = False,
+    presumes: bool = False,
 ) -> Splitter:
     """Return the splitter for the answer to a prompt of token ids.
 
@@ -112,12 +121,17 @@ def splitter(
         tokenizer: tokenizer of the model.
         prompt: its end says whether the answer begins with thinking.
         continues: whether the answer continues the text of the prompt.
+        presumes: whether an answer is thinking from its first token if the prompt leaves it open
+            and ``always_thinks`` holds.
     """
     if all(tokenizer.token_id(mark) is not None for mark in (START, CHANNEL, MESSAGE, END)):
         return ChannelSplitter(tokenizer, prompt)
     detokenizer = tokenizer.detokenizer(after=prompt if continues else ())
     tags = thinking_tags(tokenizer)
-    return TagSplitter(tokenizer, tags, prompt, detokenizer) if tags else NoThinking(detokenizer)
+    if tags is None:
+        return NoThinking(detokenizer)
+    presumed = presumes and not continues and always_thinks(tokenizer)
+    return TagSplitter(tokenizer, tags, prompt, detokenizer, presumed=presumed)
 
 
 def split_at_closing_tag(tokenizer: ThinkingTokenizer, text: str) -> tuple[str, str]:
@@ -141,6 +155,27 @@ def thinking_tags(tokenizer: ThinkingTokenizer) -> tuple[str, str] | None:
     return next((pair for pair in TAGS if pair[1] in (tokenizer.chat_template or "")), None)
 
 
+def always_thinks(tokenizer: ThinkingTokenizer) -> bool:
+    """Whether every answer of a model begins with thinking, even where no tag opens it.
+
+    So it is with DeepSeek-R1 and its distillations as first published: the tags are tokens, the
+    template cuts earlier answers at the closing one, and nothing switches the thinking off.
+    """
+    template = tokenizer.chat_template or ""
+    return (
+        any(
+            all(tokenizer.token_id(tag) is not None for tag in pair)
+            and re.search(rf"split\(\s*['\"]{re.escape(pair[1])}['\"]", template)
+            for pair in TAGS
+        )
+        and not any(
+            word in name for name in tokenizer.template_variables for word in ("think", "reason")
+        )
+        and "no_think" not in template
+        and "nothink" not in template
+    )
+
+
 def may_begin_to_think(tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> int | None:
     """Token with which a model may open its thinking itself.
 
@@ -162,6 +197,7 @@ class NoThinking:
 
     thinking = False
     recipient = None
+    untagged = ""
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         self._detokenizer = detokenizer
@@ -229,8 +265,16 @@ class _Segmenter:
 class TagSplitter:
     """Splitter for an opening and a closing tag; without the closing one, all text is thinking.
 
-    A closing tag without an opening one stays in the text: what was shown before it cannot be taken
-    back, and ``split_at_closing_tag`` finds it in the complete answer.
+    A closing tag without an opening one stays in the text, unless thinking is presumed: what was
+    shown before it cannot be taken back, and ``split_at_closing_tag`` finds it in the complete
+    answer.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        tags: opening and closing tag.
+        prompt: its end says whether the answer begins with thinking.
+        detokenizer: detokenizer of the answer.
+        presumed: whether the answer begins with thinking where the prompt leaves it open.
     """
 
     recipient = None
@@ -241,6 +285,8 @@ class TagSplitter:
         tags: tuple[str, str],
         prompt: Sequence[int],
         detokenizer: Detokenizer,
+        *,
+        presumed: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer
@@ -250,8 +296,11 @@ class TagSplitter:
         self._tags = {} if self._ids else {tags[0]: True, tags[1]: False}
         self._text = ""  # text that may begin a tag
         tail = _tail_text(tokenizer, prompt)
-        self._segmenter = _Segmenter(tail.endswith(tags[0]), after_mark=tail.endswith(tags))
         self._opened = tail.endswith(tags)
+        self._presumed = presumed and not self._opened
+        thinks = self._presumed or tail.endswith(tags[0])
+        self._segmenter = _Segmenter(thinks, after_mark=self._opened)
+        self.untagged = ""
 
     @property
     def thinking(self) -> bool:
@@ -260,6 +309,12 @@ class TagSplitter:
 
     def add(self, token: int) -> list[Segment]:
         """Implement ``Splitter``."""
+        segments = self._add(token)
+        if self._presumed:
+            self.untagged += "".join(segment.text for segment in segments)
+        return segments
+
+    def _add(self, token: int) -> list[Segment]:
         if token not in self._ids:
             return self._split_at_tags(self._detokenizer.add(token))
         before = self._segmenter.text(self._detokenizer.finish())
@@ -268,6 +323,10 @@ class TagSplitter:
 
     def _mark(self, opens: bool) -> list[Segment]:
         """Begin another section at a tag. Return the tag's text if it stays."""
+        if self._presumed:
+            self._presumed = False
+            self._opened = True
+            self.untagged = ""
         if not opens and not self._opened:
             return self._segmenter.text(self._closing_tag)
         self._opened = True
@@ -291,7 +350,10 @@ class TagSplitter:
         rest = self._split_at_tags(self._detokenizer.finish())
         pending = self._text
         self._text = ""
-        return rest + self._segmenter.text(pending) + self._segmenter.finish()
+        rest += self._segmenter.text(pending) + self._segmenter.finish()
+        if self._presumed:
+            self.untagged += "".join(segment.text for segment in rest)
+        return rest
 
     def _split_at_tags(self, text: str) -> list[Segment]:
         if not self._tags:
@@ -323,6 +385,8 @@ class ChannelSplitter:
     Text outside of messages is. Source: the description of the format that OpenAI published with
     gpt-oss.
     """
+
+    untagged = ""
 
     def __init__(self, tokenizer: ThinkingTokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer

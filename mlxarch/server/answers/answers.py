@@ -71,7 +71,7 @@ class Answers:
         Raises:
             MlxArchError: as for ``Engine.submit``; nothing runs then.
         """
-        self._readers = [job.reader for job in jobs]
+        self.readers = [job.reader for job in jobs]
         self._per_prompt = per_prompt
         self._outputs: deque[tuple[int, RowOutput]] = deque()
         self._arrived = asyncio.Event()
@@ -98,16 +98,16 @@ class Answers:
     @property
     def count(self) -> int:
         """Number of answers."""
-        return len(self._readers)
+        return len(self.readers)
 
     @property
     def usage(self) -> Usage:
         """Token counts of all answers so far; a prompt counts once, however many answers it has."""
         total = Usage()
-        for reader in self._readers[:: self._per_prompt]:
+        for reader in self.readers[:: self._per_prompt]:
             total.prompt += reader.usage.prompt
             total.cached += reader.usage.cached
-        for reader in self._readers:
+        for reader in self.readers:
             total.answer += reader.usage.answer
             total.thinking += reader.usage.thinking
         return total
@@ -115,12 +115,12 @@ class Answers:
     @property
     def first_difference(self) -> int | None:
         """Token of the first prompt from which on the prefix cache held something else."""
-        return self._readers[0].first_difference
+        return self.readers[0].first_difference
 
     @property
     def endings(self) -> list[End]:
         """Last events of the answers that have ended."""
-        return [reader.end for reader in self._readers if reader.end is not None]
+        return [reader.end for reader in self.readers if reader.end is not None]
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield (index of the answer, event) until all answers have ended.
@@ -129,7 +129,7 @@ class Answers:
             MlxArchError: the model failed.
             ApiError: the server ended an answer because it shuts down.
         """
-        open_answers = len(self._readers)
+        open_answers = len(self.readers)
         try:
             while open_answers:
                 if not self._outputs:
@@ -137,9 +137,9 @@ class Answers:
                         yield 0, Waiting()
                     continue
                 index, output = self._outputs.popleft()
-                if output.finish_reason == "cancelled" and not self._readers[index].ended:
+                if output.finish_reason == "cancelled" and not self.readers[index].ended:
                     raise ApiError(503, "the answer was ended because the server shuts down")
-                for event in self._readers[index].read(output):
+                for event in self.readers[index].read(output):
                     if isinstance(event, End):
                         open_answers -= 1
                         self._handles[index].cancel()  # where a stop string ended it

@@ -80,4 +80,6 @@ async def collect(answers: Answers) -> list[Collected]:
     async with aclosing(answers.events()) as events:
         async for index, event in events:
             collected[index].add(event)
+    for answer, reader in zip(collected, answers.readers, strict=True):
+        answer.thinking, answer.text = reader.whole(answer.thinking, answer.text)
     return collected

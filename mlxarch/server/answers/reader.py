@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from mlxarch.engine.request import RowOutput
-from mlxarch.generation.answer import AnswerEvent, AnswerReader
+from mlxarch.generation.answer import AnswerEvent, AnswerReader, whole_answer
 from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.generation.thinking.splitter import Segment
 from mlxarch.server.answers.events import Delta, End, Event, PromptRead, Usage
@@ -44,7 +44,15 @@ class OutputReader:
     ) -> None:
         self._check = check
         self._text = ""  # of the answer, if it is checked
-        self._answer = AnswerReader(tokenizer, prompt, stop, calls, continues=continues)
+        self._answer = AnswerReader(
+            tokenizer,
+            prompt,
+            stop,
+            calls,
+            continues=continues,
+            constrained=check is not None,
+        )
+        self._continues = continues
         self._warn = warn
         self._calls = 0  # complete ones
         self._eos_ids: Collection[int] = tokenizer.eos_ids
@@ -76,6 +84,12 @@ class OutputReader:
                 break
         if self._answer.ended or output.finish_reason is not None:
             yield from self._finish(output)
+
+    def whole(self, thinking: str, text: str) -> tuple[str, str]:
+        """Return thinking and answer of a whole answer; see ``whole_answer``."""
+        if self._continues:
+            return thinking, text
+        return whole_answer(self._answer.tokenizer, thinking, text)
 
     def _read_token(self, token: int, entry: TokenLogprobs | None) -> Iterator[Event]:
         reader = self._answer

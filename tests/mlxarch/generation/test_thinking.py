@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxarch import Tokenizer
-from mlxarch.generation.answer import AnswerReader, BatchRow
+from mlxarch.generation.answer import AnswerReader, BatchRow, whole_answer
 from mlxarch.generation.thinking.splitter import (
     Segment,
     Splitter,
+    always_thinks,
     split_at_closing_tag,
     splitter,
 )
@@ -157,6 +158,57 @@ def test_a_complete_answer_is_split_at_a_closing_tag_alone(
         row.add(token)
     result = row.result(Timings(1))
     assert (result.thinking, result.text) == ("plan", "answer")
+
+
+CUTS_AT_THE_TAG = "{{ messages[0].content.split('</think>')[-1] }}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "streamed", "whole"),
+    [
+        ("plan\n</think>\n\nanswer", ("plan", "answer"), ("plan", "answer")),
+        ("<think>plan</think>answer", ("plan", "answer"), ("plan", "answer")),
+        ("answer", ("answer", "answer"), ("", "answer")),  # it did not think
+    ],
+)
+def test_a_model_that_always_thinks_begins_without_a_tag(answer, streamed, whole, make):
+    tokenizer = make(*TAGS, template=CUTS_AT_THE_TAG)
+
+    def read(**settings) -> tuple[str, str]:
+        reader = AnswerReader(tokenizer, tokenizer.encode("user:"), (), **settings)
+        events = [event for token in tokenizer.encode(answer) for event in reader.add(token)]
+        reader.ended = True  # as an end token does
+        return collected([*events, *reader.finish()])
+
+    assert read() == streamed
+    assert whole_answer(tokenizer, *read()) == whole
+    # negative control: nothing is presumed of a text that goes on, and of an answer with a form
+    if "<think>" not in answer:
+        assert read(continues=True) == read(constrained=True) == ("", answer)
+
+
+def test_an_answer_that_is_cut_off_stays_thinking(make):
+    tokenizer = make(*TAGS, template=CUTS_AT_THE_TAG)
+    row = BatchRow(AnswerReader(tokenizer, tokenizer.encode("user:"), ()))
+    for token in tokenizer.encode("pla"):
+        row.add(token)
+    result = row.result(Timings(1))
+    assert (result.thinking, result.text) == ("pla", "")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        MENTIONS_TAGS,
+        CUTS_AT_THE_TAG + "{% if enable_thinking %}{% endif %}",
+        CUTS_AT_THE_TAG + "{{ '/no_think' }}",
+    ],
+)
+def test_a_model_that_may_answer_at_once_is_not_presumed_to_think(template, make):
+    tokenizer = make(*TAGS, template=template)
+    assert not always_thinks(tokenizer)
+    assert not always_thinks(make(template=CUTS_AT_THE_TAG))  # its tags are no tokens
+    assert always_thinks(make(*TAGS, template=CUTS_AT_THE_TAG))
 
 
 def test_a_model_without_tags_is_passed_through(make):

@@ -1,14 +1,17 @@
 """Memory of a forward pass, derived from its operations."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+import parity
 from mlxarch.blocks.attention.bounded_eval import eval_two_in_flight
 from mlxarch.loading.registry import architecture
 from mlxarch.planner.activation_memory import fill_caches, step_peak, use_stand_ins
+from mlxarch.planner.blueprint import blueprint_from_config
 from mlxarch.planner.peak_memory import OperationList, execution_order, peak_bytes
 from mlxarch.quantization.scheme import Quantization
 
@@ -19,6 +22,15 @@ def listed(function: Callable[[mx.array], mx.array]) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     mx.export_function(items.append, function, mx.zeros((1024, 1024)))
     return items
+
+
+def test_the_peak_of_every_architecture_can_be_derived() -> None:
+    configs = [json.loads(file.read_text()) for file in parity.GOLDEN.glob("*/config.json")]
+    first_of_type = {config["model_type"]: config for config in configs}
+    for name, config in first_of_type.items():
+        blueprint = blueprint_from_config(name, config)
+        small, large = (blueprint.activation_peak(40, n, 4, fused=False, kv=None) for n in (2, 32))
+        assert 0 < small.allocated < large.allocated, name
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,29 @@ def test_the_recipe_meant_for_an_architecture_gives_its_matrices_their_bits(name
     assert len(used) > 1, "some pattern fits, and the rest is common"
 
 
+OTHERS = {
+    "cohere2": "tied",
+    "apertus": "dense",
+    "seed_oss": "dense",
+    "nemotron_h_moe": "experts",
+    "lfm2_moe": "experts",
+    "qwen3_5_moe": "experts",
+    "minimax_m2": "experts",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_architecture_without_a_recipe_of_its_own_takes_that_of_its_kind(name: str) -> None:
+    resolved = resolve(open_checkpoint(parity.GOLDEN / name))
+    recipe = Recipe.for_architecture(resolved.architecture)
+    assert recipe.name == OTHERS[name]
+    matrices = [path.removesuffix(".weight") for path in resolved.published_matrices]
+    bits = {path: recipe.bits_for(path) for path in matrices}
+    assert len(set(bits.values())) > 1
+    experts = {bits[path] for path in matrices if ".switch_mlp." in path or ".experts." in path}
+    assert experts == ({4} if recipe.name == "experts" else set())
+
+
 def test_every_architecture_and_every_model_of_the_catalog_has_one() -> None:
     meant = {resolve(open_checkpoint(parity.GOLDEN / name)).architecture.name for name in MEANT}
     configs = [json.loads(entry.config_path.read_text()) for entry in catalog.entries().values()]

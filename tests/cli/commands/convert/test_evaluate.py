@@ -57,6 +57,23 @@ def test_it_prints_a_table_of_all_texts(invoke, here):
     assert len(worst) == 10 and worst[0].startswith(f"{found.worst[0].kl:.1e}")
 
 
+def test_windows_are_as_short_as_a_context_that_is_short(invoke, here, tmp_path):
+    for name in ("tiny", "tiny-8bit"):
+        shutil.copytree(here / name, tmp_path / name)
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config["max_position_embeddings"] = 24
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    models = [str(tmp_path / "tiny-8bit"), "--against", str(tmp_path / "tiny"), "--tokens", "40"]
+    result = invoke("eval", *models)
+    assert result.exit_code == 0, result.stderr
+    assert "tiny has a context of 24 tokens, so texts are read in windows of 24" in result.stderr
+    assert "24 at a time" in result.stdout
+    refused = invoke("eval", *models, "--context", "512")  # asked for
+    assert refused.exit_code == 2 and "the model's context has 24" in refused.stderr
+    whole = invoke("eval", "./tiny-8bit", "--tokens", "40")
+    assert "has a context of" not in whole.stderr
+
+
 def test_of_a_model_against_itself_no_token_is_said_to_have_changed(invoke, here):
     result = invoke("eval", "./tiny", "--against", "./tiny", *FEW)
     assert "KL mean          0.0000" in result.stdout and "changed most" not in result.stdout

@@ -1,5 +1,6 @@
 """Events from outputs of the engine, without an engine."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from mlxarch import Tokenizer
 from mlxarch.engine.request import PromptReport, RequestTimings, RowOutput
 from mlxarch.errors import NonFiniteLogits
 from mlxarch.generation.logprobs import TokenLogprobs
+from mlxarch.server.answers.collected import collect
 from mlxarch.server.answers.events import Delta, End, PromptRead
 from mlxarch.server.answers.reader import OutputReader
 
@@ -55,6 +57,28 @@ def test_thinking_is_counted_and_has_no_logprobs(tokenizer):
     assert [entry.token for entry in deltas[-1].logprobs] == tokens[-1:]
     assert end == End("length", None, reader.usage, timings)
     assert (reader.usage.cached, reader.usage.thinking, reader.usage.answer) == (1, 3, 4)
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_whole_answer_is_split_where_thinking_was_closed_without_being_opened(
+    tokenizer, continues
+):
+    text = "plan\n</think>\n\nanswer"
+    reader = OutputReader(tokenizer, tokenizer.encode("user:"), [], continues=continues)
+
+    class Finished:
+        count = 1
+        readers = (reader,)
+
+        async def events(self):
+            output = RowOutput(tuple(tokenizer.encode(text)), finish_reason="stop")
+            for event in reader.read(output):
+                yield 0, event
+
+    [answer] = asyncio.run(collect(Finished()))
+    # a text that goes on is given as it is
+    wanted = ("", text) if continues else ("plan", "answer")
+    assert (answer.thinking, answer.text) == wanted
 
 
 def test_an_error_of_the_engine_is_raised(tokenizer):
