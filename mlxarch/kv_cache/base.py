@@ -82,6 +82,11 @@ class Cache(ABC):
         buffer, _ = self._write(stored, numbers[:, None, :, None])
         self._buffers = {**self._buffers, RECORDS: (buffer,)}
 
+    @property
+    def has_records(self) -> bool:
+        """Whether integers are stored beside keys and values."""
+        return RECORDS in self._buffers
+
     def recorded(self) -> mx.array | None:
         """Integers of all tokens, (B, S); None if those of older tokens are no longer stored."""
         [stored] = self._buffers[RECORDS]

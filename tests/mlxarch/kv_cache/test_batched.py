@@ -8,7 +8,7 @@ import pytest
 
 import parity
 from mlxarch.blocks import Cache, CausalLM, ForwardContext
-from mlxarch.kv_cache import BatchedCache, CacheBatch, can_batch
+from mlxarch.kv_cache import BatchedCache, CacheBatch, FullCache, can_batch
 from mlxarch.kv_cache.batched import BatchLengths
 from mlxarch.loading.load import load_model
 from mlxarch.quantization.scheme import Quantization
@@ -108,7 +108,7 @@ def test_arrays_grow_by_more_than_a_token() -> None:
     assert sum(cache.nbytes for row in rows for cache in row.caches if cache) == 0
 
 
-def test_unknown_kinds_are_not_batched() -> None:
+def test_unknown_kinds_and_records_are_not_batched() -> None:
     class Other(Cache):
         def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
             return new, new
@@ -116,5 +116,8 @@ def test_unknown_kinds_are_not_batched() -> None:
         def slots(self, length: int) -> mx.array:
             return mx.arange(length)
 
+    recorded = FullCache()
+    recorded.record(mx.zeros((1, 3), mx.int32))
     assert not can_batch([Other()])
-    assert can_batch([None])
+    assert not can_batch([recorded])
+    assert can_batch([None, FullCache()])
