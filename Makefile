@@ -1,5 +1,6 @@
 # Everything here installs into .venv; nothing else on the machine is touched. `make demo` and `make test` need only
-# Python 3.11 or newer with pip, make, and a C compiler where a package has no wheel for the machine.
+# Python 3.11 or newer with pip, make, and a C compiler where a package has no wheel for the machine. With a C++
+# compiler they build the CPU kernels as well.
 
 PYTHON  = python3 python3.14 python3.13 python3.12 python3.11# the first usable one
 BACKEND := $(shell if [ "$$(uname)" = Darwin ]; then echo metal; elif nvidia-smi -L >/dev/null 2>&1; then echo cuda; else echo cpu; fi)
@@ -11,7 +12,9 @@ CXX    ?= c++
 VENV   = .venv
 BIN    = $(VENV)/bin
 READY  = $(VENV)/.$(BACKEND)
-EXTRA  = $(if $(filter metal,$(BACKEND)),,$(BACKEND),)# macOS needs none: MLX comes with Metal there
+EXTRA  = $(if $(filter metal,$(BACKEND)),,$(BACKEND:cpu=mlx-cpu),)# macOS needs none: MLX comes with Metal there
+# After the installation of MLX, whose headers the kernels need, so not a prerequisite
+USE_KERNELS = $(if $(filter cpu,$(BACKEND)),@$(MAKE) --no-print-directory $(VENV)/.kernels)
 USABLE = import ensurepip, platform, sys, venv; \
          sys.exit(sys.version_info < (3, 11) or (sys.platform, platform.machine()) == ("darwin", "x86_64"))
 
@@ -26,15 +29,18 @@ help:
 	@echo "Settings: PYTHON=python3.12  BACKEND=cpu|cuda|metal (now $(BACKEND))  MODEL=NAME  PROMPT='...'"
 
 demo: $(READY)-gguf
+	$(USE_KERNELS)
 	$(BIN)/mlxarch pull $(MODEL) --bits 8 --no-eval --yes </dev/null
 	$(BIN)/mlxarch run $(MODEL) --bits 8 --stats --seed 0 --max-tokens 200 "$(PROMPT)" </dev/null
 
 # What dev brings is enough for the suite. Each of its processes has a core: more threads would only wait for each other.
 test: $(firstword $(wildcard $(READY)-dev) $(READY)-test)
+	$(USE_KERNELS)
 	OMP_NUM_THREADS=1 MLXARCH_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# For MLX's CPU back end, see docs/cpu.md
+# For MLX's CPU back end, see docs/cpu.md. Tries again where an earlier build failed.
 kernels: $(firstword $(wildcard $(READY)-*) $(READY)-gguf)
+	@grep -qs built $(VENV)/.kernels || rm -f $(VENV)/.kernels
 	@$(MAKE) --no-print-directory $(VENV)/.kernels
 
 lint: $(READY)-dev
@@ -65,16 +71,22 @@ $(READY)-%: pyproject.toml | $(VENV)/.created
 	@$(BIN)/python -m pip install --editable ".[$(EXTRA)$*]" >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
 	@touch $@
 
+# Optional: without a compiler, without its packages, or with an MLX that it does not fit, everything works without it.
+# The stamp is written in any case, so that a second call starts at once.
 $(VENV)/.kernels: $(wildcard native/src/*) native/setup.py native/pyproject.toml | $(VENV)/.created
+	@echo none >$@
 	@if ! echo '#include <version>' | $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null; then \
-	    echo "No C++20 compiler ($(CXX)): going on without the CPU kernels, slower"; \
+	    echo "No C++20 compiler ($(CXX)): going on without the CPU kernels, slower"; exit 0; \
+	fi; \
+	echo "Building the CPU kernels (once, about a minute)"; \
+	if { $(BIN)/python -m pip install "setuptools>=77" "nanobind>=3.1,<3.2" && \
+	    CXX="$(CXX)" $(BIN)/python -m pip install --no-build-isolation --no-deps --force-reinstall ./native; } \
+	    >$(VENV)/kernels.log 2>&1; then \
+	    echo built >$@; \
 	else \
-	    echo "Building the CPU kernels (once, one to two minutes)"; \
-	    { $(BIN)/python -m pip install "setuptools>=77" "nanobind>=3.1,<3.2" && \
-	      CXX="$(CXX)" $(BIN)/python -m pip install --no-build-isolation --no-deps ./native; } >$(VENV)/kernels.log 2>&1 || \
-	    echo "Not built: going on without them, slower; the reason is at the end of $(VENV)/kernels.log"; \
+	    echo "The CPU kernels cannot be built: going on without them, slower. The reason is at the end of" \
+	        "$(VENV)/kernels.log"; \
 	fi
-	@touch $@
 
 $(VENV)/.created:
 	@for python in $(BIN)/python $(PYTHON); do \

@@ -1,6 +1,6 @@
 """Size of `pip install mlxarch`: packages, megabytes, import times; fails if torch or transformers is among them.
 
-    python benchmarks/install_size.py dist/mlxarch-*.whl [--extras cpu,gguf]
+    python benchmarks/install_size.py dist/mlxarch-*.whl [--extras mlx-cpu,gguf]
 
 The wheel goes into an empty environment in a temporary folder. Times are the best of five fresh processes.
 """
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("wheel", type=Path)
     parser.add_argument(
         "--extras",
-        default="cpu" if platform.system() == "Linux" else "",
+        default="mlx-cpu" if platform.system() == "Linux" else "",
         help="default here: %(default)r",
     )
     arguments = parser.parse_args()

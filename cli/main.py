@@ -82,6 +82,9 @@ Environment:
   MLXARCH_SERVER   address of the server for `mlxarch ps` and `stop`
   MLXARCH_HOME     one folder for all files (see `mlxarch paths`)
   MLXARCH_MODELS   additional read-only model folders, separated by colons
+  MLXARCH_THREADS  default of --threads
+  MLXARCH_CPU_KERNELS
+                   off, baseline, avx2 or avx512 (default: the best of this CPU)
   MLXARCH_DEBUG    1 to print tracebacks and log messages
   NO_COLOR         if set, no colors and no rendered Markdown
   HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY

@@ -173,6 +173,24 @@ thinking_options = _combine(
         click.option("--hide-thinking", is_flag=True, help="Hide the thinking on the terminal."),
     ]
 )
+
+
+def _use_threads(context: click.Context, param: click.Parameter, count: int | None) -> None:
+    """Set the variable that the kernels read when they are loaded, as they are not here yet."""
+    if count is not None:
+        os.environ["MLXARCH_THREADS"] = str(count)
+
+
+threads_option = click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 1024),
+    envvar="MLXARCH_THREADS",
+    show_envvar=True,
+    expose_value=False,
+    callback=_use_threads,
+    help="Threads of the CPU kernels (default: one per physical core)",
+)
 bits_option = click.option(
     "--bits",
     type=click.Choice(BITS_CHOICES),
@@ -229,6 +247,7 @@ loading_options = _combine(
             metavar="NAME",
             help="MatFormer sub-model of Gemma 3n E4B, e.g. e2b (default: the full model)",
         ),
+        threads_option,
         yes_option,
     ]
 )

@@ -1,6 +1,8 @@
 """Build of the extension: kernels.cpp once for each instruction set, and the operations for MLX."""
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx
@@ -24,20 +26,21 @@ class BuildKernels(build_ext):
     """Compile kernels.cpp with the flags of each instruction set, then link everything."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Add the objects of the kernels to those of the extension's own sources."""
-        ext.extra_objects = self._kernel_objects()
+        """Compile all sources side by side, and let the base class link the objects."""
+        own = {"include_dirs": ext.include_dirs, "macros": ext.define_macros}
+        jobs = [
+            ("src/kernels.cpp", name, {"macros": [("ISA", name)]}, [*KERNELS, "-Wno-psabi", *flags])
+            for name, flags in SETS.items()
+        ]
+        jobs += [(source, "graph", own, ext.extra_compile_args) for source in ext.sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = sum(pool.map(self._compile, *zip(*jobs, strict=True)), [])
+        ext.sources = []
         super().build_extension(ext)
 
-    def _kernel_objects(self) -> list[str]:
-        objects = []
-        for name, flags in SETS.items():
-            objects += self.compiler.compile(
-                ["src/kernels.cpp"],
-                output_dir=str(Path(self.build_temp, name)),
-                macros=[("ISA", name)],
-                extra_postargs=[*KERNELS, "-Wno-psabi", *flags],
-            )
-        return objects
+    def _compile(self, source: str, folder: str, options: dict, flags: list[str]) -> list[str]:
+        target = str(Path(self.build_temp, folder))
+        return self.compiler.compile([source], target, extra_postargs=flags, **options)
 
 
 setup(

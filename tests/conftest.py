@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,35 @@ def unhurried() -> Iterator[None]:
     """Passes are as long as on a fast machine, however busy this one is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlxarch.generation.pace.EVALUATION_SECONDS", 600.0)
+        yield
+
+
+def runs_without_kernels(path: Path) -> bool:
+    """Whether a test file is of the half that runs without the CPU kernels, if they are built."""
+    chosen = os.environ.get("MLXARCH_TEST_KERNELS", "half")
+    if chosen not in ("half", "all"):
+        pytest.exit(f"MLXARCH_TEST_KERNELS is {chosen!r}; allowed: half, all", 4)
+    name = path.relative_to(Path(__file__).parent).as_posix()
+    return chosen == "half" and zlib.crc32(name.encode()) % 2 == 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark that half, for ``-m without_kernels``; tests of the kernels themselves are in neither."""
+    for item in items:
+        if "kernels" not in item.keywords and runs_without_kernels(item.path):
+            item.add_marker("without_kernels")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compute with MLX alone in the half that does, processes that its tests start included."""
+    if "kernels" in request.node.keywords or not runs_without_kernels(request.path):
+        yield
+        return
+    from mlxarch.cpu_kernels import native
+
+    with native.suspended(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXARCH_CPU_KERNELS", "off")
         yield
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxarch.errors import InvalidInput
+
 BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "dense": (32,)}  # modes that have a kernel
 
 _suspended = 0  # blocks of ``suspended``
@@ -40,7 +42,11 @@ def _load() -> tuple[Any, str]:
     if not module.use_instruction_set(wanted):
         return None, f"this machine has no kernels named {wanted!r} (MLXARCH_CPU_KERNELS)"
     module.set_threads(_thread_count())
-    if problem := _test(module):
+    try:
+        problem = _test(module)
+    except Exception as error:  # such as arrays of another binding library than the kernels'
+        problem = f"mlxarch-cpu does not work with this MLX: {type(error).__name__}: {error}"
+    if problem:
         return None, problem
     return module, module.instruction_set()
 
@@ -200,10 +206,17 @@ def rope(
 
 
 def _thread_count() -> int:
-    """Threads of the kernels: ``MLXARCH_THREADS``, or the physical cores that this process may use."""
-    text = os.environ.get("MLXARCH_THREADS", "")
-    if text.isdigit() and int(text) > 0:
-        return int(text)
+    """Threads of the kernels: ``MLXARCH_THREADS``, or the physical cores that this process may use.
+
+    Raises:
+        InvalidInput: the variable is not a whole number of at least 1.
+    """
+    if text := os.environ.get("MLXARCH_THREADS", ""):
+        if text.isdecimal() and int(text) > 0:
+            return int(text)
+        raise InvalidInput(
+            f"MLXARCH_THREADS is {text!r}; allowed is a whole number of at least 1, or remove it"
+        )
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     count = len(usable) if usable else os.cpu_count() or 1
     cores = set()

@@ -83,6 +83,7 @@ class EvalOptions:
     help="Plot to write, as .svg or .png (default: none)",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each MODEL.")
+@options.threads_option
 @options.yes_option
 def eval_command(**given: Any) -> None:
     """Measure perplexity, and KL divergence from the original.

@@ -156,6 +156,7 @@ class QuantizationChoice:
 )
 @options.force_option
 @click.option("--no-eval", is_flag=True, help="Skip the evaluation against the source.")
+@options.threads_option
 @options.yes_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def quantize_command(**given: Any) -> None:

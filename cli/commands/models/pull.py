@@ -16,6 +16,7 @@ from mlxarch.cli.output import print_line
     help="Quantization method below 8 bits; round takes minutes instead of hours (default: search)",
 )
 @click.option("--no-eval", is_flag=True, help="Skip the evaluation of a quantized model.")
+@options.threads_option
 @options.yes_option
 def pull_command(
     model: str | None,

@@ -13,6 +13,7 @@ from mlxarch.progress import format_size
 @click.argument("model", required=False)
 @options.model_option
 @options.bits_option
+@options.threads_option
 @options.memory_options
 @click.option(
     *options.CONTEXT_FLAGS,

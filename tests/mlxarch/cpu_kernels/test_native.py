@@ -1,14 +1,20 @@
 """CPU kernels against MLX's own operations, where they are built; without them, MLX computes alone."""
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 
+from mlxarch.cli.main import cli
 from mlxarch.cpu_kernels import native
+from mlxarch.errors import InvalidInput
+
+pytestmark = pytest.mark.kernels
 
 Arrays = dict[str, mx.array]
 
@@ -54,6 +60,29 @@ def test_switched_off_or_named_wrongly_the_kernels_are_not_used_and_the_reason_i
     report = run(MLXARCH_CPU_KERNELS="mmx")
     assert report.startswith("False ") and report.endswith(" None")
     assert "mmx" in report or not BUILT
+
+
+def test_the_number_of_threads_is_that_of_the_variable_and_a_wrong_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLXARCH_THREADS", "3")
+    assert native._thread_count() == 3
+    for wrong in ("0", "-1", "two", "1.5"):
+        monkeypatch.setenv("MLXARCH_THREADS", wrong)
+        with pytest.raises(InvalidInput, match=re.escape(f"{wrong!r}; allowed is a whole number")):
+            native._thread_count()
+    monkeypatch.delenv("MLXARCH_THREADS")
+    assert 1 <= native._thread_count() <= (os.cpu_count() or 1)
+
+
+def test_the_option_of_the_command_line_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXARCH_THREADS", "1")
+    for command in ("run", "chat", "serve", "quantize", "eval", "pull", "tune"):
+        done = CliRunner().invoke(cli, [command, "-t", "0"])
+        assert done.exit_code == 2 and "'-t'" in done.output
+        assert os.environ["MLXARCH_THREADS"] == "1"
+    assert CliRunner().invoke(cli, ["eval", "--threads", "5"]).exit_code == 2  # no model is named
+    assert native._thread_count() == 5
 
 
 def quantize(shape: tuple[int, ...], bits: int, group_size: int, mode: str = "affine") -> Arrays:
