@@ -14,10 +14,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+KEPT = (
+    "what is written so far is kept, if there is anything; the same command goes on from there, and "
+    "repeats calibration and measurements"
+)
 GRACE_SECONDS = 0.3  # from a signal until a process that has not reacted is ended
 
 Handler = Callable[[int, FrameType | None], object]
 _reacted = threading.Event()
+_notes: list[str] = []  # on the work under way, for a process that is ended by force
 
 
 class Terminated(KeyboardInterrupt):
@@ -58,9 +63,9 @@ def raise_terminated() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    usual = {**dict.fromkeys(SIGNALS, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
-    previous = {number: signal.getsignal(number) for number in usual}
-    handled = [number for number, handler in previous.items() if handler == usual[number]]
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    previous = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    handled = [number for number, handler in previous.items() if handler in usual]
     ending = False
 
     def terminate(number: int, _: object) -> None:
@@ -77,6 +82,23 @@ def raise_terminated() -> Iterator[None]:
     finally:
         for number in handled:
             signal.signal(number, previous[number])
+
+
+@contextmanager
+def note_what_is_kept() -> Iterator[None]:
+    """Say what a conversion or download that a signal ends leaves to the next run.
+
+    An exception that says so itself is left alone.
+    """
+    _notes.append(KEPT)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not getattr(interrupt, "__notes__", ()):
+            interrupt.add_note(KEPT)
+        raise
+    finally:
+        _notes.remove(KEPT)
 
 
 @contextmanager
@@ -113,6 +135,8 @@ def _watch(wake: int, restore: Callable[[], None], end: Callable[[int], None]) -
         terminations += number in SIGNALS
         if terminations > 1 or not _reacted.wait(GRACE_SECONDS):
             restore()
+            for note in _notes:
+                os.write(2, f"\n{note}\n".encode())
             end(128 + number)
         _reacted.clear()
     os.close(wake)

@@ -172,7 +172,8 @@ class Conversion:
             needed, free = self._space(workspace.model)
             raise to_output_error(error, self.output, needed, free, workspace.resumable) from error
         except (KeyboardInterrupt, MlxArchError) as error:
-            if workspace.resumable or isinstance(error, KeyboardInterrupt):
+            said = getattr(error, "__notes__", ())  # by a source that is fetched meanwhile
+            if workspace.resumable or isinstance(error, KeyboardInterrupt) and not said:
                 error.add_note(f"{self.output}: {self._what_is_kept(workspace.resumable)}")
             raise
         return self.summary

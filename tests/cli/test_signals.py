@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from mlxarch.cli import signals
 from mlxarch.cli.signals import SIGNALS, Terminated, raise_terminated
 from mlxarch.quantize import conversion, convert_checkpoint
+from mlxarch.quantize.mixed_precision import targets
 
 LIMITS = conversion.Limits(sync_bytes=20_000)  # several notes of what is written, for a tiny model
 
@@ -157,6 +158,43 @@ def test_a_handler_of_another_library_is_left_alone(monkeypatch):
         signals._watch(wake, lambda: None, lambda code: pytest.fail(f"ended with {code}"))
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_what_is_kept_is_said_where_the_process_is_ended(monkeypatch, capfd):
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0)
+    signals._reacted.clear()
+    for note, said in ((signals.note_what_is_kept(), signals.KEPT), (nullcontext(), "")):
+        wake, written = os.pipe()
+        os.write(written, bytes([signal.SIGTERM]))
+        os.close(written)
+        with raise_terminated(), note:
+            signals._watch(wake, lambda: None, lambda _: None)
+        assert capfd.readouterr().err.strip() == said
+
+
+def test_an_interrupt_while_bits_are_chosen_says_what_is_kept(invoke, here, monkeypatch):
+    monkeypatch.setattr(targets, "toward", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = invoke("quantize", "./tiny", "--target-bits", "5", "--method", "round")
+    assert result.exit_code == 143
+    assert signals.KEPT in result.stderr
+
+
+INTERRUPTED_IMPORT = """
+import importlib.abc, os, signal, sys
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "mlxarch.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))
+sys.meta_path.insert(0, Interrupt())
+from mlxarch.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_command_line_is_imported_prints_nothing():
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
 
 
 LONG_CALL = """

@@ -10,6 +10,7 @@ from mlxarch.checkpoint.receipt import read_receipt
 from mlxarch.cli import options
 from mlxarch.cli.output import print_json, print_line, print_stderr
 from mlxarch.cli.receipt_lines import receipt_lines
+from mlxarch.cli.signals import note_what_is_kept
 from mlxarch.errors import QuantizationError
 from mlxarch.progress import format_size, terminal_progress
 from mlxarch.quantization import formats
@@ -174,7 +175,8 @@ def quantize_command(**given: Any) -> None:
     require_backend()
     given_options = QuantizeOptions(**given)
     choice = _choose_quantization(given_options)
-    summary, receipt = _quantize(given_options, choice)
+    with note_what_is_kept():
+        summary, receipt = _quantize(given_options, choice)
     for note in summary.notes:
         print_stderr(f"note: {note}")
     if given_options.as_json:

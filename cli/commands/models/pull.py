@@ -4,6 +4,7 @@ import click
 
 from mlxarch.cli import options
 from mlxarch.cli.output import print_line
+from mlxarch.cli.signals import note_what_is_kept
 
 
 @click.command("pull")
@@ -41,7 +42,8 @@ def pull_command(
 
     require_backend()
     name = options.resolve_model_name(model_flag, model)
-    folder = options.obtain_model(
-        name, bits, yes, refresh=True, evaluate=not no_eval, method=method
-    )
+    with note_what_is_kept():
+        folder = options.obtain_model(
+            name, bits, yes, refresh=True, evaluate=not no_eval, method=method
+        )
     print_line(str(folder))
