@@ -42,6 +42,7 @@ KINDS = {
     "full": ("qwen3", None),
     "full, 8 bits": ("qwen3", 8),
     "latent": ("deepseek_v3", None),
+    "chosen keys": ("deepseek_v32", None),
     "sliding": ("gemma3_text", None),
     "sliding, 4 bits": ("gemma3_text", 4),
     "chunked": ("llama4_scout", None),

@@ -20,6 +20,7 @@ KINDS = {
     "sliding, 4 bits": ("gemma3_text", 4),
     "chunked": ("llama4_scout", None),
     "latent": ("deepseek_v3", None),
+    "chosen keys": ("deepseek_v32", None),
     "latent, 4 bits": ("deepseek_v3", 4),
     "shared keys and values": ("gemma3n_text", None),
     "states": ("qwen3_5", None),

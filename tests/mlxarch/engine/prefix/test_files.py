@@ -23,6 +23,7 @@ KINDS = {
     "full": ("qwen3", None),
     "full, 8 bits": ("qwen3", 8),
     "latent": ("deepseek_v3", None),
+    "chosen keys": ("deepseek_v32", None),
     "sliding": ("gemma3_text", None),
     "recurrent states": ("qwen3_5", None),
 }
