@@ -73,6 +73,7 @@ class Embedding(Matrix):
 
     Attributes:
         dtype: type of dequantized rows; set by the loader.
+        lookups: rows that are read for one token.
 
     Shape:
         tokens: (B, L) -> (B, L, dims); as_linear: (..., dims) -> (..., V)
@@ -81,6 +82,7 @@ class Embedding(Matrix):
     def __init__(self, tokens: int, dims: int) -> None:
         super().__init__(tokens, dims)
         self.dtype = mx.float32
+        self.lookups = 1
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return self.lookup(tokens)

@@ -115,6 +115,10 @@ class RoPE(nn.Module):
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return self.rotate(x, offset, self._freqs)
 
+    def rotate_every(self, x: mx.array, offset: int | mx.array, stride: int) -> mx.array:
+        """Rotate vectors of every ``stride``-th position, the first at ``offset`` · ``stride``."""
+        return self.rotate(x, offset, self._freqs / stride)
+
     def rotate(self, x: mx.array, offset: int | mx.array, freqs: mx.array) -> mx.array:
         """Rotate with the periods ``freqs`` (dims / 2,); shapes as in the call."""
         if self.factor != 1.0:

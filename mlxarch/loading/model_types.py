@@ -67,6 +67,8 @@ MODELS = {
     "qwen3_vl_moe": "qwen3_moe",
     "qwen3_vl_moe_text": "qwen3_moe",
     "qwen3_vl_text": "qwen3",
+    "qwen4_exp": "qwen4_exp",
+    "qwen4_exp_text": "qwen4_exp",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
 }

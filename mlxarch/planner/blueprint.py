@@ -68,6 +68,11 @@ class Blueprint:
             for path, module in modules.items()
             for leaf in getattr(module, "float32", ())
         )
+        self._token_shares = {
+            f"{path}.weight": module.lookups / module.weight.shape[0]
+            for path, module in modules.items()
+            if isinstance(module, Embedding)
+        }
         self._quantizable_weights = frozenset(
             f"{path}.weight"
             for path, module in modules.items()
@@ -224,7 +229,9 @@ class Blueprint:
                 (prod(shape), dtype.size, dtype in FLOAT_DTYPES) for shape, dtype in arrays
             )
             kind, layer = self._kinds[path]
-            weights.append(Weight(path, kind, layer, sizes, path in self._float32_parameters))
+            exact = path in self._float32_parameters
+            share = self._token_shares.get(path, 1.0)
+            weights.append(Weight(path, kind, layer, sizes, exact, share))
         return replace(self._footprint_without_weights, weights=tuple(weights), bits=bits)
 
 

@@ -24,6 +24,7 @@ class Weight:
         arrays: (elements, bytes of an element, whether they are floats) of each array; a quantized
             parameter has three: packed weights, scales and biases.
         float32: computed in float32 on every machine.
+        token_share: part of an embedding table that one token reads.
     """
 
     path: str
@@ -31,6 +32,7 @@ class Weight:
     layer: int | None
     arrays: tuple[tuple[int, int, bool], ...]
     float32: bool = False
+    token_share: float = 1.0
 
     @property
     def stored_bytes(self) -> int:
@@ -131,6 +133,11 @@ class Footprint:
         for weight in self.weights:
             total[weight.kind] += weight.memory_bytes(float_bytes)
         return dict(total)
+
+    def row_bytes(self, float_bytes: int) -> int:
+        """Bytes of the rows of per-layer embeddings that one token reads."""
+        tables = (weight for weight in self.weights if weight.kind == "per-layer embeddings")
+        return round(sum(table.token_share * table.memory_bytes(float_bytes) for table in tables))
 
     def loading_overhead(self, float_bytes: int) -> int:
         """Bytes beyond those of all weights at the peak of loading.

@@ -310,7 +310,7 @@ class _Planner:
 
     def _row_cache_bytes(self, candidate: _Candidate) -> int:
         """Bytes of rows of per-layer embeddings outside of the model: cached, and of one step."""
-        row = self.weight_bytes[PER_LAYER_EMBEDDINGS] // self.footprint.vocab_size
+        row = self.footprint.row_bytes(self.float_bytes)
         return min(CACHE_BYTES, candidate.context * row) + 2 * candidate.chunk * row
 
     def _in_flight_bytes(self) -> int:

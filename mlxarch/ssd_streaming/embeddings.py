@@ -18,13 +18,22 @@ from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.errors import InvalidInput
 from mlxarch.quantization.scheme import Quantization
 from mlxarch.ssd_streaming.expert_slots import writes_in_place
-from mlxarch.ssd_streaming.row_cache import Field, RowCache, RowFile, Verify
+from mlxarch.ssd_streaming.row_cache import Field, RowCache, Verify, open_rows
 
 NOT_A_NUMBER = 0xFF  # these bytes are NaN in every type that scales and floats have
 
 
 def tables_of(model: nn.Module) -> tuple[str, ...]:
-    """Paths of embedding tables that may stay on the SSD, as the network lists them in ``token_tables``."""
+    """Paths of embedding tables that may stay on the SSD.
+
+    The network lists those that are looked up by token in ``token_tables``, and those that are
+    looked up by the last few tokens in ``ngram_tables``.
+    """
+    return (*getattr(model, "token_tables", ()), *getattr(model, "ngram_tables", ()))
+
+
+def packable_tables_of(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the tables that docs/rows-format.md packs: those that are looked up by token."""
     return getattr(model, "token_tables", ())
 
 
@@ -58,10 +67,11 @@ def attach_tables(
         )
     for path in tables:
         tensor = parameters[f"{path}.weight"]
-        rows = RowCache(RowFile(path, tensor, verify))
+        rows = RowCache(open_rows(path, tensor, verify))
         packed = tensor.quantization if isinstance(tensor, QuantizedTensor) else None
         parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, StreamedEmbedding(rows, packed, dtype))
+        by_token = path in getattr(model, "token_tables", ())
+        setattr(modules[parent], name, StreamedEmbedding(rows, packed, dtype, by_token))
     return frozenset(f"{path}.weight" for path in tables)
 
 
@@ -70,6 +80,9 @@ class StreamedEmbedding(nn.Module):
 
     An id beyond the table reads row 0.
 
+    Args:
+        by_token: whether the id of a row is that of the token.
+
     Shape:
         tokens: (B, L) -> (B, L, dims)
 
@@ -77,9 +90,16 @@ class StreamedEmbedding(nn.Module):
         EmbeddingReadError: a row cannot be read.
     """
 
-    def __init__(self, cache: RowCache, quantization: Quantization | None, dtype: mx.Dtype) -> None:
+    def __init__(
+        self,
+        cache: RowCache,
+        quantization: Quantization | None,
+        dtype: mx.Dtype,
+        by_token: bool = True,
+    ) -> None:
         super().__init__()
         self.cache = cache
+        self.by_token = by_token
         self.quantization = quantization
         self.dtype = dtype
         self._local = threading.local()
@@ -177,11 +197,11 @@ class LateRows:
 def late_rows(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> LateRows | None:
     """Placeholders for the rows of a network.
 
-    None if it reads no rows from the SSD, or if MLX does not notice writes to the memory of its
-    arrays.
+    None if it reads no rows from the SSD, or rows that more than the new token determines, or if
+    MLX does not notice writes to the memory of its arrays.
     """
     tables = [module for module in model.modules() if isinstance(module, StreamedEmbedding)]
-    if len(tables) != 1 or not writes_in_place(mx.default_device()):
+    if len(tables) != 1 or not tables[0].by_token or not writes_in_place(mx.default_device()):
         return None
     return LateRows(tables[0], shape)
 

@@ -5,10 +5,12 @@ Reading does not call MLX, so any thread may read.
 
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import mlx.core as mx
@@ -17,7 +19,7 @@ import numpy as np
 from mlxarch.checkpoint.lazy_tensor import LazyTensor, SafetensorsTensor
 from mlxarch.checkpoint.packed_rows import RowTensor
 from mlxarch.checkpoint.quantized_tensor import Float8Scales, QuantizedTensor
-from mlxarch.checkpoint.tensor_views import SelectedColumns
+from mlxarch.checkpoint.tensor_views import Concatenated, SelectedColumns
 from mlxarch.errors import CheckpointError, EmbeddingReadError
 from mlxarch.ssd_streaming.positional_reads import ReadFailed, RecordFile
 from mlxarch.system.checksums import crc32
@@ -136,7 +138,9 @@ class RowFile:
         self._verify = verify
         checksums = checksums_of(tensor)
         self._checksums = np.zeros(self.count, np.uint32) if checksums is None else checksums
-        self._known = np.full(self.count, checksums is not None)
+        # zeros take no memory before they are written to: a table may have 10^8 rows
+        known = np.zeros if checksums is None else np.ones
+        self._known = known(self.count, bool)
         self._checked = np.zeros(self.count, bool)
         stored = {id(field.stored): field.stored for field in self.fields}
         files = {shard: RecordFile(shard) for shard in {tensor.shard for tensor in stored.values()}}
@@ -202,6 +206,35 @@ class RowFile:
             file.close()
 
 
+class JoinedRowFile:
+    """Rows of one table that is stored in several tensors, one after the other; like ``RowFile``."""
+
+    def __init__(self, files: Sequence[RowFile]) -> None:
+        self.fields = files[0].fields
+        self.nbytes = files[0].nbytes
+        self.count = sum(file.count for file in files)
+        self._files = files
+        self._starts = list(accumulate((file.count for file in files[:-1]), initial=0))
+
+    def read(self, row: int, record: np.ndarray) -> None:
+        """Fill ``record`` with the ``nbytes`` bytes of a row; raises as ``RowFile.read`` does."""
+        part = bisect_right(self._starts, row) - 1
+        self._files[part].read(row - self._starts[part], record)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+
+def open_rows(name: str, tensor: LazyTensor, verify: Verify = "first") -> RowFile | JoinedRowFile:
+    """Open the rows of a table; arguments as of ``RowFile``."""
+    if isinstance(tensor, Concatenated) and tensor.axis == -2:
+        parts = enumerate(tensor.tensors)
+        return JoinedRowFile([RowFile(f"{name} {index}", part, verify) for index, part in parts])
+    return RowFile(name, tensor, verify)
+
+
 @dataclass
 class RowStats:
     """Counters of one table since it was loaded.
@@ -243,7 +276,7 @@ class RowCache:
     several threads.
     """
 
-    def __init__(self, file: RowFile, limit: int = CACHE_BYTES) -> None:
+    def __init__(self, file: RowFile | JoinedRowFile, limit: int = CACHE_BYTES) -> None:
         self.file = file
         self.stats = RowStats()
         self._capacity = limit // file.nbytes  # rows

@@ -207,14 +207,13 @@ class FisherPass:
         return state_gradient, others
 
     def _embedding_backward(self, gradient: mx.array, shared_gradients: list[mx.array]) -> None:
-        """Backpropagate into embedding tables; a row counts as often as it is looked up."""
+        """Backpropagate into embedding tables outside of layers; a row counts once per lookup."""
         layerwise = self._layerwise
         [context] = layerwise.contexts
         [tokens] = layerwise.batches
         modules = [(f"{path}.weight", module) for path, module in layerwise.model.named_modules()]
-        tables = [
-            (path, table, table.lookup) for path, table in modules if isinstance(table, Embedding)
-        ]
+        outside = [(path, module) for path, module in modules if ".layers." not in path]
+        tables = [(path, m, m.lookup) for path, m in outside if isinstance(m, Embedding)]
         lookup_ids: dict[str, mx.array] = {}
 
         def run(*offsets: mx.array) -> list[mx.array]:

@@ -40,7 +40,7 @@ from mlxarch.quantize.output.model_card import origin_from_folder
 from mlxarch.quantize.output.workspace import Workspace
 from mlxarch.quantize.repack.pack_rows import RowTableWriter
 from mlxarch.ssd_streaming.attach import experts_of
-from mlxarch.ssd_streaming.embeddings import tables_of
+from mlxarch.ssd_streaming.embeddings import packable_tables_of
 from mlxarch.ssd_streaming.expert_records import ExpertRecords, expert_arrays, read_extents
 from mlxarch.system.checksums import crc32, sha256_files
 from mlxarch.system.durable_files import Disk, format_bytes, to_output_error
@@ -104,7 +104,7 @@ class Packing:
         }
         self.tables = [
             RowTableWriter(published(path), tensors[f"{path}.weight"])
-            for path in tables_of(self.resolved.model)
+            for path in packable_tables_of(self.resolved.model)
         ]
         if not self.records and not self.tables:
             raise InvalidInput(

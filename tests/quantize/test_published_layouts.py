@@ -62,7 +62,7 @@ LAYOUTS: dict[str, parity.Change] = {
 FOLDERS = [folder for folder in sorted(parity.GOLDEN.iterdir()) if (folder / "meta.json").exists()]
 TYPES = {json.loads((f / "config.json").read_text())["model_type"]: f.name for f in FOLDERS[::-1]}
 # an indexer or a router that chooses otherwise moves logits more than rounding itself
-CHOOSING = {"deepseek_v32", "glm_moe_dsa"}
+CHOOSING = {"deepseek_v32", "glm_moe_dsa", "qwen4_exp"}
 NAMES = sorted({folder.name for folder in FOLDERS} if THOROUGH else {*TYPES.values(), *LAYOUTS})
 
 
@@ -142,7 +142,7 @@ def test_every_way_of_quantizing_ends_in_a_model_near_its_source(name: str, tmp_
     limit_of_8_bits = 0.6 if name in CHOOSING else 0.3
     assert 0 < found["gptq"] < limit_of_8_bits and found["gptq"] < found["recipe"] < 2.5
     size = sum(file.stat().st_size for file in (tmp_path / "target").iterdir())
-    assert size <= limit
+    assert size <= limit * 1.001  # the list of bits in config.json is not planned
     receipt = json.loads((tmp_path / "gptq" / "receipt.json").read_text())
     assert receipt["evaluation"], receipt["not_evaluated"]
 

@@ -1,7 +1,7 @@
 """Grouped-query attention, the base of most architectures' attention."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,10 +90,34 @@ class Attention(nn.Module):
         """Encode positions in q (B, H, L, D) and k (B, K, L, D) -> the same."""
         return self.rope(q, context.offset), self.rope(k, context.offset)
 
+    def index_tokens(
+        self, x: mx.array, context: ForwardContext
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """Compute what a subclass needs to choose keys.
+
+        Args:
+            x: inputs of the layer (B, L, hidden_size).
+
+        Returns:
+            Vectors (B, 1, L, …) to be cached, such as index keys, and further arguments of
+            ``attend``; nothing here.
+        """
+        return [], []
+
     def attend(
-        self, q: mx.array, k: KVArray, v: KVArray, mask: Mask, context: ForwardContext
+        self,
+        q: mx.array,
+        k: KVArray,
+        v: KVArray,
+        mask: Mask,
+        context: ForwardContext,
+        *index: Any,
     ) -> mx.array:
-        """Attend with q (B, H, L, D) to k, v (B, K, S, D) -> (B, H, L, D)."""
+        """Attend with q (B, H, L, D) to k, v (B, K, S, D) -> (B, H, L, D).
+
+        Args:
+            index: cached vectors of all tokens and further arguments from ``index_tokens``.
+        """
         cap = self.softcap
         sinks = self.get("sinks")
         if cap is None:
@@ -111,10 +135,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.swapaxes(1, 2) for t in (q, k, v))  # (B, heads, L, D)
         q, k = self.apply_positions(q, k, context)
+        cached: list[Any]
+        cached, index = self.index_tokens(x, context)
         mask = context.mask(self.span, cache)  # before the new keys are appended to the cache
         if cache is not None:
-            k, v = cache.append(k, v)
-        out = by_row(self.attend, q, k, v, mask, context.by_row)
+            k, v, *cached = cache.append(k, v, *cached)
+        out = by_row(self.attend, q, k, v, mask, context.by_row, *cached, *index)
         return self.o_proj(self.gate_output(out.swapaxes(1, 2).flatten(-2), *gates))
 
 

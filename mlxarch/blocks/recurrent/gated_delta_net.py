@@ -1,5 +1,6 @@
 """Gated DeltaNet: linear attention whose state is corrected by the gated delta rule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -80,7 +81,10 @@ class GatedDeltaNet(StateLayer):
     """Linear attention with the gated delta rule (arXiv:2412.06464), in float32.
 
     Queries, keys and values pass a short causal convolution and SiLU. Queries and keys are
-    normalised to length 1. Each head's outputs are normalised and gated by SiLU.
+    normalised to length 1. Each head's outputs are normalised and gated.
+
+    Args:
+        gate: function of the gate's projection.
 
     Attributes:
         float32: parameters that stay in float32 whatever the type of the model.
@@ -92,14 +96,16 @@ class GatedDeltaNet(StateLayer):
     kind = "gated DeltaNet"
     float32 = ("A_log", "dt_bias")
 
-    def __init__(self, c: GatedDeltaNetConfig) -> None:
+    def __init__(
+        self, c: GatedDeltaNetConfig, gate: Callable[[mx.array], mx.array] = nn.silu
+    ) -> None:
         super().__init__()
         heads = c.linear_num_value_heads
         self.c = c
         self.conv1d = CausalConvolution(2 * c.key_width + c.value_width, c.linear_conv_kernel_dim)
         self.A_log = mx.zeros((heads,))
         self.dt_bias = mx.zeros((heads,))
-        self.norm = GatedHeadNorm(c.linear_value_head_dim, c.rms_norm_eps)
+        self.norm = GatedHeadNorm(c.linear_value_head_dim, c.rms_norm_eps, gate)
         self.out_proj = Linear(c.value_width, c.hidden_size)
         self.make_projections()
 
@@ -117,10 +123,17 @@ class GatedDeltaNet(StateLayer):
         """Project the inputs (B, L, hidden_size)."""
         return Projections(*self.qkv_gate(x), *self.write_decay(x))
 
-    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        context: ForwardContext,
+        cache: Cache | None,
+        others: tuple[mx.array, ...] = (),
+    ) -> mx.array:
+        # others: new states of other parts of the layer, which are stored behind this one's
         c = self.c
         projected = self.project(context.without_padding(x))
-        state, tail = self.load_state(cache) or (
+        state, tail, *_ = self.load_state(cache) or (
             mx.zeros((x.shape[0], self.A_log.size, c.linear_key_head_dim, c.linear_value_head_dim)),
             self.conv1d.empty_tail(projected.qkv),
         )
@@ -130,7 +143,7 @@ class GatedDeltaNet(StateLayer):
         g = -mx.exp(self["A_log"]) * step_size  # (B, L, H)
         beta = mx.sigmoid(projected.write.astype(mx.float32))
         out, state = delta_rule(q, k, v, g.swapaxes(1, 2), beta.swapaxes(1, 2), state)
-        self.keep(cache, x.shape[1], state, tail)
+        self.keep(cache, x.shape[1], state, tail, *others)
         gate = mx.unflatten(projected.gate, -1, (-1, c.linear_value_head_dim))  # (B, L, H, V)
         out = self.norm(out.swapaxes(1, 2), gate)
         return self.out_proj(out.flatten(-2).astype(x.dtype))
@@ -151,15 +164,21 @@ class GatedDeltaNet(StateLayer):
 class GatedHeadNorm(nn.Module):
     """x / rms(x) * weight * silu(gate) over the features of a head, in float32.
 
+    Args:
+        gate: another function of the gate.
+
     Shape:
         x, gate: (..., dims) -> the same
     """
 
-    def __init__(self, dims: int, eps: float) -> None:
+    def __init__(
+        self, dims: int, eps: float, gate: Callable[[mx.array], mx.array] = nn.silu
+    ) -> None:
         super().__init__()
         self.weight = mx.ones((dims,))
         self.eps = eps
+        self.gate = gate
 
     def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
         y = mx.fast.rms_norm(x, self["weight"].astype(x.dtype), self.eps)
-        return y * nn.silu(gate.astype(mx.float32))
+        return y * self.gate(gate.astype(mx.float32))

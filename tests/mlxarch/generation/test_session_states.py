@@ -15,7 +15,7 @@ from mlxarch.generation.timings import Timings
 from mlxarch.kv_cache import StateCache, join_rows
 from mlxarch.loading.load import load_model
 
-NAMES = ["qwen3_5", "qwen3_next", "lfm2", "nemotron_h"]
+NAMES = ["qwen3_5", "qwen3_next", "lfm2", "nemotron_h", "qwen4_exp"]
 VOCABULARY = 90
 
 

@@ -41,6 +41,7 @@ WITHOUT_ENTRY = {  # in the catalog
     "phi3",
     "qwen3_5",
     "qwen3_next",
+    "qwen4_exp",
     "seed_oss",
 }
 

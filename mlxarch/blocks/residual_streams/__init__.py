@@ -1,0 +1,4 @@
+"""Several residual streams in place of one: how a block reads and writes them (hyper-connections).
+
+low_rank    gates of low rank for every feature (Qwen4-Exp)
+"""
