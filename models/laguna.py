@@ -19,12 +19,12 @@ import mlx.nn as nn
 from msgspec import Meta
 
 from mlxarch.blocks import (
-    Attention,
     Cache,
     Experts,
     ForwardContext,
     GatedMLP,
     GroupLimitedSigmoid,
+    HeadGatedAttention,
     LayerTypesConfig,
     MoE,
     Positive,
@@ -34,7 +34,6 @@ from mlxarch.blocks import (
     causal_lm,
     swiglu,
 )
-from mlxarch.blocks.linear import ExactLinear
 from mlxarch.blocks.weight_mapping import Rename, SplitRows, Stack
 
 
@@ -77,32 +76,20 @@ class Config(LayerTypesConfig):
         self.check_length("mlp_layer_types", self.mlp_layer_types)
 
 
-class SoftplusGatedAttention(Attention):
-    """Attention whose heads' outputs are multiplied by a softplus, for each head or each feature."""
-
-    def __init__(self, c: Config, index: int) -> None:
-        own = c.for_layer(index)
-        norm = partial(RMSNorm, eps=c.rms_norm_eps)
-        super().__init__(own, rope=c.rope_of(index), span=c.span(index), norm=norm)
-        width = 1 if c.gating in (True, "per-head") else c.head_size
-        self.g_proj = ExactLinear(c.hidden_size, own.num_attention_heads * width)
-
-    def project(self, x: mx.array) -> list[mx.array]:
-        return [*self.qkv(x), nn.softplus(self.g_proj(x).astype(mx.float32)).astype(x.dtype)]
-
-    def gate_output(self, out: mx.array, *gates: mx.array) -> mx.array:
-        heads = mx.unflatten(out, -1, (-1, self.head_size))  # (B, L, H, D)
-        gate = mx.unflatten(gates[0], -1, (heads.shape[2], -1))  # (B, L, H, 1 or D)
-        return (heads * gate).flatten(-2)
-
-
 class DecoderLayer(nn.Module):
     """Decoder layer with norms before attention and before the experts."""
 
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, c.hidden_size, c.rms_norm_eps)
-        self.self_attn = SoftplusGatedAttention(c, index)
+        self.self_attn = HeadGatedAttention(
+            c.for_layer(index),
+            activation=nn.softplus,
+            gate_size=1 if c.gating in (True, "per-head") else c.head_size,
+            rope=c.rope_of(index),
+            span=c.span(index),
+            norm=partial(RMSNorm, eps=c.rms_norm_eps),
+        )
         sparse = c.is_sparse(index)
         self.mlp = moe(c) if sparse else GatedMLP(c.hidden_size, c.intermediate_size, swiglu)
         self.input_layernorm = norm()

@@ -9,7 +9,7 @@ Letters in shapes:
 from mlxarch.blocks.attention.attention import Attention
 from mlxarch.blocks.attention.blockwise import Mask
 from mlxarch.blocks.attention.forward_context import ForwardContext
-from mlxarch.blocks.attention.gated_attention import GatedAttention
+from mlxarch.blocks.attention.gated_attention import GatedAttention, HeadGatedAttention
 from mlxarch.blocks.attention.latent_attention import LatentAttention
 from mlxarch.blocks.attention.latent_config import LatentConfig
 from mlxarch.blocks.attention.layer_types import (
@@ -49,6 +49,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedMLP",
     "GroupLimitedSigmoid",
+    "HeadGatedAttention",
     "GroupLimitedSoftmax",
     "KVArray",
     "LatentAttention",

@@ -156,7 +156,7 @@ class DecoderConfig:
         """
         model_type = config.get("model_type")
         renamed = {cls.aliases[key]: value for key, value in config.items() if key in cls.aliases}
-        config = {**config, **renamed}
+        config = {key: value for key, value in config.items() if key not in cls.aliases} | renamed
         missing = sorted(
             f.name for f in fields(cls) if f.name not in config and f.default is MISSING
         )

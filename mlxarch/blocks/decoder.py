@@ -140,8 +140,8 @@ class CausalLM(nn.Module):
         caches = [mixer.make_cache(capacity, kv) if mixer else None for mixer in mixers]
         if padding is not None and any(padding):
             for cache in caches:
-                if cache is not None:
-                    cache.padding = mx.array(list(padding))
+                for part in (cache, *cache.parts) if cache is not None else ():
+                    part.padding = mx.array(list(padding))
         return caches
 
 

@@ -14,12 +14,15 @@ import numpy as np
 
 from mlxarch.blocks.attention.attention import Attention
 from mlxarch.blocks.attention.forward_context import ForwardContext
+from mlxarch.blocks.attention.span import Sliding
 from mlxarch.blocks.config import ORIGINAL_CONTEXT
 from mlxarch.blocks.decoder import CausalLM
 from mlxarch.blocks.rope import RoPE, RoPEConfig
 from mlxarch.errors import ConfigError
 from mlxarch.kv_cache import Cache, RowCaches
 from mlxarch.kv_cache.base import evaluate_caches
+from mlxarch.kv_cache.recording import RecordingCache, RecordingSlidingCache
+from mlxarch.quantization.scheme import Quantization
 
 REREAD_CHUNK = 512  # tokens that are read again at once
 IS_LONG = "the rows of a pass that are longer than the original context"  # in ForwardContext.shared
@@ -83,6 +86,11 @@ class LongRoPEAttention(Attention):
 
     rope: LongRoPE
 
+    def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
+        if isinstance(self.span, Sliding):
+            return RecordingSlidingCache(self.span.window, capacity, kv)
+        return RecordingCache(capacity, kv)
+
     def apply_positions(
         self, q: mx.array, k: mx.array, context: ForwardContext
     ) -> tuple[mx.array, mx.array]:
@@ -128,7 +136,7 @@ class LongRoPEModel(CausalLM):
         Returns:
             Whether the long factors apply, for each row.
         """
-        first = caches[0]
+        first = cast(RecordingCache, caches[0])
         batch, length = tokens.shape
         padding = [0] * batch if first.padding is None else cast(list[int], first.padding.tolist())
         long = [first.length + length - pad > original for pad in padding]
@@ -146,7 +154,7 @@ class LongRoPEModel(CausalLM):
             part = tokens[:, start : start + REREAD_CHUNK]
             context = super().begin_pass(part, caches)
             context.shared[IS_LONG] = long[0] if len(set(long)) == 1 else mx.array(long)
-            _record(caches[0], part, long)
+            _record(cast(RecordingCache, caches[0]), part, long)
             state = self.embed(part, context)
             for layer, cache in zip(self.layers, caches, strict=True):
                 state = layer(state, context, cache)
@@ -159,6 +167,6 @@ def _match(records: mx.array, long: list[bool]) -> bool:
     return bool((flags == np.array(long, np.int32)[:, None]).all())
 
 
-def _record(cache: Cache, tokens: mx.array, long: list[bool]) -> None:
+def _record(cache: RecordingCache, tokens: mx.array, long: list[bool]) -> None:
     cache.record(tokens.astype(mx.int32) * 2 + mx.array(long, mx.int32)[:, None])
     cache.recorded_at = (cache.length + tokens.shape[1], long)

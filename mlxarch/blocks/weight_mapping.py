@@ -80,6 +80,13 @@ class TransposeTo:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """Load a tensor as a vector, whatever its shape: (1, 1, H, 1) as (H,)."""
+
+    pattern: str
+
+
+@dataclass(frozen=True)
 class SubtractOne:
     """Subtract 1 from tensors, in checkpoints that store norms of 1 + weight as their sum.
 
@@ -176,6 +183,7 @@ Rule = (
     | IgnoreFrom
     | Transpose
     | TransposeTo
+    | Flatten
     | SubtractOne
     | Stack
     | Join

@@ -1,6 +1,7 @@
 """Views of lazily read tensors: stacked, selected, concatenated, transposed, shifted, reshaped."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
 import mlx.core as mx
@@ -173,6 +174,18 @@ class Shifted(LazyTensor):
 
     def read_rows(self, start: int, stop: int) -> mx.array:
         return self.tensor.read_rows(start, stop).astype(mx.float32) + self.addend
+
+
+class Flattened(LazyTensor):
+    """The values of a small tensor as a vector."""
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self.tensor = tensor
+        self.shape = (prod(tensor.shape),)
+        self.dtype = tensor.dtype
+
+    def read_rows(self, start: int, stop: int) -> mx.array:
+        return self.tensor.load().reshape(1, -1)[start:stop]
 
 
 class Reshaped(LazyTensor):

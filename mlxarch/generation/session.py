@@ -130,7 +130,8 @@ class Session:
     @property
     def has_states(self) -> bool:
         """Whether there are recurrent layers, which return to a snapshot only."""
-        return any(isinstance(cache, StateCache) for cache in self.caches)
+        parts = [part for cache in self.caches if cache is not None for part in cache.parts]
+        return any(isinstance(part, StateCache) for part in parts)
 
     @property
     def resume_tokens(self) -> int:

@@ -24,6 +24,7 @@ from mlxarch.blocks import (
 )
 from mlxarch.blocks.layer import token_mixer
 from mlxarch.blocks.linear import Matrix
+from mlxarch.blocks.recurrent.parallel_mixer import ParallelMixer
 from mlxarch.blocks.recurrent.state_layer import StateLayer
 from mlxarch.checkpoint.layout import plan_layout
 from mlxarch.checkpoint.lazy_tensor import LazyTensor
@@ -155,15 +156,19 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
 
 def _kv_shapes(caches: Sequence[Cache | None]) -> list[tuple[int, ...]]:
     """Shapes of keys and values, or latents, of all layers."""
-    own = [cache for cache in caches if cache and not isinstance(cache, StateCache)]
-    return [array.shape for cache in own for array in cache.arrays()]
+    parts = [part for cache in caches if cache for part in cache.parts]
+    own = [part for part in parts if not isinstance(part, StateCache)]
+    # integers are records of tokens
+    return [a.shape for part in own for a in part.arrays() if a.dtype != mx.int32]
 
 
 def _state_bytes(mixers: Sequence[Any], caches: Sequence[Cache | None]) -> int:
     return sum(
-        cache.state_bytes(mixer.float32_states, KV_ELEMENT_BYTES)
+        part.state_bytes(mixer.float32_states, KV_ELEMENT_BYTES)
         for mixer, cache in zip(mixers, caches, strict=True)
-        if isinstance(cache, StateCache)
+        if cache is not None
+        for part in cache.parts
+        if isinstance(part, StateCache)
     )
 
 
@@ -255,7 +260,7 @@ def describe_pattern(labels: Sequence[str]) -> str:
 def _describe_mixer(mixer: Any) -> str:
     if mixer is None:
         return "none"
-    if isinstance(mixer, StateLayer):
+    if isinstance(mixer, StateLayer | ParallelMixer):
         return mixer.kind
     span = getattr(mixer, "span", None)
     if isinstance(span, Sliding):

@@ -4,6 +4,8 @@ base            the interface ``Cache``, and append, truncate and snapshot
 full            every token
 sliding         the newest tokens of a sliding window, in a ring buffer
 latent          one latent vector per token (multi-head latent attention)
+parallel        a state, and keys and values, of one layer
+recording       keys and values with an integer for each token
 state           a state of fixed size (linear attention, state-space models, convolutions)
 quantized       vectors in 8 or 4 bits, rotated before they are quantized
 rows            caches of several rows with different numbers of tokens, one for each row
@@ -15,6 +17,7 @@ from mlxarch.kv_cache.base import Cache, KVArray
 from mlxarch.kv_cache.batched import BatchedCache, BatchedStateCache, CacheBatch, can_batch
 from mlxarch.kv_cache.full import FullCache
 from mlxarch.kv_cache.latent import LatentCache
+from mlxarch.kv_cache.parallel import ParallelCache
 from mlxarch.kv_cache.prefill_only import last_cached_layer, update_cache_only
 from mlxarch.kv_cache.quantized import QuantizedVectors, UpProjectedLatents
 from mlxarch.kv_cache.rows import PerRow, RowCaches, by_row, join_rows
@@ -29,6 +32,7 @@ __all__ = [
     "FullCache",
     "KVArray",
     "LatentCache",
+    "ParallelCache",
     "PerRow",
     "QuantizedVectors",
     "RowCaches",

@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlxarch.kv_cache.quantized import QuantizedVectors, quantize_vectors
 from mlxarch.quantization.scheme import Quantization
 
-RECORDS = 2  # index of a buffer of numbers, beside those of keys (0) and values (1)
 QUANTIZED_ARRAYS = 3  # packed codes, scales, biases
 KVArray = mx.array | QuantizedVectors
 """Keys or values of one layer, (B, K, S, D)."""
@@ -32,18 +31,20 @@ class Cache(ABC):
     Attributes:
         length: tokens appended so far, including those that are no longer stored.
         padding: tokens of padding on the left of each row (B,); None without padding.
-        recorded_at: what the owner of records wants to remember, with the length to which it
-            belongs.
     """
 
     def __init__(self, kv: Quantization | None = None) -> None:
         self.length = 0
         self.padding: mx.array | None = None
         self.kv = kv
-        self.recorded_at: tuple[int, object] | None = None
         # stored arrays of the keys (0), of the values (1) and of further vectors: one array, or
         # weight, scales and biases
         self._buffers: dict[int, tuple[mx.array, ...]] = {}
+
+    @property
+    def parts(self) -> "tuple[Cache, ...]":
+        """Caches of the token mixers of the layer: this one, unless several run in parallel."""
+        return (self,)
 
     def append(self, keys: mx.array, values: mx.array, *others: mx.array) -> tuple[KVArray, ...]:
         """Append the keys and values of new tokens; return all that the new queries may attend to.
@@ -72,25 +73,6 @@ class Cache(ABC):
         self._advance(tensors[0].shape[2])
         self._buffers = {**self._buffers, **buffers}
         return visible
-
-    def record(self, numbers: mx.array) -> None:
-        """Store an integer for each new token, (B, L), beside its keys and values.
-
-        Call it before they are appended.
-        """
-        [stored] = self._buffers.get(RECORDS, (None,))
-        buffer, _ = self._write(stored, numbers[:, None, :, None])
-        self._buffers = {**self._buffers, RECORDS: (buffer,)}
-
-    @property
-    def has_records(self) -> bool:
-        """Whether integers are stored beside keys and values."""
-        return RECORDS in self._buffers
-
-    def recorded(self) -> mx.array | None:
-        """Integers of all tokens, (B, S); None if those of older tokens are no longer stored."""
-        [stored] = self._buffers[RECORDS]
-        return stored[:, 0, : self.length, 0]
 
     @abstractmethod
     def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:

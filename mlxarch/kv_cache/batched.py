@@ -311,9 +311,9 @@ class CacheBatch:
 
 
 def can_batch(row: RowLayers) -> bool:
-    """Whether the caches of a row are of kinds that ``CacheBatch`` knows, and hold no records."""
+    """Whether the caches of a row are of kinds that ``CacheBatch`` knows: none with records."""
     known = (FullCache, LatentCache, SlidingCache, StateCache)
-    return all(cache is None or (type(cache) in known and not cache.has_records) for cache in row)
+    return all(cache is None or type(cache) in known for cache in row)
 
 
 def _batched(cache: Cache | None, lengths: BatchLengths) -> BatchedLayer | None:

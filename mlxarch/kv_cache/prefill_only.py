@@ -31,6 +31,11 @@ class _StopAfterAppend:
         self._cache.append(*vectors)
         raise _CacheUpdated
 
+    @property
+    def parts(self) -> tuple[Cache, ...]:
+        *first, last = self._cache.parts  # the last one is updated last
+        return *first, cast(Cache, _StopAfterAppend(last))
+
     def update(self, length: int, *state: mx.array) -> None:
         cast(StateCache, self._cache).update(length, *state)
         raise _CacheUpdated

@@ -54,6 +54,12 @@ class RowCaches:
         return cast("tuple[KVArray, ...]", tuple(visible))
 
     @property
+    def parts(self) -> tuple[Cache, ...]:
+        """Caches of the token mixers of the layer, each of all rows."""
+        columns = zip(*(cache.parts for cache in self.rows), strict=True)
+        return tuple(cast(Cache, RowCaches(column, self.batch)) for column in columns)
+
+    @property
     def state(self) -> tuple[mx.array, ...]:
         """States of all rows, each after at least one token: arrays with the batch in front."""
         states = [cast(StateCache, cache).state for cache in self.rows]

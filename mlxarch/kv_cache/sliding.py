@@ -68,9 +68,6 @@ class SlidingCache(FullCache):
         ring = mx.concatenate([newest[..., shift:, :], newest[..., :shift, :]], axis=2)
         return ring, visible
 
-    def recorded(self) -> mx.array | None:
-        return None if self._overwritten else super().recorded()
-
     def _visible_tokens(self) -> int:
         """Number of stored tokens that the first of several new queries may attend to."""
         return min(self.length, self.window - 1)

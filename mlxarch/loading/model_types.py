@@ -5,6 +5,7 @@ Plain data without MLX, so that listing the models on this machine need not impo
 
 MODELS = {
     "apertus": "apertus",
+    "bailing_hybrid": "bailing_hybrid",
     "cohere2": "cohere2",
     "cohere2_moe": "cohere2_moe",
     "deepseek_v2": "deepseek_v2",
@@ -13,6 +14,7 @@ MODELS = {
     "ernie4_5": "ernie4_5",
     "ernie4_5_moe": "ernie4_5",
     "exaone4": "exaone4",
+    "falcon_h1": "falcon_h1",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
@@ -32,6 +34,7 @@ MODELS = {
     "hunyuan_v1_dense": "hunyuan_v1",
     "kimi_k2": "kimi_k2",
     "kimi_k25": "kimi_k2",
+    "kimi_linear": "kimi_linear",
     "laguna": "laguna",
     "lfm2": "lfm2",
     "lfm2_moe": "lfm2",
@@ -39,6 +42,7 @@ MODELS = {
     "llama4": "llama4",
     "llama4_text": "llama4",
     "minimax_m2": "minimax_m2",
+    "mimo_v2_flash": "mimo_v2_flash",
     "ministral3": "mistral3",
     "mistral": "llama3",
     "mistral3": "mistral3",
@@ -71,6 +75,8 @@ MODELS = {
     "qwen4_exp_text": "qwen4_exp",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
+    "step3p5": "step3p7",
+    "step3p7": "step3p7",
 }
 
 

@@ -4,7 +4,8 @@ The rules of an architecture are in the ``WEIGHTS`` table of its file in ``model
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import assert_never
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from mlxarch.blocks import DecoderConfig
 from mlxarch.blocks.weight_mapping import (
     AddModelPrefix,
+    Flatten,
     Ignore,
     IgnoreExtraLayers,
     IgnoreFrom,
@@ -30,6 +32,7 @@ from mlxarch.checkpoint.lazy_tensor import LazyTensor
 from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.checkpoint.tensor_views import (
     Concatenated,
+    Flattened,
     Reshaped,
     SelectedRows,
     Shifted,
@@ -70,15 +73,13 @@ def apply_rule(
             ignored |= dict.fromkeys(named, what)
             carried |= set(named if carry else ())
         case Transpose(pattern):
-            return {n: Transposed(t) if re.search(pattern, n) else t for n, t in tensors.items()}
+            return _view(pattern, tensors, Transposed)
         case TransposeTo(pattern, columns, swap_square):
             wanted = getattr(config, columns)
-            return {
-                name: Transposed(tensor)
-                if re.search(pattern, name) and _is_swapped(tensor, wanted, swap_square)
-                else tensor
-                for name, tensor in tensors.items()
-            }
+            swap = partial(_swap_to, columns=wanted, swap_square=swap_square)
+            return _view(pattern, tensors, swap)
+        case Flatten(pattern):
+            return _view(pattern, tensors, Flattened)
         case SubtractOne(pattern, convolutions):
             summed = any(
                 re.search(convolutions, name) and tensor.shape[-1] == 1
@@ -105,13 +106,20 @@ def apply_rule(
     }
 
 
-def _is_swapped(tensor: LazyTensor, columns: int, swap_square: bool) -> bool:
-    """Whether the last two axes are to be swapped so that the last has the size ``columns``."""
+def _view(
+    pattern: str, tensors: dict[str, LazyTensor], view: Callable[[LazyTensor], LazyTensor]
+) -> dict[str, LazyTensor]:
+    """Put a view in place of every tensor whose name matches."""
+    return {n: view(t) if re.search(pattern, n) else t for n, t in tensors.items()}
+
+
+def _swap_to(tensor: LazyTensor, columns: int, swap_square: bool) -> LazyTensor:
+    """Swap the last two axes if that gives the last one the size ``columns``."""
     if len(tensor.shape) < 2 or isinstance(tensor, QuantizedTensor):
-        return False
-    if tensor.shape[-2] == tensor.shape[-1]:
-        return swap_square
-    return tensor.shape[-1] != columns and tensor.shape[-2] == columns
+        return tensor
+    rows, last = tensor.shape[-2:]
+    swapped = swap_square if rows == last else last != columns and rows == columns
+    return Transposed(tensor) if swapped else tensor
 
 
 def _add_model_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:

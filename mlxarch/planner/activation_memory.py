@@ -140,14 +140,15 @@ def _is_cached_array(value: object) -> bool:
 
 def _cached_arrays(cache: Cache | None) -> list[mx.array]:
     """Arrays of keys and values, whatever attributes of the cache hold them."""
-    found = tree_flatten(dict(vars(cache))) if cache else []
+    parts = cache.parts if cache else ()
+    found = [pair for part in parts for pair in tree_flatten(dict(vars(part)))]
     return [array for _, array in found if isinstance(array, mx.array) and array.ndim > 2]
 
 
 def _replace_cached_arrays(cache: Cache | None, new: Callable[[mx.array], mx.array]) -> None:
-    if cache is not None:
-        vars(cache).update(
+    for part in cache.parts if cache else ():
+        vars(part).update(
             tree_map(
-                lambda value: new(value) if _is_cached_array(value) else value, dict(vars(cache))
+                lambda value: new(value) if _is_cached_array(value) else value, dict(vars(part))
             )
         )

@@ -1,7 +1,7 @@
 """Memory footprint of a model: bytes of weights and KV cache by kind, from shapes and dtypes."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mlxarch.quantization.formats import KV_GROUP_SIZE
@@ -67,11 +67,21 @@ class LayerCache:
     @property
     def can_go_back(self) -> bool:
         """Whether it can forget its newest tokens without a copy of an earlier state."""
-        return self.window is None and self.kind != "state"
+        return self.window is None and not any(self.state)
+
+    @property
+    def grows(self) -> bool:
+        """Whether it keeps every token."""
+        return self.window is None and bool(self.vectors)
 
     def capacity(self, context: int) -> int:
         """Cache capacity in tokens for a planned context."""
         return context if self.window is None else min(context, self.window)
+
+    def snapshot_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
+        """Bytes of a copy to which it can go back: of a state and a window, not of all tokens."""
+        kept = replace(self, vectors=()) if self.grows else self
+        return 0 if self.can_go_back else kept.nbytes(context, float_bytes, kv_bits)
 
     def nbytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
         """Bytes of the cache for a planned context."""
@@ -186,7 +196,7 @@ class Footprint:
     @property
     def has_states(self) -> bool:
         """Whether there are recurrent layers."""
-        return any(cache is not None and cache.kind == "state" for cache in self.caches)
+        return any(cache is not None and any(cache.state) for cache in self.caches)
 
     def snapshot_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
         """Bytes of the caches that keep a window or a state only.
@@ -194,9 +204,7 @@ class Footprint:
         They cannot be rewound, so a session keeps this much for each position it can return to.
         """
         return sum(
-            cache.nbytes(context, float_bytes, kv_bits)
-            for cache in self.caches
-            if cache and not cache.can_go_back
+            cache.snapshot_bytes(context, float_bytes, kv_bits) for cache in self.caches if cache
         )
 
     def growth_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
@@ -207,6 +215,6 @@ class Footprint:
         sizes = [
             cache.nbytes(context, float_bytes, kv_bits)
             for cache in self.caches
-            if cache and cache.can_go_back
+            if cache and cache.grows
         ]
         return sum(sizes) // 8 + max(sizes, default=0)

@@ -33,6 +33,7 @@ class Attention(nn.Module):
         output_bias: whether the output projection has one.
         sinks: one learned logit per head joins the softmax without a value (arXiv:2309.17453).
         softcap: scores become softcap * tanh(scores / softcap), before the mask (arXiv:2408.00118).
+        value_size: features of a head's values; head size by default.
 
     Shape:
         x: (B, L, hidden_size) -> the same
@@ -51,15 +52,18 @@ class Attention(nn.Module):
         output_bias: bool = False,
         sinks: bool = False,
         softcap: float | None = None,
+        value_size: int | None = None,
     ) -> None:
         super().__init__()
         self.head_size = c.head_size
+        self.value_size = value_size or c.head_size
         q_width = c.num_attention_heads * c.head_size
         kv_width = c.kv_heads * c.head_size
+        out_width = c.num_attention_heads * self.value_size
         self.q_proj = Linear(c.hidden_size, q_width, bias)
         self.k_proj = Linear(c.hidden_size, kv_width, bias)
-        self.v_proj = Linear(c.hidden_size, kv_width, bias)
-        self.o_proj = Linear(q_width, c.hidden_size, output_bias)
+        self.v_proj = Linear(c.hidden_size, c.kv_heads * self.value_size, bias)
+        self.o_proj = Linear(out_width, c.hidden_size, output_bias)
         self.qkv = FusableProjections(self.q_proj, self.k_proj, self.v_proj)
         if norm is not None:
             self.q_norm = norm(c.head_size if qk_norm == "head" else q_width)
@@ -130,7 +134,8 @@ class Attention(nn.Module):
         q, k, v, *gates = self.project(x)  # (B, L, heads * D)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (mx.unflatten(t, -1, (-1, self.head_size)) for t in (q, k, v))  # (B, L, heads, D)
+        q, k = (mx.unflatten(t, -1, (-1, self.head_size)) for t in (q, k))  # (B, L, heads, D)
+        v = mx.unflatten(v, -1, (-1, self.value_size))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.swapaxes(1, 2) for t in (q, k, v))  # (B, heads, L, D)

@@ -1,12 +1,13 @@
-"""Attention whose heads' outputs are gated by a second half of the query projection."""
+"""Attention whose heads' outputs are gated."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 from mlxarch.blocks.attention.attention import Attention
 from mlxarch.blocks.config import DecoderConfig
-from mlxarch.blocks.linear import FusableProjections, Linear
+from mlxarch.blocks.linear import ExactLinear, FusableProjections, Linear
 
 
 class GatedAttention(Attention):
@@ -28,3 +29,33 @@ class GatedAttention(Attention):
 
     def gate_output(self, out: mx.array, *gates: mx.array) -> mx.array:
         return out * mx.sigmoid(gates[0])
+
+
+class HeadGatedAttention(Attention):
+    """Grouped-query attention times a function of a projection of its own, for each head.
+
+    Args:
+        activation: function of the projection.
+        gate_size: 1, or the features of a head, for one gate for each feature.
+    """
+
+    def __init__(
+        self,
+        c: DecoderConfig,
+        *,
+        activation: Callable[[mx.array], mx.array],
+        gate_size: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(c, **options)
+        self.g_proj = ExactLinear(c.hidden_size, c.num_attention_heads * gate_size)
+        self.activation = activation
+
+    def project(self, x: mx.array) -> list[mx.array]:
+        gate = self.activation(self.g_proj(x).astype(mx.float32))
+        return [*self.qkv(x), gate.astype(x.dtype)]
+
+    def gate_output(self, out: mx.array, *gates: mx.array) -> mx.array:
+        heads = mx.unflatten(out, -1, (-1, self.head_size))  # (B, L, H, D)
+        gate = mx.unflatten(gates[0], -1, (heads.shape[2], -1))  # (B, L, H, 1 or D)
+        return (heads * gate).flatten(-2)

@@ -15,7 +15,7 @@ from mlxarch.blocks.attention.span import Latent
 from mlxarch.blocks.linear import FusableProjections, Linear
 from mlxarch.blocks.norms import RMSNorm
 from mlxarch.blocks.per_head_linear import PerHeadLinear
-from mlxarch.blocks.rope import RoPE
+from mlxarch.blocks.rope import NoRoPE, RoPE
 from mlxarch.kv_cache import Cache, KVArray, UpProjectedLatents, by_row
 from mlxarch.quantization.scheme import Quantization
 
@@ -37,7 +37,7 @@ class LatentAttention(nn.Module):
         (nope) and R features with RoPE; V below is v_head_dim.
     """
 
-    def __init__(self, c: LatentConfig, rope: RoPE) -> None:
+    def __init__(self, c: LatentConfig, rope: RoPE | NoRoPE) -> None:
         super().__init__()
         q_width = c.num_attention_heads * c.head_size
         bias = c.attention_bias
@@ -92,6 +92,10 @@ class LatentAttention(nn.Module):
     def scale_queries(self, q: mx.array, context: ForwardContext) -> mx.array:
         """Scale queries (B, H, L, N + R) by their positions; a subclass may."""
         return q
+
+    def gate_heads(self, out: mx.array, x: mx.array) -> mx.array:
+        """Gate the outputs (B, L, H, V) by the inputs (B, L, hidden_size); a subclass may."""
+        return out
 
     def make_cache(self, capacity: int | None, kv: Quantization | None = None) -> Cache:
         """Create an empty cache of latents."""
@@ -209,4 +213,4 @@ class LatentAttention(nn.Module):
             latent_keys, latents, *cached = cache.append(latent_keys, latents, *cached)
         q_rope = self.rope(q_rope, context.offset)
         out = by_row(self.attend, q_nope, q_rope, latent_keys, latents, mask, *cached, *index)
-        return self.o_proj(out.swapaxes(1, 2).flatten(-2))
+        return self.o_proj(self.gate_heads(out.swapaxes(1, 2), x).flatten(-2))

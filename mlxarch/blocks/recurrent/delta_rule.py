@@ -4,8 +4,10 @@ For every head, with decay exp(g), key k, value v and write strength beta:
 
     S <- exp(g) S;   d = beta (v - S^T k);   S <- S + k d^T;   o = S^T q
 
-Source: arXiv:2412.06464 (gated DeltaNet), arXiv:2406.06484 (parallel form over chunks). Everything
-is computed in float32, as errors of the state accumulate.
+g is one number for a head (gated DeltaNet), or one for each feature of its keys, which decay
+separately (KDA). Source: arXiv:2412.06464 (gated DeltaNet), arXiv:2510.26692 (KDA),
+arXiv:2406.06484 (parallel form over chunks). Everything is computed in float32, as errors of the
+state accumulate.
 """
 
 import mlx.core as mx
@@ -19,8 +21,8 @@ def delta_rule(
     """Run the rule over L tokens, in the cheaper form.
 
     Shape:
-        q, k (B, H, L, N), v (B, H, L, V), g and beta (B, H, L), state (B, H, N, V)
-        -> outputs (B, H, L, V), new state
+        q, k (B, H, L, N), v (B, H, L, V), g (B, H, L) or (B, H, L, N), beta (B, H, L),
+        state (B, H, N, V) -> outputs (B, H, L, V), new state
     """
     if q.shape[2] == 1:
         return step(q, k, v, g, beta, state)
@@ -32,9 +34,10 @@ def step(
 ) -> tuple[mx.array, mx.array]:
     """Run the rule one token after the other; shapes as in ``delta_rule``."""
     outputs: list[mx.array] = []
+    g = g[..., None] if g.ndim == 3 else g  # (B, H, L, 1 or N)
     for t in range(q.shape[2]):
         token = slice(t, t + 1)
-        state = state * mx.exp(g[:, :, token, None])
+        state = state * mx.exp(g[:, :, token]).swapaxes(-1, -2)
         error = v[:, :, token] - k[:, :, token] @ state  # (B, H, 1, V)
         state = state + k[:, :, token].swapaxes(-1, -2) @ (beta[:, :, token, None] * error)
         outputs.append(q[:, :, token] @ state)
@@ -53,25 +56,65 @@ def chunked(
     count = -(-length // size)
     # tokens of padding change nothing: they neither decay nor write
     q, k, v, g, beta = (_split_chunks(x, count, size) for x in (q, k, v, g, beta))
-    decay = mx.cumsum(g, axis=-1)  # (B, H, n, C), logarithm of what is left of the first state
-    between = mx.exp(mx.minimum(decay[..., :, None] - decay[..., None, :], 0))  # (B, H, n, C, C)
-    before = mx.tril(mx.ones((size, size)), -1)
-    up_to = mx.tril(mx.ones((size, size)))
+    g = g[..., None] if g.ndim == 4 else g
+    # (B, H, n, C, 1 or N), logarithm of what is left of the first state
+    decay = mx.cumsum(g, axis=-2)
     writes = beta[..., None] * k
-    inverse = invert_unit_lower(before * between * (writes @ k.swapaxes(-1, -2)))
+    products = decayed_products if g.shape[-1] > 1 else _products_of_heads
+    inverse = invert_unit_lower(mx.tril(products(writes, k, g), -1))  # (B, H, n, C, C)
     new_values = inverse @ (beta[..., None] * v)  # (B, H, n, C, V)
-    old_keys = inverse @ (writes * mx.exp(decay)[..., None])  # (B, H, n, C, N)
-    scores = up_to * between * (q @ k.swapaxes(-1, -2))
-    queries = q * mx.exp(decay)[..., None]
-    last = decay[..., -1:]
-    keys = k * mx.exp(last - decay)[..., None]
+    old_keys = inverse @ (writes * mx.exp(decay))  # (B, H, n, C, N)
+    scores = products(q, k, g)
+    queries = q * mx.exp(decay)
+    last = decay[..., -1:, :]
+    keys = k * mx.exp(mx.cumsum(g, axis=-2, reverse=True, inclusive=False))
     outputs: list[mx.array] = []
     for n in range(count):
         corrections = new_values[:, :, n] - old_keys[:, :, n] @ state
         outputs.append(queries[:, :, n] @ state + scores[:, :, n] @ corrections)
-        state = state * mx.exp(last[:, :, n, :, None])
+        state = state * mx.exp(last[:, :, n]).swapaxes(-1, -2)
         state = state + keys[:, :, n].swapaxes(-1, -2) @ corrections
     return mx.concatenate(outputs, axis=2)[:, :, :length], state
+
+
+def _products_of_heads(a: mx.array, b: mx.array, g: mx.array) -> mx.array:
+    """``decayed_products`` with one decay for all features, (…, C, 1)."""
+    decay = mx.cumsum(g, axis=-2)
+    between = mx.exp(mx.minimum(decay - decay.swapaxes(-1, -2), 0))  # (…, C, C)
+    return mx.tril(between * (a @ b.swapaxes(-1, -2)))
+
+
+def decayed_products(a: mx.array, b: mx.array, g: mx.array) -> mx.array:
+    """Products of each a with all b up to it, of which each feature has decayed in between.
+
+    Element (i, j) is sum a_i b_j exp(g_(j+1) + … + g_i) for j up to i, else 0. Sums from the first
+    token on would be large, and their exponentials overflow. Here they begin at a token between i
+    and j: the later half of a block times the earlier one, for blocks of twice the size each time.
+
+    Shape:
+        a, b, g (…, C, N), with C a power of two -> (…, C, C)
+    """
+    size = a.shape[-2]
+    blocks = (a * b).sum(-1)[..., None, None]  # (…, C, 1, 1)
+    width = 1
+    while width < size:
+        later, earlier, logs = (mx.unflatten(x, -2, (-1, 2 * width)) for x in (a, b, g))
+        since = mx.cumsum(logs[..., width:, :], axis=-2)
+        until = mx.cumsum(logs[..., :width, :], axis=-2, reverse=True, inclusive=False)
+        later = later[..., width:, :] * mx.exp(since)
+        earlier = earlier[..., :width, :] * mx.exp(until)
+        corner = later @ earlier.swapaxes(-1, -2)  # (…, pairs, width, width)
+        blocks = _join_pairs(blocks, corner)
+        width *= 2
+    return blocks[..., 0, :, :]
+
+
+def _join_pairs(blocks: mx.array, corner: mx.array) -> mx.array:
+    """Join pairs of blocks on the diagonal, (…, 2 n, w, w), with the corners (…, n, w, w) below."""
+    first = blocks[..., 0::2, :, :]
+    top = mx.concatenate([first, mx.zeros_like(first)], axis=-1)
+    bottom = mx.concatenate([corner, blocks[..., 1::2, :, :]], axis=-1)
+    return mx.concatenate([top, bottom], axis=-2)
 
 
 def _split_chunks(x: mx.array, count: int, size: int) -> mx.array:
@@ -97,9 +140,6 @@ def invert_unit_lower(a: mx.array) -> mx.array:
         diagonal = mx.moveaxis(mx.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)
         first = blocks[..., 0::2, :, :]
         second = blocks[..., 1::2, :, :]
-        corner = -(second @ diagonal[..., width:, :width] @ first)
-        top = mx.concatenate([first, mx.zeros_like(first)], axis=-1)
-        bottom = mx.concatenate([corner, second], axis=-1)
-        blocks = mx.concatenate([top, bottom], axis=-2)
+        blocks = _join_pairs(blocks, -(second @ diagonal[..., width:, :width] @ first))
         width *= 2
     return blocks[..., 0, :, :]

@@ -154,11 +154,17 @@ class GatedDeltaNet(StateLayer):
         q, k, v = mx.split(qkv, [c.key_width, 2 * c.key_width], axis=-1)
         q, k = (mx.unflatten(t, -1, (-1, c.linear_key_head_dim)).swapaxes(1, 2) for t in (q, k))
         v = mx.unflatten(v, -1, (-1, c.linear_value_head_dim)).swapaxes(1, 2)
-        # x / sqrt(sum x^2 + eps) as an RMS norm: the sum is N times the mean
-        size = c.linear_key_head_dim
-        q, k = (mx.fast.rms_norm(t, None, L2_EPS / size) for t in (q, k))
+        q, k = normalise_queries_keys(q, k)
         repeats = c.linear_num_value_heads // c.linear_num_key_heads
-        return mx.repeat(q / size, repeats, axis=1), mx.repeat(k * size**-0.5, repeats, axis=1), v
+        return mx.repeat(q, repeats, axis=1), mx.repeat(k, repeats, axis=1), v
+
+
+def normalise_queries_keys(q: mx.array, k: mx.array) -> tuple[mx.array, mx.array]:
+    """Give queries the length N^-0.5 and keys the length 1: (…, N) -> the same."""
+    # x / sqrt(sum x^2 + eps) as an RMS norm: the sum is N times the mean
+    size = q.shape[-1]
+    q, k = (mx.fast.rms_norm(t, None, L2_EPS / size) for t in (q, k))
+    return q / size, k * size**-0.5
 
 
 class GatedHeadNorm(nn.Module):

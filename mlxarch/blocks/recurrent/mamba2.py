@@ -1,8 +1,9 @@
 """Mamba-2: a selective state space with a scalar decay for every head."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,6 +50,12 @@ class Mamba2Sizes:
     def width(self) -> int:
         """Features of all heads."""
         return self.heads * self.head_size
+
+
+def time_step_bounds(limit: Sequence[Any]) -> tuple[float, float]:
+    """Smallest and largest time step of a config; infinity is written in several ways."""
+    low, high = (float(v) if isinstance(v, int | float) else math.inf for v in limit)
+    return low, high
 
 
 class Mamba2(StateLayer):

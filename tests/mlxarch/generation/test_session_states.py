@@ -15,7 +15,7 @@ from mlxarch.generation.timings import Timings
 from mlxarch.kv_cache import StateCache, join_rows
 from mlxarch.loading.load import load_model
 
-NAMES = ["qwen3_5", "qwen3_next", "lfm2", "nemotron_h", "qwen4_exp"]
+NAMES = ["qwen3_5", "qwen3_next", "lfm2", "nemotron_h", "kimi_linear", "falcon_h1", "qwen4_exp"]
 VOCABULARY = 90
 
 
@@ -79,7 +79,8 @@ def test_a_state_of_another_text_would_show(model: CausalLM) -> None:
     right = model(mx.array([[9]]), caches)
     other = model.make_caches()
     model(mx.array([text(random.Random(2), 30)]), other)
-    states = [cache for cache in other if isinstance(cache, StateCache)]
+    parts = [part for cache in other if cache for part in cache.parts]
+    states = [part for part in parts if isinstance(part, StateCache)]
     states[0].state = tuple(mx.zeros_like(array) for array in states[0].state)
     assert float(mx.abs(model(mx.array([[9]]), other) - right).max()) > 1e-3
 

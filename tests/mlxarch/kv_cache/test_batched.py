@@ -10,6 +10,7 @@ import parity
 from mlxarch.blocks import Cache, CausalLM, ForwardContext
 from mlxarch.kv_cache import BatchedCache, CacheBatch, FullCache, can_batch
 from mlxarch.kv_cache.batched import BatchLengths
+from mlxarch.kv_cache.recording import RecordingCache
 from mlxarch.loading.load import load_model
 from mlxarch.quantization.scheme import Quantization
 
@@ -117,8 +118,6 @@ def test_unknown_kinds_and_records_are_not_batched() -> None:
         def slots(self, length: int) -> mx.array:
             return mx.arange(length)
 
-    recorded = FullCache()
-    recorded.record(mx.zeros((1, 3), mx.int32))
     assert not can_batch([Other()])
-    assert not can_batch([recorded])
+    assert not can_batch([RecordingCache()])
     assert can_batch([None, FullCache()])

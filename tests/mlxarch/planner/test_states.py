@@ -10,7 +10,7 @@ from mlxarch.kv_cache import StateCache
 from mlxarch.loading.load import load_model
 from mlxarch.planner.blueprint import blueprint_from_config
 
-NAMES = ["qwen3_5", "qwen3_next", "lfm2", "nemotron_h", "granite_hybrid"]
+NAMES = ["qwen3_5", "qwen3_next", "lfm2", "nemotron_h", "granite_hybrid", "kimi_linear"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -28,7 +28,20 @@ def test_planned_bytes_of_states_are_those_of_real_ones(name: str) -> None:
     assert footprint.has_states and footprint.snapshot_bytes(256, 4) == real
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_a_state_beside_keys_and_values_is_counted_too() -> None:
+    config = json.loads((parity.GOLDEN / "falcon_h1" / "config.json").read_text())
+    footprint = blueprint_from_config("falcon_h1", config).footprint()
+    model, _ = load_model(parity.GOLDEN / "falcon_h1", dtype="float32")
+    caches = model.make_caches(256)
+    model(mx.array([list(range(8, 28))]), caches)
+    real = [cache for cache in caches if cache is not None]
+    assert sum(footprint.kv_bytes(256, 4).values()) == sum(cache.nbytes for cache in real)
+    assert footprint.has_states
+    assert footprint.snapshot_bytes(256, 4) == sum(cache.snapshot_bytes for cache in real)
+    assert footprint.growth_bytes(256, 4) > 0
+
+
+@pytest.mark.parametrize("name", [*NAMES, "falcon_h1"])
 def test_the_peak_of_a_chunk_can_be_predicted(name: str) -> None:
     config = json.loads((parity.GOLDEN / name / "config.json").read_text())
     blueprint = blueprint_from_config(name, config)
