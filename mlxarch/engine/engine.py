@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.engine.admission import MemoryRoom, one_token_caches
+from mlxarch.engine.device_turns import DEVICE_TURNS
 from mlxarch.engine.prefix.files import DiskLimits, PrefixFiles
 from mlxarch.engine.prefix.tree import PrefixCache
 from mlxarch.engine.prefix.use import PrefixUse
@@ -47,6 +48,7 @@ class _Worker:
         self._deterministic = deterministic
         self._probe = probe or deterministic
         self.wake = threading.Condition()
+        self.ready = threading.Event()  # the probe has ended, or the thread
         self.arrivals: deque[Row] = deque()
         self.accepts = True
         self.deadline: float | None = None  # from then on, requests are cancelled
@@ -70,14 +72,21 @@ class _Worker:
         """Run requests until ``stop``."""
         try:
             if self._probe:
-                self.scheduler.probe(self._deterministic)
+                with DEVICE_TURNS:
+                    self.scheduler.probe(self._deterministic)
+            self.ready.set()
             while self._take_arrivals():
-                self.scheduler.turn()
+                with DEVICE_TURNS as turns:
+                    self.scheduler.turn()
+                    if turns.wanted:  # what is queued still computes
+                        self.scheduler.settle()
             self.scheduler.finish_all("cancelled")
             self.scheduler.prefixes.close()
         except BaseException as error:
             logger.exception("the engine failed")
             self._die(error)
+        finally:
+            self.ready.set()
 
     def _take_arrivals(self) -> bool:
         """Move new requests to the scheduler, and wait where there is none; False ends the thread."""
@@ -88,9 +97,12 @@ class _Worker:
                 self.arrivals.clear()
                 if not self.accepts:
                     late = self.deadline is not None and time.monotonic() >= self.deadline
+                    if not (scheduler.is_idle or late or scheduler.has_work):
+                        self.wake.wait(0.05)  # for readers that are behind
                     return not (scheduler.is_idle or late)
-                if not scheduler.is_idle:
+                if scheduler.has_work:
                     return True
+                # rows that are paused go on when their reader wakes this thread
                 self.wake.wait()
 
     def _die(self, error: BaseException) -> None:
@@ -250,6 +262,10 @@ class Engine:
                     return
         finally:
             handle.cancel()
+
+    def wait_until_ready(self, timeout: float | None = None) -> bool:
+        """Wait until the engine has found out which batch sizes it uses; gives whether it has."""
+        return self._worker.ready.wait(timeout)
 
     def status(self) -> EngineStatus:
         """State of the engine; may be called from any thread."""

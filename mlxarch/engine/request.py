@@ -124,13 +124,25 @@ class RequestHandle:
     Attributes:
         id: name of the request, unique in its engine.
         done: set once the last output has been delivered.
+        cancelled: whether it was told to end.
+        paused: whether it generates nothing for now, because its reader is behind; its caches stay.
     """
 
     def __init__(self, id: str, wake: Callable[[], None]) -> None:
         self.id = id
         self.done = threading.Event()
         self.cancelled = False
+        self.paused = False
         self._wake = wake
+
+    def pause(self) -> None:
+        """Generate nothing more after the step under way, until ``resume``."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Go on generating."""
+        self.paused = False
+        self._wake()
 
     def cancel(self) -> None:
         """End the request after the step under way; its last output has the reason "cancelled"."""

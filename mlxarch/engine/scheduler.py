@@ -81,6 +81,7 @@ class Scheduler:
         self._unread: list[Choice] = []
         self.seconds_per_request = 0.0
         self._turns = 0
+        self._blocked = False  # whether the first that waits found no room in the last turn
 
     @property
     def rows(self) -> list[Row]:
@@ -91,6 +92,29 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether there is nothing to compute or deliver."""
         return not (self.waiting or self.aside or self.rows or self._unread)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do something; rows that are paused only hold their caches."""
+        if self._unread or self.reading or any(self._goes_on(row) for row in self.running):
+            return True
+        rows = [*self.rows, *self.aside, *self.waiting]
+        if any(row.handle.cancelled for row in rows):
+            return True
+        return bool(self.aside or self.waiting) and not self._is_full
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether rows that are paused leave no room for those that wait."""
+        return bool(self.running) and (self._blocked or len(self.rows) >= self._max_rows)
+
+    @staticmethod
+    def _goes_on(row: Row) -> bool:
+        return row.may_choose and not row.handle.paused
+
+    def settle(self) -> None:
+        """Wait until the device has computed what was queued."""
+        mx.eval([choice.checked for choice in self._unread])
 
     def probe(self, deterministic: bool) -> None:
         """Find out in which batch sizes a row does not depend on its neighbours."""
@@ -146,10 +170,12 @@ class Scheduler:
             self.seconds_per_request += share * (row.seconds - self.seconds_per_request)
 
     def _admit(self) -> None:
+        self._blocked = bool(self.aside)
         while self.waiting and not self.aside and len(self.rows) < self._max_rows:
             request = self.waiting[0].request
             tokens = self.room.first_reservation(len(request.prompt), request.max_tokens)
             if not self._make_room(self.room.bytes_for(tokens), request.prompt):
+                self._blocked = True
                 return
             row = self.waiting.popleft()
             row.admit(self._make_caches(), tokens)
@@ -221,7 +247,7 @@ class Scheduler:
         Where a matcher needs the token before to know which ones may follow, the logits are
         computed while that token is delivered, and the choice comes after.
         """
-        rows = [row for row in self.running if row.may_choose]
+        rows = [row for row in self.running if self._goes_on(row)]
         unread = self._unread
         self._unread = []
         logits = None

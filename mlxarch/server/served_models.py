@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from mlxarch.engine.engine import Engine
-from mlxarch.errors import MemoryBudgetError, MlxArchError
+from mlxarch.errors import MemoryBudgetError, MlxArchError, TokenizerError
 from mlxarch.generation.sampling import Sampling
 from mlxarch.hub.catalog import normalize_name
 from mlxarch.language_model import LanguageModel
@@ -204,8 +204,6 @@ class ServedModels:
             served.error = None
             served.last_used = time.monotonic()
             served.load_seconds = served.last_used - started
-            if served.model is not None:  # the first grammar needs not wait for it then
-                self.texts.submit(served.model.grammars.prepare)
             logger.info("%s loaded in %.1f s", served.name, served.load_seconds)
 
     async def _load_beside_others(self, served: ServedModel) -> None:
@@ -233,13 +231,18 @@ class ServedModels:
 
         model = self._load(served.name, report)
         served.sampling = model.recommended_sampling
-        served.engine = model.engine(
+        served.step = ("preparing grammars", 0, 1)
+        with contextlib.suppress(TokenizerError):  # grammars of such a model are refused later on
+            model.grammars.prepare()
+        engine = model.engine(
             max_rows=self._settings.parallel,
             max_waiting=self._settings.max_waiting,
             deterministic=self._settings.deterministic,
             prefix_cache_dir=self._settings.prefix_cache_dir,
             on_death=on_death,
         )
+        engine.wait_until_ready()
+        served.engine = engine
         served.model = model
 
     async def unload(self, served: ServedModel) -> None:

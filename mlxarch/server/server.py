@@ -10,21 +10,22 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from mlxarch.engine.request import GenerationRequest, TokenMatcher
-from mlxarch.errors import ContextLengthError, MlxArchError
+from mlxarch.errors import MlxArchError
 from mlxarch.generation.thinking.switches import switches
 from mlxarch.server.answers.answers import Answers, Job, Mailbox
 from mlxarch.server.answers.constraint import Constraint, compile_constraint
+from mlxarch.server.answers.least_length import LeastLength
 from mlxarch.server.answers.options import Options, sampling_for
 from mlxarch.server.answers.reader import OutputReader
 from mlxarch.server.answers.thinking_budget import ThinkingBudget, end_of_thinking
-from mlxarch.server.answers.tools import render_history
 from mlxarch.server.http.body import read_body
 from mlxarch.server.http.context import RequestContext
+from mlxarch.server.http.errors import invalid
 from mlxarch.server.metrics import Metrics
 from mlxarch.server.response_store import ResponseStore
 from mlxarch.server.served_models import ServedModel, ServedModels
 from mlxarch.server.settings import Settings
-from mlxarch.tool_calls.use import ToolUse
+from mlxarch.tool_calls.use import ToolUse, render_calls
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ class Server:
 
         def tokens() -> list[int]:
             if use is None:
-                return model.tokens_of(render_history(model.tokenizer, conversation), variables)
+                return model.tokens_of(render_calls(model.tokenizer, conversation), variables)
             offering, given = use.prompt(model.tokenizer, conversation)
             return model.tokens_of(offering, {**variables, **given})
 
@@ -167,6 +168,7 @@ class Server:
             use.parser() if use is not None else None,
             context.warn,
             continues=options.continues,
+            inline_thinking=options.inline_thinking,
         )
         return Job(request, reader)
 
@@ -179,16 +181,18 @@ class Server:
         context: RequestContext,
     ) -> TokenMatcher | None:
         """Constraint on the tokens of an answer; None if every token may follow."""
-        matcher = constraint.matcher(prompt)
+        matcher: TokenMatcher | None = constraint.matcher(prompt)
+        tokenizer = served.language_model.tokenizer
+        size = served.running_engine.vocab_size
+        if options.min_tokens != 0:
+            matcher = LeastLength(tokenizer.eos_ids, options.min_tokens, size, matcher)
         budget = options.thinking_budget
         if budget is None:
             return matcher
-        tokenizer = served.language_model.tokenizer
         end = end_of_thinking(tokenizer)
         if end is None:
             context.warn("the budget of thinking is not held: no token of this model ends it")
             return matcher
-        size = served.running_engine.vocab_size
         return ThinkingBudget(tokenizer, prompt, end, budget, size, matcher)
 
     def _limit(
@@ -197,7 +201,7 @@ class Server:
         """Maximum number of tokens of an answer.
 
         Raises:
-            ContextLengthError: prompt and answer do not fit; the message has both numbers.
+            ApiError: prompt and answer do not fit; the message has both numbers.
         """
         room = context_length - prompt
         asked = options.max_tokens
@@ -207,14 +211,18 @@ class Server:
             context.warn(f"the answer is limited to {room} tokens, what the context leaves")
             asked = room
         if asked > room or room < 0 or (room == 0 and asked):
-            raise ContextLengthError(
+            raise invalid(
                 f"the prompt has {prompt} tokens and the answer may have {max(asked, 0)}; the "
-                f"context of this model holds {context_length}. Shorten the prompt or the answer"
+                f"context of this model holds {context_length}. Shorten the prompt or the answer",
+                options.prompt_param,
+                "context_length_exceeded",
             )
         if asked < 1 and not options.prompt_logprobs:
-            raise ContextLengthError(
+            raise invalid(
                 f"the prompt has {prompt} tokens; the context of this model holds "
-                f"{context_length}, so there is no room for an answer"
+                f"{context_length}, so there is no room for an answer",
+                options.prompt_param,
+                "context_length_exceeded",
             )
         return asked
 

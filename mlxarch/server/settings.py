@@ -10,6 +10,7 @@ MAX_JSON_DEPTH = 64
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 30.0
 STALLED_SECONDS = 30.0  # without a byte read by the client
+MAX_UNREAD = 512  # outputs of an answer that its client has not taken, before the answer pauses
 MAX_REQUESTS = 64  # answered at the same time; more are refused with 503
 MAX_CONNECTIONS = 1024  # open sockets, idle ones included
 KEEP_ALIVE_SECONDS = 10.0  # between signs of life on a stream without tokens

@@ -2,8 +2,8 @@
 
 Two formats are known:
 
-- Tags, ``<think>`` … ``</think>``. They are found by token id where each is one token, else in the
-  text.
+- Tags, ``<think>`` … ``</think>``, or Gemma 4's ``<|channel>thought`` … ``<channel|>``. They are
+  found by token id where each is one token, else in the text.
 - Channels of gpt-oss (harmony): messages, each with a header that names a channel and perhaps a
   recipient. Text of the ``analysis`` channel and text addressed to a tool are not part of the
   answer.
@@ -19,7 +19,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
-TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>", "<channel|>"))
+_HEADERS = {"<|channel>": "thought"}  # Gemma 4's word behind an opening tag, part of the mark
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 
 _CONSTRAIN, _OTHER_ENDS = "<|constrain|>", ("<|return|>", "<|call|>")
@@ -296,10 +297,13 @@ class TagSplitter:
         self._tags = {} if self._ids else {tags[0]: True, tags[1]: False}
         self._text = ""  # text that may begin a tag
         tail = _tail_text(tokenizer, prompt)
-        self._opened = tail.endswith(tags)
+        self._header = _HEADERS.get(tags[0], "")
+        opens = tail.endswith((tags[0], tags[0] + self._header))
+        self._awaited = self._header if tail.endswith(tags[0]) else ""  # has not come yet
+        self._held = ""  # text that may be its beginning
+        self._opened = opens or tail.endswith(tags[1])
         self._presumed = presumed and not self._opened
-        thinks = self._presumed or tail.endswith(tags[0])
-        self._segmenter = _Segmenter(thinks, after_mark=self._opened)
+        self._segmenter = _Segmenter(self._presumed or opens, after_mark=self._opened)
         self.untagged = ""
 
     @property
@@ -317,7 +321,7 @@ class TagSplitter:
     def _add(self, token: int) -> list[Segment]:
         if token not in self._ids:
             return self._split_at_tags(self._detokenizer.add(token))
-        before = self._segmenter.text(self._detokenizer.finish())
+        before = self._section(self._detokenizer.finish())
         self._detokenizer = self._tokenizer.detokenizer()
         return before + self._mark(self._ids[token])
 
@@ -328,15 +332,33 @@ class TagSplitter:
             self._opened = True
             self.untagged = ""
         if not opens and not self._opened:
-            return self._segmenter.text(self._closing_tag)
+            return self._section(self._closing_tag)
+        before = self._release()
         self._opened = True
         self._segmenter.mark(opens)
-        return []
+        self._awaited = self._header if opens else ""
+        return before
+
+    def _section(self, text: str) -> list[Segment]:
+        """Add text to the current section, without the header of an opening tag."""
+        if not self._awaited:
+            return self._segmenter.text(text)
+        self._held += text
+        if len(self._held) < len(self._awaited) and self._awaited.startswith(self._held):
+            return []
+        self._held = self._held.removeprefix(self._awaited)
+        return self._release()
+
+    def _release(self) -> list[Segment]:
+        """Give out what was held back for a header."""
+        held = self._held
+        self._held = self._awaited = ""
+        return self._segmenter.text(held)
 
     def cut(self) -> list[Segment]:
         """Implement ``Splitter``."""
         before = self._split_at_tags(self._detokenizer.finish())
-        before += self._segmenter.text(self._text)
+        before += self._section(self._text)
         self._text = ""
         self._segmenter.mark(self.thinking)
         return before
@@ -350,23 +372,23 @@ class TagSplitter:
         rest = self._split_at_tags(self._detokenizer.finish())
         pending = self._text
         self._text = ""
-        rest += self._segmenter.text(pending) + self._segmenter.finish()
+        rest += self._section(pending) + self._release() + self._segmenter.finish()
         if self._presumed:
             self.untagged += "".join(segment.text for segment in rest)
         return rest
 
     def _split_at_tags(self, text: str) -> list[Segment]:
         if not self._tags:
-            return self._segmenter.text(text)
+            return self._section(text)
         segments: list[Segment] = []
         self._text += text
         while found := [(at, tag) for tag in self._tags if (at := self._text.find(tag)) >= 0]:
             at, tag = min(found)
-            segments += self._segmenter.text(self._text[:at])
+            segments += self._section(self._text[:at])
             segments += self._mark(self._tags[tag])
             self._text = self._text[at + len(tag) :]
         certain = len(self._text) - max(_partial_match(tag, self._text) for tag in self._tags)
-        segments += self._segmenter.text(self._text[:certain])
+        segments += self._section(self._text[:certain])
         self._text = self._text[certain:]
         return segments
 

@@ -12,7 +12,7 @@ from mlxarch.engine.request import GenerationRequest, RequestHandle, RowOutput
 from mlxarch.server.answers.events import End, Event, Usage, Waiting
 from mlxarch.server.answers.reader import OutputReader
 from mlxarch.server.http.errors import ApiError
-from mlxarch.server.settings import KEEP_ALIVE_SECONDS
+from mlxarch.server.settings import KEEP_ALIVE_SECONDS, MAX_UNREAD
 
 
 class Mailbox:
@@ -74,6 +74,7 @@ class Answers:
         self.readers = [job.reader for job in jobs]
         self._per_prompt = per_prompt
         self._outputs: deque[tuple[int, RowOutput]] = deque()
+        self._unread = [0] * len(jobs)  # outputs of each answer that have not been taken
         self._arrived = asyncio.Event()
         self._handles: list[RequestHandle] = []
         try:
@@ -86,6 +87,9 @@ class Answers:
     def _inlet(self, mailbox: Mailbox, index: int) -> Callable[[RowOutput], None]:
         def arrive(output: RowOutput) -> None:
             self._outputs.append((index, output))
+            self._unread[index] += 1
+            if self._unread[index] == MAX_UNREAD and index < len(self._handles):
+                self._handles[index].pause()
             self._arrived.set()
 
         return lambda output: mailbox.post(arrive, output)
@@ -122,6 +126,15 @@ class Answers:
         """Last events of the answers that have ended."""
         return [reader.end for reader in self.readers if reader.end is not None]
 
+    def _take(self) -> tuple[int, RowOutput]:
+        """Next output; a row that was paused goes on when half of its outputs have been taken."""
+        index, output = self._outputs.popleft()
+        self._unread[index] -= 1
+        handle = self._handles[index]
+        if handle.paused and self._unread[index] <= MAX_UNREAD // 2:
+            handle.resume()
+        return index, output
+
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield (index of the answer, event) until all answers have ended.
 
@@ -136,7 +149,7 @@ class Answers:
                     if not await self._wait():
                         yield 0, Waiting()
                     continue
-                index, output = self._outputs.popleft()
+                index, output = self._take()
                 if output.finish_reason == "cancelled" and not self.readers[index].ended:
                     raise ApiError(503, "the answer was ended because the server shuts down")
                 for event in self.readers[index].read(output):

@@ -19,6 +19,7 @@ class Options:
 
     Attributes:
         max_tokens: limit of the answer; None allows all that fits into the context.
+        min_tokens: tokens before which no end token may come; None forbids all end tokens.
         clamp: shorten ``max_tokens`` to what fits instead of refusing.
         stop: stop strings.
         sampling: fields of ``Sampling`` that the request names; others are the model's own.
@@ -33,9 +34,12 @@ class Options:
         tools: tools that the model may call.
         conversation: name of the conversation, a hint for the prefix cache.
         continues: whether an answer continues the text of its prompt.
+        inline_thinking: whether the thinking is part of the text, between tags.
+        prompt_param: field of the request that the prompt comes from, for errors.
     """
 
     max_tokens: int | None = None
+    min_tokens: int | None = 0
     clamp: bool = False
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -50,6 +54,8 @@ class Options:
     tools: ToolOptions = field(default_factory=ToolOptions)
     conversation: str | None = None
     continues: bool = False
+    inline_thinking: bool = False
+    prompt_param: str = "messages"
 
 
 def stop_strings(stop: str | list[str] | None, param: str = "stop") -> tuple[str, ...]:

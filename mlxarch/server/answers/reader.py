@@ -11,6 +11,9 @@ from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.events import CallFinished
 from mlxarch.tool_calls.parser import CallParser
 
+_OPENING_TAG = "<think>\n"
+_CLOSING_TAG = "\n</think>\n\n"
+
 
 class OutputReader:
     """Conversion of one request's outputs to events.
@@ -23,6 +26,8 @@ class OutputReader:
         calls: parser of calls; None for an answer without tools.
         warn: called with a sentence for each text that looks like a call and is none.
         continues: whether the answer continues the text of the prompt.
+        inline_thinking: give the thinking as part of the text, between tags, for clients that know
+            no other place for it.
 
     Attributes:
         usage: token counts so far.
@@ -41,7 +46,10 @@ class OutputReader:
         warn: Callable[[str], None] | None = None,
         *,
         continues: bool = False,
+        inline_thinking: bool = False,
     ) -> None:
+        self._inline = inline_thinking
+        self._tag_is_open = False
         self._check = check
         self._text = ""  # of the answer, if it is checked
         self._answer = AnswerReader(
@@ -109,11 +117,20 @@ class OutputReader:
                 self._held.clear()  # of tokens that belong to the call
                 yield event
             elif event.thinking:
-                yield Delta(event.text, thinking=True)
+                yield self._thought(event.text)
             else:
                 self._text += event.text if self._check is not None else ""
-                yield Delta(event.text, logprobs=tuple(self._held))
+                closing = _CLOSING_TAG if self._tag_is_open else ""
+                self._tag_is_open = False
+                yield Delta(closing + event.text, logprobs=tuple(self._held))
                 self._held.clear()
+
+    def _thought(self, text: str) -> Delta:
+        if not self._inline:
+            return Delta(text, thinking=True)
+        opening = "" if self._tag_is_open else _OPENING_TAG
+        self._tag_is_open = True
+        return Delta(opening + text)
 
     def _finish(self, output: RowOutput) -> Iterator[Event]:
         reader = self._answer

@@ -6,7 +6,6 @@ from typing import Any
 
 from mlxarch.server.http.errors import invalid
 from mlxarch.tokenizer.tokenizer import Tokenizer
-from mlxarch.tool_calls.detect import call_form
 from mlxarch.tool_calls.tool import ToolChoice
 from mlxarch.tool_calls.use import ToolUse
 
@@ -37,17 +36,6 @@ class ToolOptions:
             return ToolUse.of(tokenizer, self.definitions, self.choice, self.parallel)
         except ValueError as error:
             raise invalid(str(error), "tools") from None
-
-
-def render_history(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
-) -> Sequence[Mapping[str, Any]]:
-    """Messages of a conversation without tools, whose earlier calls are as the template reads them."""
-    form = call_form(tokenizer)
-    if form is None or not any(message.get("tool_calls") for message in messages):
-        return messages
-    rendered, _ = ToolUse(form, (), "none").prompt(tokenizer, messages)
-    return rendered
 
 
 def chosen(

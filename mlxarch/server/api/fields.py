@@ -9,6 +9,8 @@ from mlxarch.server.http.errors import invalid
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=100)]
+OpenAITemperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
+AnthropicTemperature = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -34,7 +36,7 @@ class Strict(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 class LogitSampling(Strict):
     """Sampling fields that OpenAI's endpoints and local clients share."""
 
-    temperature: Temperature | None = None
+    temperature: OpenAITemperature | None = None
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -43,6 +45,13 @@ class LogitSampling(Strict):
     top_k: TopK | None = None
     min_p: Probability | None = None
     repetition_penalty: RepetitionPenalty | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+
+    @property
+    def shortest(self) -> int | None:
+        """Tokens before which no end token is chosen; None forbids end tokens altogether."""
+        return None if self.ignore_eos else self.min_tokens or 0
 
     def sampling(self) -> dict[str, Any]:
         """Fields of ``Sampling`` that the request names, without the logit bias."""

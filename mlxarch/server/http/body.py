@@ -16,6 +16,7 @@ from mlxarch.server.settings import MAX_JSON_DEPTH
 T = TypeVar("T")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?$", re.DOTALL)
 _PLACE = re.compile(r"^(.*) - at `\$\.?(.*)`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`$")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 _MAX_UNKNOWN = 100  # unknown fields that are left out of one request
 
@@ -76,9 +77,13 @@ def validate(
 
 def _validation_error(message: str, place: str) -> ApiError:
     found = _PLACE.match(message)
+    text = message if found is None else found[1]
+    path = place if found is None else _join(place, found[2])
+    if missing := _MISSING.match(text):
+        path = f"{path}.{missing[1]}" if path else missing[1]
+        return invalid(f"{path} is missing", path, "missing_required_parameter")
     if found is None:
         return invalid(message, place or None)
-    path = _join(place, found[2])
     return invalid(f"{path}: {found[1]}", path, "invalid_value")
 
 

@@ -41,6 +41,7 @@ class ApiError(MlxArchError):
         code: name of the problem in OpenAI's API, such as "model_not_found".
         param: path of the field, such as "messages[2].content".
         retry_after: seconds after which a repetition may succeed; None where it cannot.
+        allow: methods that the path takes, for a wrong one.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ApiError(MlxArchError):
         code: str | None = None,
         param: str | None = None,
         retry_after: float | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -58,9 +60,12 @@ class ApiError(MlxArchError):
         self.code = code
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
 
     def headers(self) -> dict[str, str]:
-        """Headers that say whether and when to try again."""
+        """Headers that say whether and when to try again, and with which method."""
+        if self.allow is not None:
+            return {"allow": self.allow}
         if self.retry_after is not None:
             seconds = max(1, round(self.retry_after))
             return {"retry-after": str(seconds), "x-should-retry": "true"}
@@ -110,8 +115,9 @@ def _routing_error(error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "there is no such path; GET / lists those that there are")
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another one")
-        return ApiError(405, f"this path does not take the method; it takes {allowed}")
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"this path does not take the method; it takes {allowed or 'another one'}"
+        return ApiError(405, message, allow=allowed)
     return ApiError(error.status_code, str(error.detail))
 
 

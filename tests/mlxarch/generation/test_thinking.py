@@ -85,6 +85,26 @@ def worded(make) -> Tokenizer:
     return make(template=MENTIONS_TAGS)
 
 
+CHANNELS = [  # of Gemma 4
+    ("turn:", "<|channel>thought\nhm\n<channel|>4", "hm", "4"),
+    ("turn:", "<|channel>thought", "", ""),
+    ("turn:", "<|channel>though", "though", ""),  # cut off within the header
+    ("turn:", "<|channel>thoughts\n<channel|>4", "s", "4"),
+    ("turn:", "<|channel>other<channel|>4", "other", "4"),
+    ("turn:", "a thought", "", "a thought"),
+    ("turn: <|channel>thought\n", "hm<channel|>4", "hm", "4"),
+    ("turn: <|channel>", "thought\nhm<channel|>4", "hm", "4"),
+    ("turn: <|channel>thought\n<channel|>", "4", "", "4"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "answer", "thinking", "text"), CHANNELS)
+def test_the_thinking_channel_of_gemma_is_split_off(make, prompt, answer, thinking, text):
+    for special in (True, False):
+        tokenizer = make("<|channel>", "<channel|>", special=special)
+        assert said(tokenizer, prompt, answer) == (thinking, text)
+
+
 @pytest.fixture(scope="module")
 def harmony(make) -> Tokenizer:
     return make(*HARMONY, special=True)

@@ -6,11 +6,11 @@ from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options, stop_strings
 from mlxarch.server.answers.tools import ToolOptions
 from mlxarch.server.api.fields import (
+    AnthropicTemperature,
     Count,
     JsonObject,
     Probability,
     Strict,
-    Temperature,
     TopK,
     positive,
 )
@@ -18,6 +18,7 @@ from mlxarch.server.api.openai.chat_request import Effort, effort_switch
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import invalid
 
+MIN_BUDGET = 1024  # tokens of thinking, as at Anthropic
 _BILLING = "x-anthropic-billing-header:"
 _REMINDER = "<system-reminder>\n{}\n</system-reminder>"
 _TEXTLESS = "this model reads text only; remove the block"
@@ -69,7 +70,7 @@ class MessagesRequest(CountRequest):
     max_tokens: Count | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
-    temperature: Temperature | None = None
+    temperature: AnthropicTemperature | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None
     metadata: JsonObject | None = None
@@ -87,7 +88,7 @@ def to_options(body: MessagesRequest, context: RequestContext) -> Options:
         ApiError: ``max_tokens`` is missing, or two fields contradict each other.
     """
     if body.max_tokens is None:
-        raise invalid("max_tokens is required", "max_tokens")
+        raise invalid("max_tokens is missing", "max_tokens")
     think, effort = thinking_of(body, context)
     _warn_of_edits(body.context_management, context)
     sampling = {"temperature": body.temperature, "top_p": positive(body.top_p)}
@@ -158,9 +159,13 @@ def thinking_of(body: CountRequest, context: RequestContext) -> tuple[bool | Non
     """Thinking and its effort, as ``Options`` has them."""
     think: bool | None = None
     if body.thinking is not None and body.thinking.type != "adaptive":
-        think = body.thinking.type != "disabled"
+        think = body.thinking.type == "enabled"
         limit = body.max_tokens if isinstance(body, MessagesRequest) else None
         budget = body.thinking.budget_tokens
+        if body.thinking.type == "enabled" and (budget is None or budget < MIN_BUDGET):
+            raise invalid(
+                f"thinking.budget_tokens must be at least {MIN_BUDGET}", "thinking.budget_tokens"
+            )
         if budget is not None and limit is not None and budget >= limit:
             raise invalid("thinking.budget_tokens must be below max_tokens", "thinking")
     effort = body.output_config.effort if body.output_config is not None else None

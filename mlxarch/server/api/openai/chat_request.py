@@ -119,6 +119,7 @@ class ChatRequest(LogitSampling):
     reasoning: Reasoning | None = None
     think: bool | Effort | None = None
     enable_thinking: bool | None = None
+    reasoning_format: Literal["auto", "split", "deepseek", "none", "inline"] | None = None
     chat_template_kwargs: JsonObject | None = None
     prediction: JsonObject | None = None
     keep_alive: KeepAlive = None
@@ -262,6 +263,8 @@ def to_options(body: ChatRequest, served: ServedModel, context: RequestContext) 
         sampling["logit_bias"] = logit_bias(body.logit_bias, vocab_size)
     return Options(
         max_tokens=body.max_completion_tokens or body.max_tokens,
+        min_tokens=body.shortest,
+        inline_thinking=body.reasoning_format in ("none", "inline"),
         stop=stop_strings(body.stop),
         sampling=sampling,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,

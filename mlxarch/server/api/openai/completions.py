@@ -122,6 +122,7 @@ def _options(body: CompletionRequest, served: ServedModel) -> Options:
     top = int(body.logprobs) if body.logprobs is not None and body.logprobs is not False else None
     return Options(
         max_tokens=limit,
+        min_tokens=body.shortest,
         stop=stop_strings(body.stop),
         sampling=sampling,
         top_logprobs=top,
@@ -129,6 +130,7 @@ def _options(body: CompletionRequest, served: ServedModel) -> Options:
         count=count,
         conversation=body.user,
         continues=True,
+        prompt_param="prompt",
     )
 
 
@@ -208,6 +210,8 @@ class _Form:
         chunk = {**self._head, "choices": [choice]}
         if usage:
             chunk["usage"] = None
+        if reason is not None and self.context.warnings:
+            chunk["warnings"] = self.context.warnings
         return sse(chunk)
 
     def _logprobs(
@@ -233,11 +237,15 @@ class _Form:
             text = self._text(first if entry is None else entry.token)
             result["tokens"].append(text)
             result["token_logprobs"].append(None if entry is None else entry.logprob)
-            top = {} if entry is None else {self._text(token): value for token, value in entry.top}
-            result["top_logprobs"].append(None if entry is None else top)
+            result["top_logprobs"].append(None if entry is None else self._top(entry))
             result["text_offset"].append(offset)
             offset += len(text)
         return result
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """Most likely tokens and, as the last one if it is none of them, the chosen token."""
+        pairs = dict([*entry.top, (entry.token, entry.logprob)])
+        return {self._text(token): value for token, value in pairs.items()}
 
     def _text(self, token: int) -> str:
         tokenizer = self.served.language_model.tokenizer

@@ -6,9 +6,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mlxarch.generation.thinking.splitter import thinking_tags
 from mlxarch.server.http.responses import json_response
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
+from mlxarch.tokenizer.tokenizer import Tokenizer
 
 
 async def list_models(request: Request) -> Response:
@@ -44,4 +46,26 @@ def model_object(served: ServedModel) -> dict[str, Any]:
         length = served.model.context_length
         names = ("context_length", "max_model_len", "max_input_tokens", "max_tokens")
         result |= dict.fromkeys(names, length)
+        result["capabilities"] = _capabilities(served.model.tokenizer)
     return result
+
+
+def _capabilities(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Capabilities of a model in the form of Anthropic's list."""
+    no = {"supported": False}
+    thinks = {"supported": thinking_tags(tokenizer) is not None}
+    has_effort = {"supported": "reasoning_effort" in tokenizer.template_variables}
+    efforts = dict.fromkeys(("low", "medium", "high", "max"), has_effort)
+    kinds = {"adaptive": thinks, "enabled": thinks, "between_tools": thinks}
+    return {
+        "batch": no,
+        "citations": no,
+        "code_execution": no,
+        "context_management": no,
+        "effort": {**has_effort, **efforts},
+        "image_input": no,
+        "pdf_input": no,
+        "server_tools": {**no, "code_execution": no, "web_search": no},
+        "structured_outputs": {"supported": True},
+        "thinking": {**thinks, "types": {**kinds, "disabled": {"supported": True}}},
+    }

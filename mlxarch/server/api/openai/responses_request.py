@@ -11,9 +11,9 @@ from mlxarch.server.answers.tools import ToolOptions, chosen
 from mlxarch.server.api.fields import (
     Count,
     JsonObject,
+    OpenAITemperature,
     Probability,
     Strict,
-    Temperature,
     TopLogprobs,
     positive,
 )
@@ -57,7 +57,7 @@ class ResponsesRequest(Strict):
     reasoning: Reasoning | None = None
     include: list[str] | None = None
     max_output_tokens: Count | None = None
-    temperature: Temperature | None = None
+    temperature: OpenAITemperature | None = None
     top_p: Probability | None = None
     top_logprobs: TopLogprobs | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -106,6 +106,7 @@ def to_options(body: ResponsesRequest, context: RequestContext) -> Options:
         form=_form(body.text),
         tools=_tools(body, context),
         conversation=body.prompt_cache_key or body.user,
+        prompt_param="input",
     )
 
 

@@ -15,11 +15,21 @@ from mlxarch.server.answers.answers import Answers, Job, Mailbox
 from mlxarch.server.answers.events import Delta, End, Waiting
 from mlxarch.server.answers.reader import OutputReader
 from mlxarch.server.http.errors import ApiError
+from mlxarch.server.settings import MAX_UNREAD
 
 
 class Handle:
     def __init__(self) -> None:
         self.cancelled = False
+        self.paused = False
+        self.pauses = 0
+
+    def pause(self) -> None:
+        self.paused = True
+        self.pauses += 1
+
+    def resume(self) -> None:
+        self.paused = False
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -155,3 +165,27 @@ def test_a_stop_string_ends_the_request_in_the_engine(tokenizer):
     assert isinstance(events[-1], End)
     assert events[-1].stop_sequence == "stop"
     assert engine.handles[0].cancelled
+
+
+def test_an_answer_pauses_while_its_client_is_behind(tokenizer):
+    async def run():
+        engine = Engine()
+        answers = make(engine, tokenizer)
+        token = tuple(tokenizer.encode("a"))
+        engine.deliver(*[(0, RowOutput(token)) for _ in range(MAX_UNREAD - 1)])
+        await asyncio.sleep(0)
+        [handle] = engine.handles
+        assert not handle.paused
+        engine.deliver((0, RowOutput(token)))
+        await asyncio.sleep(0)
+        assert handle.paused
+        events = answers.events()
+        taken = 0
+        while handle.paused:
+            await anext(events)
+            taken += 1
+        assert taken == MAX_UNREAD // 2
+        await events.aclose()
+        assert handle.pauses == 1
+
+    asyncio.run(run())

@@ -193,3 +193,30 @@ def test_a_client_that_leaves_frees_its_place(server: LiveServer):
         assert time.monotonic() < deadline
         gone = [line for line in server.log if "end=client" in line]
     assert all(int(line.split("out=")[1].split()[0]) < 4000 for line in gone)
+
+
+def test_thinking_ends_at_its_budget(server: LiveServer):
+    def thinking(budget: int) -> tuple[str, str, dict]:
+        answer = server.chat(
+            enable_thinking=True, reasoning={"max_tokens": budget}, max_tokens=20
+        ).json
+        message = answer["choices"][0]["message"]
+        return message["reasoning_content"], message["content"], answer["usage"]
+
+    thought, text, usage = thinking(6)
+    assert 0 < len(thought) <= 6
+    assert text
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 7  # with the end mark
+    assert len(thinking(19)[0]) > 6
+
+
+def test_thinking_can_be_part_of_the_text(server: LiveServer):
+    fields = {"enable_thinking": True, "reasoning": {"max_tokens": 4}, "max_tokens": 12}
+    split = server.chat(**fields).json["choices"][0]["message"]
+    expected = f"<think>\n{split['reasoning_content']}\n</think>\n\n{split['content']}"
+    inline = server.chat(reasoning_format="none", **fields).json["choices"][0]["message"]
+    assert inline["content"] == expected
+    assert "reasoning_content" not in inline
+    events = server.chat(reasoning_format="none", stream=True, **fields).events[:-1]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == expected
