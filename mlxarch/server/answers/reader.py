@@ -95,7 +95,7 @@ class OutputReader:
 
     def whole(self, thinking: str, text: str) -> tuple[str, str]:
         """Return thinking and answer of a whole answer; see ``whole_answer``."""
-        if self._continues:
+        if self._inline or self._continues:
             return thinking, text
         return whole_answer(self._answer.tokenizer, thinking, text)
 

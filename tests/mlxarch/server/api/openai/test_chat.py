@@ -57,15 +57,15 @@ def test_usage_is_the_last_chunk_when_asked_for(server: LiveServer):
 
 
 def test_several_answers_have_their_own_seeds(server: LiveServer):
-    answer = server.chat(n=3, seed=5, temperature=1.0).json
+    answer = server.chat(n=3, seed=15, temperature=1.0).json
     texts = [choice["message"]["content"] for choice in answer["choices"]]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     assert len(set(texts)) == 3
     assert answer["usage"]["completion_tokens"] == 18
     assert answer["usage"]["prompt_tokens"] == 4
-    again = server.chat(n=2, seed=6, temperature=1.0).json
+    again = server.chat(n=2, seed=16, temperature=1.0).json
     assert [choice["message"]["content"] for choice in again["choices"]] == texts[1:]
-    events = server.chat(n=3, seed=5, temperature=1.0, stream=True).events
+    events = server.chat(n=3, seed=15, temperature=1.0, stream=True).events
     assert [text_of(events, index) for index in range(3)] == texts
 
 
