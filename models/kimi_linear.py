@@ -11,9 +11,10 @@ Source: arXiv:2510.26692; moonshotai/Kimi-Linear-48B-A3B-Instruct/config.json; t
 KimiLinearModel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,6 +56,23 @@ class Config(GroupedExpertsConfig, LatentConfig):
     layer_types: tuple[Literal["linear_attention", "full_attention"], ...] | None = None
     moe_router_activation_func: Literal["sigmoid"] = "sigmoid"
     moe_layer_freq: Literal[1] = 1
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys; transformers 5 may write sizes and kinds of layers without the others."""
+        found = dict(config)
+        kinds = config.get("layer_types")
+        if "linear_attn_config" not in config and isinstance(kinds, list):
+            found["linear_attn_config"] = {
+                "kda_layers": [n for n, kind in enumerate(kinds, 1) if kind == "linear_attention"],
+                "num_heads": config.get("linear_num_heads"),
+                "head_dim": config.get("linear_head_dim"),
+                "short_conv_kernel_size": config.get("linear_conv_kernel_dim"),
+            }
+        feed_forwards = config.get("mlp_layer_types")
+        if "first_k_dense_replace" not in config and isinstance(feed_forwards, list):
+            found["first_k_dense_replace"] = feed_forwards.count("dense")
+        return super().from_dict(found)
 
     def is_linear(self, index: int) -> bool:
         """Whether the layer at ``index`` is a KDA; the others have latent attention."""
