@@ -38,6 +38,17 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up if y is None else y
 
 
+def clamped_swiglu(limit: float) -> GatedActivation:
+    """SwiGLU of a gate of at most ``limit`` and an up projection within ``limit`` of 0."""
+
+    @compile_elementwise
+    def clamped(gate: mx.array, up: mx.array) -> mx.array:
+        gate = mx.minimum(gate, limit)
+        return gate * mx.sigmoid(gate) * mx.clip(up, -limit, limit)
+
+    return clamped
+
+
 @compile_elementwise
 def gelu(x: mx.array) -> mx.array:
     """GELU in its tanh approximation (arXiv:1606.08415); ``gelu_new``, ``gelu_pytorch_tanh``."""

@@ -26,6 +26,8 @@ MODELS = {
     "gemma4_unified_text": "gemma4",
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "deepseek_v3",
+    "glm5_next": "glm5_next",
+    "glm5_next_text": "glm5_next",
     "glm_moe_dsa": "glm_moe_dsa",
     "gpt2": "gpt2",
     "gpt_oss": "gpt_oss",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlxarch.blocks.config import Count, DecoderConfig, Positive, Size
-from mlxarch.blocks.feed_forward import GatedMLP, swiglu
+from mlxarch.blocks.feed_forward import GatedActivation, GatedMLP, swiglu
 from mlxarch.blocks.linear import ExactLinear
 from mlxarch.blocks.moe.moe import Experts, MoE
 from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router
@@ -64,6 +64,8 @@ class GroupedExpertsConfig(DecoderConfig):
 def make_grouped_moe(
     c: GroupedExpertsConfig,
     router: type[GroupLimitedSigmoid | GroupLimitedSoftmax] = GroupLimitedSigmoid,
+    *,
+    activation: GatedActivation = swiglu,
 ) -> MoE:
     """Create the experts of a layer and their router; all shared experts become one wide one."""
     groups, kept = c.groups
@@ -77,10 +79,10 @@ def make_grouped_moe(
         renormalise=c.norm_topk_prob,
         scale=c.routed_scaling_factor,
     )
-    experts = Experts(c.hidden_size, width, c.n_routed_experts, swiglu)
+    experts = Experts(c.hidden_size, width, c.n_routed_experts, activation)
     shared = None
     if c.n_shared_experts:
-        shared = GatedMLP(c.hidden_size, width * c.n_shared_experts, swiglu)
+        shared = GatedMLP(c.hidden_size, width * c.n_shared_experts, activation)
     return MoE(gate, experts, shared)
 
 

@@ -3,4 +3,7 @@
 selection                choose the keys with the highest scores; masks and gathers for them
 lightning_indexer        scores of single tokens (DeepSeek Sparse Attention)
 sparse_latent_attention  multi-head latent attention to the chosen tokens
+pools                    choose pools of neighbouring tokens
+block_sparse_attention   attention to blocks scored by averages of their keys
+pooled_latent_attention  latent attention to pools scored by learned averages
 """

@@ -10,7 +10,7 @@ from mlxarch.blocks.attention.latent_config import LatentConfig
 from mlxarch.blocks.config import Count, Size
 from mlxarch.blocks.linear import ExactLinear
 from mlxarch.blocks.norms import LayerNorm
-from mlxarch.blocks.rope import RoPE
+from mlxarch.blocks.rope import NoRoPE, RoPE
 from mlxarch.errors import ConfigError
 
 IndexedLayers = tuple[Literal["indexed_attention", "deepseek_sparse_attention"], ...] | None
@@ -80,7 +80,7 @@ class LightningIndexer(nn.Module):
         (B, H, L, D), weights (B, L, H)
     """
 
-    def __init__(self, c: IndexedLatentConfig, rope: RoPE) -> None:
+    def __init__(self, c: IndexedLatentConfig, rope: RoPE | NoRoPE) -> None:
         super().__init__()
         heads = c.index_n_heads
         self.wq_b = ExactLinear(c.q_lora_rank, heads * c.index_head_dim)

@@ -16,7 +16,7 @@ from mlxarch.kv_cache import join_rows
 from mlxarch.loading.load import load_model
 from mlxarch.planner.blueprint import blueprint_from_config
 
-NAMES = ["deepseek_v32", "qwen4_exp"]
+NAMES = ["deepseek_v32", "qwen4_exp", "glm5_next"]
 VOCABULARY = 90
 
 

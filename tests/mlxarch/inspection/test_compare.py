@@ -28,6 +28,7 @@ WITHOUT_ENTRY = {  # in the catalog
     "ernie4_5",
     "exaone4",
     "gemma4",
+    "glm5_next",
     "glm_moe_dsa",
     "granite",
     "hunyuan_v1",
