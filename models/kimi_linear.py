@@ -79,6 +79,11 @@ class Config(GroupedExpertsConfig, LatentConfig):
         return index + 1 in self.linear_attn_config["kda_layers"]
 
     @property
+    def score_scale(self) -> float:
+        """1/sqrt(head size), as there are no positions that could be scaled."""
+        return self.head_size**-0.5
+
+    @property
     def kernel(self) -> int:
         """Inputs that a convolution sees."""
         return self.linear_attn_config["short_conv_kernel_size"]
