@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from mlxarch.server.http.errors import invalid
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.tool import ToolChoice
@@ -38,6 +40,66 @@ class ToolOptions:
             raise invalid(str(error), "tools") from None
 
 
+INPUT = "input"
+"""Parameter of the function that stands for a tool whose input is text."""
+
+
+def custom_definition(tool: Mapping[str, Any], place: str) -> tuple[dict[str, Any], str | None]:
+    """Function of one text in place of a tool whose input is text, and a warning or None.
+
+    A regular expression becomes the pattern of the text. A grammar in Lark cannot stand within the
+    quotes of JSON, so the model is only told of it.
+
+    Args:
+        tool: name, description and format of the tool.
+        place: path of the tool in the request.
+
+    Raises:
+        ApiError: the format is of the wrong form.
+    """
+    form = tool.get("format") or {"type": "text"}
+    if not isinstance(form, Mapping) or form.get("type") not in ("text", "grammar"):
+        raise invalid(f"{place}.format.type is text or grammar", f"{place}.format.type")
+    grammar = form.get("grammar", form)
+    text: dict[str, Any] = {"type": "string"}
+    description = str(tool.get("description") or "")
+    warning = None
+    if form["type"] == "grammar":
+        syntax = grammar.get("syntax") if isinstance(grammar, Mapping) else None
+        definition = grammar.get("definition") if isinstance(grammar, Mapping) else None
+        if syntax not in ("lark", "regex") or not isinstance(definition, str):
+            where = f"{place}.format"
+            raise invalid(f"{where} needs a syntax, lark or regex, and a definition", where)
+        if syntax == "regex":
+            text["pattern"] = f"^(?:{definition})$"
+        else:
+            description += f"\n\nThe input follows this grammar (Lark):\n{definition}"
+            warning = f"{place}: the grammar of the input is told to the model, and not enforced"
+    parameters = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
+    function = {
+        "name": tool.get("name"),
+        "description": description.strip(),
+        "parameters": parameters,
+        "strict": "pattern" in text,
+    }
+    return {"type": "function", "function": function}, warning
+
+
+def input_of(arguments: str) -> str:
+    """Input of a call of such a tool, from the arguments of the function in its place."""
+    try:
+        value = msgspec.json.decode(arguments or "{}")
+    except msgspec.MsgspecError:
+        return arguments
+    text = value.get(INPUT) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else arguments
+
+
+def arguments_of(text: str) -> str:
+    """Arguments of the function in place of such a tool, from the input of a call."""
+    return msgspec.json.encode({INPUT: text}).decode()
+
+
 def chosen(
     definitions: Sequence[Mapping[str, Any]] | None,
     choice: object,
@@ -69,7 +131,7 @@ def chosen(
     details = choice.get(names[kind]) if names[kind] else choice
     if not isinstance(details, dict):
         raise invalid(f"tool_choice.{names[kind]} is missing", f"tool_choice.{names[kind]}")
-    if kind == "function":
+    if kind in ("function", "custom"):
         name = details.get("name")
         if name not in [_name(each) for each in offered]:
             raise invalid(f"tool_choice names {name!r:.80}, which is not offered", "tool_choice")

@@ -18,6 +18,7 @@ from mlxarch.server.answers.collected import Call, Collected, collect
 from mlxarch.server.answers.events import Delta, End
 from mlxarch.server.answers.options import Options
 from mlxarch.server.api.fields import keep_seconds
+from mlxarch.server.api.fill_in_middle import fill_in_prompt
 from mlxarch.server.api.ollama.requests import (
     ChatRequest,
     GenerateRequest,
@@ -158,7 +159,10 @@ async def generate(request: Request) -> Response:
     await server.models.acquire(body.model, context)
     options = to_options(body, served, context)
     model = served.language_model
-    if body.raw or not model.tokenizer.has_chat_template:
+    if body.suffix:
+        prompt = await server.in_thread(fill_in_prompt, model.tokenizer, body.prompt, body.suffix)
+        options = replace(options, continues=True)
+    elif body.raw or not model.tokenizer.has_chat_template:
         prompt = await server.in_thread(model.tokens_of, body.prompt)
         options = replace(options, continues=True)
     else:

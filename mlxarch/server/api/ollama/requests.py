@@ -112,7 +112,7 @@ class GenerateRequest(Answering):
         Raises:
             ApiError: a field asks for it.
         """
-        for name in ("suffix", "template", "context", "images"):
+        for name in ("template", "context", "images"):
             if getattr(self, name):
                 raise invalid(f"{name} is not supported; leave it out", name)
 

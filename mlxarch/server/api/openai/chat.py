@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,17 +13,23 @@ from mlxarch import __version__
 from mlxarch.errors import MlxArchError
 from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.server.answers.answers import Answers
-from mlxarch.server.answers.collected import Collected, collect
+from mlxarch.server.answers.collected import Call, Collected, collect
 from mlxarch.server.answers.events import Delta, End, Usage, Waiting
+from mlxarch.server.answers.tools import input_of
 from mlxarch.server.api.fields import keep_seconds
-from mlxarch.server.api.openai.chat_request import ChatRequest, to_messages, to_options
+from mlxarch.server.api.openai.chat_request import (
+    ChatRequest,
+    custom_names,
+    to_messages,
+    to_options,
+)
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import openai_error, to_api_error
 from mlxarch.server.http.responses import SSE_COMMENT, SSE_DONE, Stream, json_response, sse
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
 from mlxarch.tokenizer.tokenizer import Tokenizer
-from mlxarch.tool_calls.events import CallArguments, CallStarted
+from mlxarch.tool_calls.events import CallArguments, CallFinished, CallStarted
 
 
 async def chat_completions(request: Request) -> Response:
@@ -37,7 +43,7 @@ async def chat_completions(request: Request) -> Response:
     options = to_options(body, served, context)
     prompt = await server.render(served, messages, options, context)
     answers = await server.answer(served, [prompt], options, context)
-    form = _Form(served, context, options.top_logprobs)
+    form = _Form(served, context, options.top_logprobs, custom_names(body))
     if body.stream:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return Stream(form.stream(answers, usage))
@@ -86,8 +92,13 @@ class _Form:
     """Answers in the form of chat completions."""
 
     def __init__(
-        self, served: ServedModel, context: RequestContext, top_logprobs: int | None
+        self,
+        served: ServedModel,
+        context: RequestContext,
+        top_logprobs: int | None,
+        custom: Collection[str],
     ) -> None:
+        self._custom = custom
         self._tokenizer = served.language_model.tokenizer
         self._context = context
         self._with_logprobs = top_logprobs is not None
@@ -103,7 +114,7 @@ class _Form:
         choices = [
             {
                 "index": index,
-                "message": _message(answer),
+                "message": _message(answer, self._custom),
                 "logprobs": self._logprobs(answer.logprobs),
                 "finish_reason": answer.end.reason,
             }
@@ -117,6 +128,7 @@ class _Form:
 
     async def stream(self, answers: Answers, usage: bool) -> AsyncIterator[bytes]:
         """Chunks of a streamed response."""
+        custom: dict[tuple[int, int], str] = {}  # arguments of calls whose input is text
         for index in range(answers.count):
             yield self._chunk(index, {"role": "assistant", "content": ""}, usage)
         try:
@@ -129,6 +141,16 @@ class _Form:
                     elif isinstance(event, Delta):
                         delta = _delta(event)
                         yield self._chunk(index, delta, usage, logprobs=event.logprobs)
+                    elif isinstance(event, CallStarted) and event.name in self._custom:
+                        custom[index, event.index] = ""
+                        part = _custom_part(event.index, event.id, {"name": event.name})
+                        yield self._chunk(index, {"tool_calls": [part]}, usage)
+                    elif isinstance(event, CallArguments) and (index, event.index) in custom:
+                        custom[index, event.index] += event.text
+                    elif isinstance(event, CallFinished) and (index, event.index) in custom:
+                        text = input_of(custom[index, event.index])
+                        part = _custom_part(event.index, None, {"input": text})
+                        yield self._chunk(index, {"tool_calls": [part]}, usage)
                     elif isinstance(event, CallStarted | CallArguments):
                         yield self._chunk(index, {"tool_calls": [_call_part(event)]}, usage)
         except MlxArchError as error:
@@ -162,21 +184,28 @@ class _Form:
         return logprobs_object(self._tokenizer, entries) if self._with_logprobs else None
 
 
-def _message(answer: Collected) -> dict[str, Any]:
+def _message(answer: Collected, custom: Collection[str]) -> dict[str, Any]:
     content = None if answer.calls and not answer.text else answer.text
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if answer.calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.text},
-            }
-            for call in answer.calls
-        ]
+        message["tool_calls"] = [_call(call, call.name in custom) for call in answer.calls]
     if answer.thinking:  # two names are in use; clients read either
         message |= {"reasoning_content": answer.thinking, "reasoning": answer.thinking}
     return message
+
+
+def _call(call: Call, is_custom: bool) -> dict[str, Any]:
+    if is_custom:
+        custom = {"name": call.name, "input": input_of(call.text)}
+        return {"id": call.id, "type": "custom", "custom": custom}
+    function = {"name": call.name, "arguments": call.text}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _custom_part(index: int, id: str | None, custom: dict[str, str]) -> dict[str, Any]:
+    """Part of a call whose input is text: id and name once, then the input."""
+    head = {} if id is None else {"id": id, "type": "custom"}
+    return {"index": index, **head, "custom": custom}
 
 
 def _call_part(event: CallStarted | CallArguments) -> dict[str, Any]:

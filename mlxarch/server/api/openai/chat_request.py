@@ -5,7 +5,12 @@ from typing import Any, Literal
 from mlxarch.generation.thinking.switches import EFFORTS
 from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options, logit_bias, stop_strings
-from mlxarch.server.answers.tools import ToolOptions, chosen
+from mlxarch.server.answers.tools import (
+    ToolOptions,
+    arguments_of,
+    chosen,
+    custom_definition,
+)
 from mlxarch.server.api.fields import (
     AnswerCount,
     Count,
@@ -193,6 +198,10 @@ def _calls(message: Message, place: str) -> list[dict[str, Any]]:
         calls.append(ToolCall(message.function_call))
     result = []
     for index, call in enumerate(calls):
+        custom = call.custom
+        if custom is not None and isinstance(custom.get("name"), str):
+            text = arguments_of(str(custom.get("input") or ""))
+            call = ToolCall(FunctionCall(custom["name"], text), call.id)
         if call.function is None:
             where = f"{place}.tool_calls[{index}]"
             raise invalid(f"{where} is no call of a function", where, "unsupported_value")
@@ -274,18 +283,37 @@ def to_options(body: ChatRequest, served: ServedModel, context: RequestContext) 
         thinking_budget=body.reasoning.max_tokens if body.reasoning is not None else None,
         variables=variables,
         form=_form(body.response_format),
-        tools=_tools(body),
+        tools=_tools(body, context),
         conversation=body.prompt_cache_key or body.user,
     )
 
 
-def _tools(body: ChatRequest) -> ToolOptions:
+def _tools(body: ChatRequest, context: RequestContext) -> ToolOptions:
+    definitions: list[JsonObject] = []
     for index, tool in enumerate(body.tools or ()):
-        if tool.get("type", "function") != "function":
-            place = f"tools[{index}].type"
-            raise invalid(f"{place} is {tool['type']!r:.40}; only functions are called", place)
-    names = {"function": "function", "allowed_tools": "allowed_tools"}
-    return chosen(body.tools, body.tool_choice, body.parallel_tool_calls, names)
+        kind = tool.get("type", "function")
+        place = f"tools[{index}]"
+        if kind == "custom":
+            if not isinstance(tool.get("custom"), dict):
+                raise invalid(f"{place}.custom is missing", f"{place}.custom")
+            definition, warning = custom_definition(tool["custom"], f"{place}.custom")
+            definitions.append(definition)
+            if warning is not None:
+                context.warn(warning)
+        elif kind != "function":
+            raise invalid(
+                f"{place}.type is {kind!r:.40}; it is function or custom", f"{place}.type"
+            )
+        else:
+            definitions.append(tool)
+    names = {"function": "function", "allowed_tools": "allowed_tools", "custom": "custom"}
+    return chosen(definitions, body.tool_choice, body.parallel_tool_calls, names)
+
+
+def custom_names(body: ChatRequest) -> frozenset[str]:
+    """Names of the tools whose input is text."""
+    found = [tool.get("custom") for tool in body.tools or () if tool.get("type") == "custom"]
+    return frozenset(str(tool.get("name")) for tool in found if isinstance(tool, dict))
 
 
 def _form(given: ResponseFormat | None) -> AnswerSchema | None:

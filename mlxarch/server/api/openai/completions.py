@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from mlxarch.errors import MlxArchError
 from mlxarch.generation.logprobs import TokenLogprobs
+from mlxarch.language_model import LanguageModel
 from mlxarch.server.answers.answers import Answers
 from mlxarch.server.answers.collected import Collected, collect
 from mlxarch.server.answers.events import Delta, End, PromptRead, Waiting
@@ -25,6 +26,7 @@ from mlxarch.server.api.fields import (
     TopLogprobs,
     keep_seconds,
 )
+from mlxarch.server.api.fill_in_middle import fill_in_prompt
 from mlxarch.server.api.openai.chat import fingerprint, usage_object
 from mlxarch.server.api.openai.chat_request import StreamOptions
 from mlxarch.server.http.context import RequestContext
@@ -73,7 +75,7 @@ async def completions(request: Request) -> Response:
             "prompt",
         )
     model = served.language_model
-    tokens = [await server.in_thread(model.tokens_of, prompt) for prompt in prompts]
+    tokens = [await server.in_thread(_tokens, model, prompt, body.suffix) for prompt in prompts]
     answers = await server.answer(served, tokens, options, context)
     decode = model.tokenizer.decode
     texts = [
@@ -85,6 +87,15 @@ async def completions(request: Request) -> Response:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return Stream(form.stream(answers, usage))
     return json_response(await form.whole(answers))
+
+
+def _tokens(model: LanguageModel, prompt: str | list[int], suffix: str | None) -> list[int]:
+    """Token ids of a prompt; with a suffix, of one that asks for what stands between."""
+    if not suffix:
+        return model.tokens_of(prompt)
+    if not isinstance(prompt, str):
+        raise invalid("suffix needs a prompt that is text", "suffix")
+    return fill_in_prompt(model.tokenizer, prompt, suffix)
 
 
 def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
@@ -107,8 +118,8 @@ def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
 
 def _options(body: CompletionRequest, served: ServedModel) -> Options:
     count = body.n or 1
-    if body.suffix:
-        raise invalid("this model was not trained to fill in a middle; leave suffix out", "suffix")
+    if body.suffix and body.echo:
+        raise invalid("echo and suffix exclude each other", "echo")
     if body.best_of is not None and body.best_of > count:
         raise invalid("best_of larger than n is not supported", "best_of", "unsupported_value")
     if body.stream_options is not None and not body.stream:

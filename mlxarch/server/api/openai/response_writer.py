@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.server.answers.events import Delta, End, Usage
+from mlxarch.server.answers.tools import input_of
 from mlxarch.server.api.openai.chat import token_object
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.events import CallArguments, CallStarted
@@ -34,6 +35,7 @@ class ResponseWriter:
         summarize: whether reasoning is given as its summary.
         seal: whether reasoning items carry their text for clients that keep no items.
         namespaces: namespaces of functions; a call of NAMESPACE.NAME is given with both apart.
+        custom: names of tools whose input is text.
 
     Attributes:
         response: the response object so far.
@@ -47,12 +49,14 @@ class ResponseWriter:
         summarize: bool,
         seal: bool,
         namespaces: Collection[str] = (),
+        custom: Collection[str] = (),
     ) -> None:
         self.response = response
         self._tokenizer = tokenizer
         self._summarize = summarize
         self._seal = seal
         self._namespaces = namespaces
+        self._custom = custom
         self._number = 0
         self._item: dict[str, Any] | None = None
         self._text = ""
@@ -85,8 +89,20 @@ class ResponseWriter:
         """Events for a call of a tool."""
         if isinstance(event, CallArguments):
             self._text += event.text
+            if self._item is not None and self._item["type"] == "custom_tool_call":
+                return []  # the text within JSON is known at its end
             kind = "response.function_call_arguments.delta"
             return [self._call_event(kind, delta=event.text)]
+        if event.name in self._custom:
+            item = {
+                "id": _new_id("ctc"),
+                "type": "custom_tool_call",
+                "call_id": event.id,
+                "name": event.name,
+                "input": "",
+                "status": "in_progress",
+            }
+            return [*self.close_item(), self._open_item(item)]
         space, dot, name = event.name.partition(".")
         known = bool(dot) and space in self._namespaces
         item = {
@@ -139,6 +155,13 @@ class ResponseWriter:
             item["arguments"] = self._text or "{}"
             kind = "response.function_call_arguments.done"
             return [self._call_event(kind, name=item["name"], arguments=item["arguments"])]
+        if item["type"] == "custom_tool_call":
+            item["input"] = input_of(self._text)
+            name = "response.custom_tool_call_input"
+            return [
+                self._call_event(f"{name}.delta", delta=item["input"]),
+                self._call_event(f"{name}.done", input=item["input"]),
+            ]
         if item["type"] == "message":
             part = {
                 "type": "output_text",

@@ -18,6 +18,7 @@ from mlxarch.server.api.openai.response_writer import ResponseWriter
 from mlxarch.server.api.openai.responses_request import (
     ResponsesRequest,
     check,
+    custom_names,
     input_items,
     namespaces,
     to_messages,
@@ -63,6 +64,7 @@ async def create_response(request: Request) -> Response:
         summarize=bool(summary),
         seal="reasoning.encrypted_content" in (body.include or ()),
         namespaces=namespaces(body),
+        custom=custom_names(body),
     )
     keep = None if body.store is False else store
     events = _events(writer, answers, context, items, inputs, keep)

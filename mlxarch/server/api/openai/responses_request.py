@@ -7,7 +7,12 @@ from typing import Any, Literal
 
 from mlxarch.server.answers.constraint import AnswerSchema, schema_of
 from mlxarch.server.answers.options import Options
-from mlxarch.server.answers.tools import ToolOptions, chosen
+from mlxarch.server.answers.tools import (
+    ToolOptions,
+    arguments_of,
+    chosen,
+    custom_definition,
+)
 from mlxarch.server.api.fields import (
     Count,
     JsonObject,
@@ -125,9 +130,14 @@ def _tools(body: ResponsesRequest, context: RequestContext) -> ToolOptions:
             inner = listed if isinstance(listed, list) else []
             prefix = f"{tool.get('name')}."
             definitions += [_definition(each, prefix) for each in inner if isinstance(each, dict)]
+        elif kind == "custom":
+            definition, warning = custom_definition(tool, f"tools[{index}]")
+            definitions.append(definition)
+            if warning is not None:
+                context.warn(warning)
         else:
             context.warn(f"tools[{index}], {kind!r:.40}, is no function: left out")
-    names = {"function": "", "allowed_tools": ""}
+    names = {"function": "", "allowed_tools": "", "custom": ""}
     return chosen(definitions, body.tool_choice, body.parallel_tool_calls, names)
 
 
@@ -139,6 +149,12 @@ def _definition(tool: JsonObject, prefix: str) -> JsonObject:
         "strict": tool.get("strict") is True,
     }
     return {"type": "function", "function": function}
+
+
+def custom_names(body: ResponsesRequest) -> frozenset[str]:
+    """Names of the tools whose input is text."""
+    found = [tool for tool in body.tools or () if tool.get("type") == "custom"]
+    return frozenset(str(tool.get("name")) for tool in found)
 
 
 def namespaces(body: ResponsesRequest) -> frozenset[str]:
@@ -186,10 +202,10 @@ def to_messages(
         kind = item.get("type", "message" if "role" in item else None)
         if kind == "reasoning":
             reasoning = _reasoning_text(item, where)
-        elif kind == "function_call":
+        elif kind in ("function_call", "custom_tool_call"):
             _add_call(result, item, reasoning, where)
             reasoning = ""
-        elif kind == "function_call_output":
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             content = _content(item.get("output"), f"{where}.output")
             call_id = str(item.get("call_id", ""))
             result.append({"role": "tool", "tool_call_id": call_id, "content": content})
@@ -221,8 +237,10 @@ def _add_call(messages: list[dict[str, Any]], item: JsonObject, reasoning: str, 
     """Add a call to the turn of the assistant that it belongs to."""
     name = item.get("name")
     arguments = item.get("arguments")
+    if item.get("type") == "custom_tool_call" and isinstance(item.get("input"), str):
+        arguments = arguments_of(item["input"])
     if not isinstance(name, str) or not isinstance(arguments, str):
-        raise invalid(f"{where} lacks name or arguments, which are texts", where)
+        raise invalid(f"{where} lacks its name, or its arguments or input, which are texts", where)
     if namespace := item.get("namespace"):
         name = f"{namespace}.{name}"
     function = {"name": name, "arguments": arguments}

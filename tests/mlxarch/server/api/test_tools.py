@@ -1,6 +1,7 @@
 """Calls of tools in every API, by a tiny model with the template of a family that calls tools."""
 
 import json
+import re
 from collections.abc import Iterator
 
 import anthropic
@@ -114,7 +115,8 @@ def test_results_of_calls_come_back(calling: LiveServer):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type"),
+        ({"tools": [{"type": "web"}]}, "tools[0].type"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].custom"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
@@ -213,3 +215,61 @@ def test_the_package_of_ollama_offers_tools(calling: LiveServer):
         whole = client.chat("calling", USER, tools=TOOLS, options=options, think=False)
         assert whole.message.role == "assistant"
         assert client.show("calling").capabilities == ["completion", "thinking", "tools"]
+
+
+REGEX = {"type": "grammar", "syntax": "regex", "definition": "[ab]{3}"}
+CUSTOM = {"type": "custom", "name": "letters", "format": REGEX}
+
+
+def test_a_custom_tool_gets_text_of_its_grammar(calling: LiveServer):
+    grammar = {"syntax": "regex", "definition": "[ab]{3}"}
+    custom = {"name": "letters", "format": {"type": "grammar", "grammar": grammar}}
+    fields = {"tools": [{"type": "custom", "custom": custom}], "parallel_tool_calls": False}
+    [call] = ask(calling, **fields).json["choices"][0]["message"]["tool_calls"]
+    assert call["type"] == "custom"
+    assert re.fullmatch("[ab]{3}", call["custom"]["input"])
+    events = ask(calling, stream=True, **fields).events[:-1]
+    parts = [
+        part for event in events for part in event["choices"][0]["delta"].get("tool_calls", ())
+    ]
+    assert parts[0]["custom"] == {"name": "letters"}
+    assert parts[1]["custom"] == {"input": call["custom"]["input"]}
+    back = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "ok"},
+    ]
+    assert calling.chat(messages=back, max_tokens=1).status == 200
+
+
+def test_a_custom_tool_is_called_in_responses(calling: LiveServer):
+    body = {"input": "hi", "tools": [CUSTOM], "parallel_tool_calls": False, "stream": True}
+    body |= {"tool_choice": {"type": "custom", "name": "letters"}, "temperature": 0}
+    body["reasoning"] = {"effort": "none"}
+    events = calling.post("/v1/responses", body).events
+    [item] = events[-1]["response"]["output"]
+    assert item["type"] == "custom_tool_call"
+    assert re.fullmatch("[ab]{3}", item["input"])
+    done = next(e for e in events if e["type"] == "response.custom_tool_call_input.done")
+    assert done["input"] == item["input"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    output = {"type": "custom_tool_call_output", "call_id": item["call_id"], "output": "ok"}
+    turn = [{"role": "user", "content": "hi"}, item, output]
+    again = calling.post("/v1/responses", {"input": turn, "max_output_tokens": 16})
+    assert again.status == 200
+
+
+def test_a_custom_tool_of_another_form_is_refused_or_warned_of(calling: LiveServer):
+    def reply(**form):
+        tool = CUSTOM | {"format": form}
+        body = {"input": "hi", "tools": [tool], "max_output_tokens": 1}
+        return calling.post("/v1/responses", body)
+
+    assert reply(type="text").status == 200
+    assert (
+        "tools[0].format"
+        in reply(type="grammar", syntax="bnf", definition="x").json["error"]["message"]
+    )
+    assert reply(type="grammar", syntax="regex", definition="(").status == 400
+    lark = reply(type="grammar", syntax="lark", definition='start: "a"').json
+    assert "not enforced" in lark["warnings"][0]
