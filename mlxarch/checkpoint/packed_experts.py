@@ -83,7 +83,7 @@ class ManifestLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: str
     experts: Count
     stride: Count
-    parts: Annotated[tuple[RecordArray, ...], msgspec.Meta(min_length=3, max_length=12)]
+    parts: Annotated[tuple[RecordArray, ...], msgspec.Meta(min_length=2, max_length=12)]
     quantization: dict[Projection, RecordQuantization]
     crc32: tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**32)], ...]
 

@@ -19,6 +19,9 @@ SUFFIXES = (".svg", ".png")
 CHUNK_BYTES = 8 << 20  # of weights in float32 compared at once
 MAX_COLUMNS = 3  # panels side by side
 LOG_SCALE_RATIO = 4  # of the largest to the smallest value, above which an axis is logarithmic
+LABEL_SIZE = 8  # points
+LINE_HEIGHT = 1.3  # of a label, by its size
+LETTER_WIDTH = 0.62  # of a label, by its size
 _LAYER = re.compile(r".*\blayers\.(\d+)\.(.+)\.weight")
 
 
@@ -102,6 +105,10 @@ def draw_plots(
     styles = _line_styles([errors for _, errors in weight_errors])
     for panel, (name, errors) in zip(others, weight_errors, strict=False):
         _plot_errors_by_layer(panel, name, errors, styles)
+    _share_y_scale(
+        others[: len(weight_errors)],
+        [error for _, errors in weight_errors for error in errors.values()],
+    )
     for panel in others[len(weight_errors) :]:
         panel.set_axis_off()
     if styles:
@@ -109,6 +116,7 @@ def draw_plots(
         figure.legend(
             lines, list(styles), loc="outside lower center", ncols=2 * columns, fontsize=8
         )
+    _label_points(first, evaluations)
     metadata = {"Date": None} if file.suffix.lower() == ".svg" else None
     try:
         # a fixed salt and no date: the same data give the same file
@@ -119,27 +127,51 @@ def draw_plots(
 
 
 def _plot_kl_against_size(panel: Any, evaluations: Sequence[Evaluation]) -> None:
+    unit, divisor = _size_unit(evaluations)
     for evaluation in evaluations:
-        kl = evaluation.all.kl_mean
-        if kl is not None:
-            size = evaluation.size.bytes / 1e6
+        if kl := evaluation.all.kl_mean:
+            size = evaluation.size.bytes / divisor
             panel.errorbar(size, kl.value, yerr=2 * (kl.error or 0), fmt="o", capsize=3)
-            panel.annotate(
-                evaluation.model,
-                (size, kl.value),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
     means = [evaluation.all.kl_mean for evaluation in evaluations]
     _set_y_scale(panel, [mean.value if mean else 0.0 for mean in means])
-    panel.margins(x=0.25)
+    panel.margins(x=0.25, y=0.1)
     panel.set(
         title=f"against {evaluations[0].against}",
-        xlabel="weights, MB",
+        xlabel=f"weights, {unit}",
         ylabel="KL, nats a token (± 2 s.e.)",
     )
     panel.grid(alpha=0.3)
+
+
+def _size_unit(evaluations: Sequence[Evaluation]) -> tuple[str, float]:
+    """Unit of the axis of sizes, and its bytes."""
+    largest = max(evaluation.size.bytes for evaluation in evaluations)
+    return ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+
+
+def _label_points(panel: Any, evaluations: Sequence[Evaluation]) -> None:
+    """Write the names beside the points, moved down where one would cover another."""
+    figure = panel.figure
+    figure.draw_without_rendering()  # the layout decides where the points are
+    _, divisor = _size_unit(evaluations)
+    points = []
+    for evaluation in evaluations:
+        if kl := evaluation.all.kl_mean:
+            place = (evaluation.size.bytes / divisor, kl.value)
+            x, y = panel.transData.transform(place) * 72 / figure.dpi  # points
+            points.append((x, y, place, evaluation.model))
+    taken: list[tuple[float, float, float]] = []  # left, right, baseline
+    for x, y, place, name in sorted(points, key=lambda point: (-point[1], point[0])):
+        left = x + 6
+        right = left + LETTER_WIDTH * LABEL_SIZE * len(name)
+        baseline = y + 4
+        beside = [low for start, end, low in taken if start < right and left < end]
+        for low in sorted(beside, reverse=True):
+            if abs(low - baseline) < LINE_HEIGHT * LABEL_SIZE:
+                baseline = low - LINE_HEIGHT * LABEL_SIZE
+        taken.append((left, right, baseline))
+        offset = (6, baseline - y)
+        panel.annotate(name, place, offset, textcoords="offset points", fontsize=LABEL_SIZE)
 
 
 def _plot_errors_by_layer(
@@ -155,7 +187,6 @@ def _plot_errors_by_layer(
             panel.axhline(by_layer[None], **styles[kind])
         else:
             panel.plot(list(by_layer), list(by_layer.values()), **styles[kind])
-    _set_y_scale(panel, list(errors.values()))
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set(title=name, xlabel="layer", ylabel="squared error over squares of the original")
     panel.grid(alpha=0.3)
@@ -186,3 +217,14 @@ def _set_y_scale(panel: Any, values: Sequence[float]) -> None:
     """Use a logarithmic scale unless the range is so small that it would have few tick labels."""
     if min(values, default=0.0) > 0 and max(values) > LOG_SCALE_RATIO * min(values):
         panel.set_yscale("log")
+
+
+def _share_y_scale(panels: Sequence[Any], values: Sequence[float]) -> None:
+    """Give panels of different models one scale, so that they can be compared."""
+    limits = [panel.get_ylim() for panel in panels]
+    for panel in panels:
+        _set_y_scale(panel, values)
+        if panel.get_yscale() == "log":
+            panel.set_ylim(min(values) / 1.3, max(values) * 1.3)
+        else:
+            panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))

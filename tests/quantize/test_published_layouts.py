@@ -147,7 +147,7 @@ def test_every_way_of_quantizing_ends_in_a_model_near_its_source(name: str, tmp_
     assert receipt["evaluation"], receipt["not_evaluated"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES, "nemotron_h_moe"}))  # whose experts have no gate
 def test_packed_experts_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path)
     with open_resolved(source) as resolved:

@@ -1,10 +1,14 @@
 """Pictures of evaluations: what they show, in both formats, and what is refused."""
 
 import re
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from tiny_chat import make_chat_model
 
@@ -99,6 +103,40 @@ def test_panels_stand_in_rows_and_share_a_legend(original, found, tmp_path):
         assert text.count(">self_attn.q_proj<") == 1
         widths[count] = float(re.findall(r'width="([\d.]+)pt"', text)[0])
     assert widths[1] < widths[2] == widths[6]
+
+
+def test_names_of_models_do_not_cover_each_other(found):
+    alike = [*found, *found, found[0]]
+
+    def overlaps(label: Callable[[Any], object]) -> int:
+        figure = Figure(layout="constrained")
+        panel = figure.subplots()
+        plots._plot_kl_against_size(panel, alike)
+        label(panel)
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) == len(alike)
+        return sum(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+    def beside(panel: Any) -> None:
+        for each in alike:
+            panel.annotate(each.model, (each.size.bytes / 1e6, each.all.kl_mean.value))
+
+    assert overlaps(lambda panel: plots._label_points(panel, alike)) == 0
+    assert overlaps(beside) > 0  # negative control
+
+
+def test_panels_of_models_share_one_scale():
+    for values, scale in (([0.001, 0.5], "log"), ([0.4, 0.5], "linear"), ([0.0, 0.5], "linear")):
+        panels = Figure().subplots(1, 2)
+        for panel, value in zip(panels, values, strict=True):
+            panel.plot([value, value])
+        assert panels[0].get_ylim() != panels[1].get_ylim()
+        plots._share_y_scale(panels, values)
+        assert panels[0].get_ylim() == panels[1].get_ylim()
+        assert panels[0].get_yscale() == scale
+        low, high = panels[0].get_ylim()
+        assert low <= min(values) and max(values) <= high
 
 
 def test_the_original_itself_can_be_drawn(original, found, tmp_path, monkeypatch):
