@@ -103,7 +103,8 @@ def test_a_left_padded_batch_too(name: str, tmp_path: Path) -> None:
     found, wanted = both(model, kv, rows, padding)
     other = run(model, model.make_caches(kv=kv), rows)  # negative control: padding taken for text
     for index, pad in enumerate(padding):
-        assert distance(found[index, pad:], wanted[index, pad:]) <= parity.TOLERANCE
+        # both are computed here, and each may be so far from exact
+        assert distance(found[index, pad:], wanted[index, pad:]) <= 2 * parity.TOLERANCE
     assert distance(other[1, 11:], found[1, 11:]) > 1e-2
 
 
