@@ -4,7 +4,7 @@
     python benchmarks/llama_cpp.py --gguf FILE --threads 2 --rounds 9 --prompt 128 --prompt 512
 
 Needs the packages xllamacpp, which is llama.cpp, and gguf. Both sides have the same shape and as many bits: at 4 bits
-groups of 32 against Q4_1, at 8 bits groups of 64 against Q8_0, which is written beside the file. Our weights are random.
+groups of 32 against Q4_1, at 8 bits groups of 64 against Q8_0, which is written beforehand. Our weights are random.
 Figures are medians over the rounds, ratios the medians of the rounds' ratios: by the clock, and by the time of the
 process on all cores, which other programs disturb less. llama.cpp rounds activations to 8 bits, we do not.
 """

@@ -57,6 +57,11 @@ def status() -> tuple[bool, str]:
     return module is not None, text
 
 
+def is_used() -> bool:
+    """Whether operations in float32 are computed by the kernels here and now."""
+    return not _suspended and mx.default_device() == mx.cpu and _load()[0] is not None
+
+
 def description() -> str:
     """Describe the kernels in a few words, for statistics; empty on another device than a CPU."""
     if mx.default_device() != mx.cpu:

@@ -13,11 +13,13 @@ from mlx.utils import tree_reduce
 
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.blocks.layer import Layer
+from mlxarch.cpu_kernels import native
 from mlxarch.kv_cache import last_cached_layer, update_cache_only
 from mlxarch.kv_cache.base import evaluate_caches
 
 EVALUATION_SECONDS = 0.1  # aim of an evaluation
 FIRST_BYTES = 50e6  # weights times tokens of the first evaluation, 0.1 s on one slow CPU core
+KERNEL_SPEEDUP = 10  # at least, with the CPU kernels
 
 OnPart = Callable[[float], None]
 """Callback after each evaluation of a pass, with the part of the layers that is done, 0 to 1. An
@@ -28,7 +30,8 @@ class Pace:
     """Measured speed of a network: tokens times layers per second.
 
     On a CPU the time of a layer is proportional to its tokens, and a row's result does not depend
-    on the other rows, so the tokens of a pass follow the speed as well. Elsewhere only the layers
+    on the other rows (with the CPU kernels only by rounding, between passes of up to 16 rows and
+    longer ones), so the tokens of a pass follow the speed as well. Elsewhere only the layers
     of an evaluation do, and the speed is kept for each power of two of the number of tokens.
 
     Args:
@@ -38,7 +41,8 @@ class Pace:
 
     def __init__(self, layers: int, layer_bytes: int) -> None:
         self._layers = layers
-        self._first_tokens = max(1, int(FIRST_BYTES / max(layer_bytes, 1)))
+        first_bytes = FIRST_BYTES * (KERNEL_SPEEDUP if native.is_used() else 1)
+        self._first_tokens = max(1, int(first_bytes / max(layer_bytes, 1)))
         self._rates: dict[int, float] = {}
 
     def tokens(self, most: int, batch: int = 1) -> int:

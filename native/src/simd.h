@@ -48,15 +48,26 @@ inline floats to_floats(words value) {
   return __builtin_convertvector((ints)value, floats);
 }
 
-inline float sum(floats value) {
-  float halves[WIDTH];
-  store(halves, value);
-  for (int width = WIDTH / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; i++) {
-      halves[i] += halves[i + width];
-    }
+// Lane i of the result is lane i + DISTANCE
+template <int DISTANCE>
+inline floats lower(floats value) {
+  ints index;
+  for (int i = 0; i < WIDTH; i++) {
+    index[i] = (i + DISTANCE) % WIDTH;
   }
-  return halves[0];
+  return __builtin_shuffle(value, index);
+}
+
+inline float sum(floats value) {
+  if constexpr (WIDTH > 8) {
+    value += lower<8>(value);
+  }
+  if constexpr (WIDTH > 4) {
+    value += lower<4>(value);
+  }
+  value += lower<2>(value);
+  value += lower<1>(value);
+  return value[0];
 }
 
 inline floats select(ints condition, floats yes, floats no) {

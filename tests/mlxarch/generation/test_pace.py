@@ -143,6 +143,7 @@ def test_the_size_of_an_evaluation_follows_its_time() -> None:
 def test_only_a_cpu_shortens_passes(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace_module, "_is_cpu", lambda: cpu)
     monkeypatch.setattr(pace_module, "FIRST_BYTES", 50e6)
+    monkeypatch.setattr(pace_module, "KERNEL_SPEEDUP", 1)
     pace = Pace(layers=10, layer_bytes=25_000_000)
     assert pace.tokens(512) == (2 if cpu else 512)
     pace.record(2, 1, seconds=0.01)

@@ -16,6 +16,9 @@ from mlxarch.ssd_streaming.experts import streaming_of
 from streamed import attached, fingerprint, load
 from tiny_moe import make_moe
 
+# With them the parts of a prompt of up to 16 tokens and longer ones differ by rounding
+pytestmark = pytest.mark.without_kernels
+
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 MODES = [Quantization(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 MODES += [
