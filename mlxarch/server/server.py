@@ -22,6 +22,7 @@ from mlxarch.server.http.body import read_body
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import invalid
 from mlxarch.server.metrics import Metrics
+from mlxarch.server.prompt_history import Change, PromptHistory, PromptRecord, compare
 from mlxarch.server.response_store import ResponseStore
 from mlxarch.server.served_models import ServedModel, ServedModels
 from mlxarch.server.settings import Settings
@@ -41,6 +42,7 @@ class Server:
         started: Unix time of the start.
         metrics: figures for monitoring.
         responses: stored responses.
+        prompts: latest prompts, to explain what the prefix cache could not reuse.
         death: failure because of which the process ends.
     """
 
@@ -51,6 +53,7 @@ class Server:
     death: MlxArchError | None = None
     metrics: Metrics = field(default_factory=Metrics)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    prompts: PromptHistory = field(default_factory=PromptHistory)
 
     @classmethod
     def of(cls, request: Request) -> "Server":
@@ -93,6 +96,31 @@ class Server:
             return model.tokens_of(offering, {**variables, **given})
 
         return await self.in_thread(tokens)
+
+    def note_prompt(
+        self,
+        id: str,
+        served: ServedModel,
+        messages: Sequence[Mapping[str, Any]],
+        options: Options,
+        tokens: Sequence[int],
+    ) -> PromptRecord:
+        """Remember the prompt of an answer for comparisons with later ones."""
+        tools = options.tools.definitions
+        effort = (options.think, options.effort)
+        record = PromptRecord.of(served.name, messages, tools, effort, tokens)
+        self.prompts.add(id, record)
+        return record
+
+    def compare_prompts(
+        self, before: PromptRecord, now: PromptRecord, context: RequestContext
+    ) -> Change | None:
+        """Find what keeps a prompt from reusing an earlier one, and warn of it."""
+        change = compare(before, now)
+        if change is not None:
+            context.warn(f"the prefix cache misses: {change.sentence}")
+            context.log["miss"] = change.reason or "template"
+        return change
 
     async def render_open(
         self,

@@ -14,7 +14,7 @@ MARKS = {"<think>": False, "</think>": False}
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model that has a switch for thinking."""
     folder = tmp_path_factory.mktemp("served") / "tiny"
-    return make_chat_model(folder, template=THINKING, marks=MARKS)
+    return make_chat_model(folder, template=THINKING, context=1280, marks=MARKS)
 
 
 @pytest.fixture(scope="session")

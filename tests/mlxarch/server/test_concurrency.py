@@ -31,7 +31,7 @@ def ask(server: LiveServer, client: int, round: int) -> str:
 
 def leave(server: LiveServer, draw: random.Random) -> None:
     """Ask for a long answer, and leave after a moment."""
-    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3000}
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1000}
     body["stream"] = draw.random() < 0.5
     connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
     headers = {"content-type": "application/json"}

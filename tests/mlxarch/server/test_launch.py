@@ -16,7 +16,7 @@ DEAD_ENGINE = (
 )
 SLOW_LOAD = (
     "import time, mlxarch.language_model as lm; load = lm.load_folder;"
-    "lm.load_folder = lambda *a, **k: (k['progress']('weights', 3, 6), time.sleep(2), load(*a, **k))[-1];"
+    "lm.load_folder = lambda *a, **k: (k['progress']('weights', 3, 6), time.sleep(1), load(*a, **k))[-1];"
     "from mlxarch.cli.main import main; main()"
 )
 
@@ -34,7 +34,7 @@ def test_an_engine_that_fails_ends_the_process(tiny: Path):
     assert any("ZeroDivisionError" in line for line in live.log)
 
 
-def test_loading_shows_its_progress(tiny: Path):
+def test_loading_shows_its_progress_and_a_signal_lets_answers_end(tiny: Path):
     with running_server([tiny], command=("-c", SLOW_LOAD, "serve")) as live:
         health = live.get("/health")
         while health.json.get("progress", {}).get("total") != 6:
@@ -45,24 +45,6 @@ def test_loading_shows_its_progress(tiny: Path):
         busy = live.chat()
         assert busy.status == 503
         assert "retry-after" in busy.headers
-        live.wait_until_ready()
-        assert live.chat().status == 200
-
-
-def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path: Path, tiny: Path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in tiny.iterdir():
-        (broken / file.name).write_bytes(
-            file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes()
-        )
-    with running_server([broken]) as live:
-        assert live.process.wait(20) == 1
-    assert any("error:" in line for line in live.log)
-
-
-def test_a_signal_lets_answers_end(tiny: Path):
-    with running_server([tiny]) as live:
         live.wait_until_ready()
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 100, "stream": True}
         replies = []
@@ -78,30 +60,25 @@ def test_a_signal_lets_answers_end(tiny: Path):
     assert reply.events[-1] == "[DONE]"
 
 
-def test_a_signal_ends_an_endless_answer_with_an_error(tiny: Path):
+def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path: Path, tiny: Path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny.iterdir():
+        (broken / file.name).write_bytes(
+            file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes()
+        )
+    with running_server([broken]) as live:
+        assert live.process.wait(20) == 1
+    assert any("error:" in line for line in live.log)
+
+
+def test_a_key_protects_a_server_and_a_signal_ends_an_endless_answer(tiny: Path):
     command = (
-        "import mlxarch.server.settings as s; s.SHUTDOWN_SECONDS = 0.3;"
+        "import mlxarch.server.settings as s; s.SHUTDOWN_SECONDS = 0.1;"
         "from mlxarch.cli.main import main; main()"
     )
-    with running_server([tiny], command=("-c", command, "serve")) as live:
-        live.wait_until_ready()
-        body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4000, "stream": True}
-        data = json.dumps(body).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", live.port), 20) as connection:
-            connection.sendall(head.encode() + data)
-            received = connection.recv(1000)
-            live.process.send_signal(signal.SIGTERM)
-            while block := connection.recv(65536):
-                received += block
-        assert live.process.wait(10) == 0
-    assert b'data: {"error":{"message":' in received
-    assert b"[DONE]" not in received
-
-
-def test_a_key_protects_a_server(tiny: Path):
-    with running_server([tiny], "--api-key", "secret", "--lenient") as live:
+    options = ("--api-key", "secret", "--lenient")
+    with running_server([tiny], *options, command=("-c", command, "serve")) as live:
         while live.get("/health").status != 200:
             time.sleep(0.05)
         assert live.get("/health").json == {"status": "ok"}
@@ -112,4 +89,19 @@ def test_a_key_protects_a_server(tiny: Path):
         reply = live.post("/v1/chat/completions", body, **key)
         assert reply.status == 200
         assert "frobnicate" in reply.json["warnings"][0]
+
+        body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1200, "stream": True}
+        data = json.dumps(body).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += "x-api-key: secret\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", live.port), 20) as connection:
+            connection.sendall(head.encode() + data)
+            received = connection.recv(1000)
+            live.process.send_signal(signal.SIGTERM)
+            while block := connection.recv(65536):
+                received += block
+        assert live.process.wait(10) == 0
+    assert b'data: {"error":{"message":' in received
+    assert b"[DONE]" not in received
     assert not any("secret" in line for line in live.log)

@@ -28,6 +28,7 @@ from mlxarch.server.api.anthropic.requests import (
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import error_body, invalid, to_api_error
 from mlxarch.server.http.responses import Stream, json_response, sse
+from mlxarch.server.prompt_history import PromptRecord
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
 from mlxarch.tool_calls.events import CallArguments, CallStarted
@@ -46,8 +47,11 @@ async def create_message(request: Request) -> Response:
     served = await server.models.acquire(body.model, context)
     prompt = await _prompt(server, served, body, messages, options, context)
     answers = await server.answer(served, [prompt], options, context)
+    id = f"msg_{secrets.token_hex(12)}"
+    record = server.note_prompt(id, served, messages, options, prompt)
+    diagnostics = _diagnostics(server, body, record, context)
     shown = body.thinking is None or body.thinking.display != "omitted"
-    form = _Form(served, context, shown)
+    form = _Form(served, context, shown, id, diagnostics)
     if body.stream:
         return Stream(form.stream(answers, len(prompt)))
     return json_response(await form.whole(answers))
@@ -82,6 +86,35 @@ async def _prompt(
     return await server.render_open(served, messages, options, context)
 
 
+def _diagnostics(
+    server: Server, body: MessagesRequest, now: PromptRecord, context: RequestContext
+) -> dict[str, Any]:
+    """Reason of a miss of the prefix cache, if the request asks for it.
+
+    Raises:
+        ApiError: the id of the earlier message is no text.
+    """
+    if body.diagnostics is None:
+        return {}
+    id = body.diagnostics.get("previous_message_id")
+    if id is None:
+        return {"diagnostics": {"cache_miss_reason": None}}
+    if not isinstance(id, str):
+        where = "diagnostics.previous_message_id"
+        raise invalid(f"{where} is the id of a message, or null", where)
+    before = server.prompts.find(id)
+    if before is None:
+        return {"diagnostics": {"cache_miss_reason": {"type": "previous_message_not_found"}}}
+    change = server.compare_prompts(before, now, context)
+    if change is None:
+        return {"diagnostics": {"cache_miss_reason": None}}
+    if change.reason is None or change.reason == "effort_changed":
+        reason: dict[str, Any] = {"type": "unavailable"}
+    else:
+        reason = {"type": change.reason, "cache_missed_input_tokens": change.missed}
+    return {"diagnostics": {"cache_miss_reason": reason | {"explanation": change.sentence}}}
+
+
 def sign(thinking: str) -> str:
     """Signature of a thinking block: clients send it back, and nobody else reads it."""
     digest = hmac.new(_KEY, thinking.encode(), hashlib.sha256).digest()
@@ -107,14 +140,22 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 class _Form:
     """Answer in the form of messages."""
 
-    def __init__(self, served: ServedModel, context: RequestContext, show_thinking: bool) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        context: RequestContext,
+        show_thinking: bool,
+        id: str,
+        diagnostics: dict[str, Any],
+    ) -> None:
         self._context = context
         self._shown = show_thinking
         self._head = {
-            "id": f"msg_{secrets.token_hex(12)}",
+            "id": id,
             "type": "message",
             "role": "assistant",
             "model": served.name,
+            **diagnostics,
         }
 
     def _reason(self, end: End) -> dict[str, Any]:

@@ -27,10 +27,17 @@ from mlxarch.server.api.openai.responses_request import (
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import ApiError, invalid, to_api_error
 from mlxarch.server.http.responses import SSE_COMMENT, Stream, json_response, sse
+from mlxarch.server.prompt_history import PromptRecord
 from mlxarch.server.response_store import ResponseStore, StoredResponse
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
 from mlxarch.tool_calls.events import CallArguments, CallStarted
+
+_MISS_REASONS = {
+    "system_changed": "input_changed",
+    "messages_changed": "input_changed",
+    "effort_changed": "reasoning_effort_changed",
+}
 
 
 async def create_response(request: Request) -> Response:
@@ -55,6 +62,8 @@ async def create_response(request: Request) -> Response:
         prompt = await _truncated(server, served, messages, prompt, options, context)
     answers = await server.answer(served, [prompt], options, context)
     response = _response(body, served)
+    record = server.note_prompt(response["id"], served, messages, options, prompt)
+    response |= _diagnostics(server, body, record, context)
     summary = body.reasoning is not None and (
         body.reasoning.summary or body.reasoning.generate_summary
     )
@@ -74,6 +83,34 @@ async def create_response(request: Request) -> Response:
         if event is not None and event["type"] == "response.failed":
             raise ApiError(500, response["error"]["message"], code=response["error"]["code"])
     return json_response(response)
+
+
+def _diagnostics(
+    server: Server, body: ResponsesRequest, now: PromptRecord, context: RequestContext
+) -> dict[str, Any]:
+    """Reason of a miss of the prefix cache, if the request asks for it.
+
+    Raises:
+        ApiError: the id of the earlier response is no text.
+    """
+    id = (body.prompt_cache_options or {}).get("comparison_response_id")
+    if id is None:
+        return {}
+    if not isinstance(id, str):
+        where = "prompt_cache_options.comparison_response_id"
+        raise invalid(f"{where} is the id of a response", where)
+    before = server.prompts.find(id)
+    if before is None:
+        return {"prompt_cache_diagnostics": {"type": "comparison_response_not_found"}}
+    change = server.compare_prompts(before, now, context)
+    if change is None:
+        return {"prompt_cache_diagnostics": {"type": "cache_hit"}}
+    if change.reason is None:
+        return {"prompt_cache_diagnostics": {"type": "unavailable"}}
+    reason = _MISS_REASONS.get(change.reason, change.reason)
+    miss = {"type": "cache_miss", "reason": reason, "cache_missed_tokens": change.missed}
+    more = {"comparison_reusable_tokens": change.reusable, "explanation": change.sentence}
+    return {"prompt_cache_diagnostics": miss | more}
 
 
 async def _truncated(

@@ -183,7 +183,7 @@ def test_programs_that_speak_ollama(server: LiveServer):
     body = {
         "model": tags[0]["name"],
         "messages": [{"role": "user", "content": "hi"}],
-        "options": {"num_ctx": 2048, "num_predict": 4, "num_thread": 4, "repeat_penalty": 1.1},
+        "options": {"num_ctx": 1024, "num_predict": 4, "num_thread": 4, "repeat_penalty": 1.1},
         "keep_alive": "5m",
         "tools": CHAT_TOOLS,
         "stream": True,

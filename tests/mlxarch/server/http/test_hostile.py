@@ -150,7 +150,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(hasty: LiveServer):
 
 
 def test_too_many_requests_at_a_time_are_told_to_come_back(hasty: LiveServer):
-    body = json.dumps(json.loads(GOOD) | {"max_tokens": 4000, "stream": True})
+    body = json.dumps(json.loads(GOOD) | {"max_tokens": 1200, "stream": True})
     request = f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode()
     held = [socket.create_connection(("127.0.0.1", hasty.port), 10) for _ in range(4)]
     for connection in held:

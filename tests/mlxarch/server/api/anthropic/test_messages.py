@@ -51,7 +51,7 @@ def test_a_stream_has_events_in_order(server: LiveServer):
 def test_thinking_is_a_block_with_a_signature(server: LiveServer):
     switch = {"type": "enabled", "budget_tokens": 1024}
     # the prompt leaves a few tokens of the context
-    fields = {"content": "x" * 4085, "max_tokens": 1025}
+    fields = {"content": "x" * 1269, "max_tokens": 1025}
     answer = ask(server, thinking=switch, **fields).json
     [block] = answer["content"]
     assert block["type"] == "thinking"
@@ -146,7 +146,7 @@ def test_a_last_turn_of_the_assistant_is_continued(server: LiveServer):
 
 def test_a_limit_beyond_the_context_is_shortened_with_a_warning(server: LiveServer):
     answer = ask(server, max_tokens=32000, stop_sequences=list("etaoinshr~&,Jl;")).json
-    assert "4092" in answer["warnings"][0]
+    assert "1276" in answer["warnings"][0]
 
 
 @pytest.mark.parametrize(

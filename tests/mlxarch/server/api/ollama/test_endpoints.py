@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,10 +70,10 @@ def test_models_are_listed_and_shown(server: LiveServer):
     [tag] = server.get("/api/tags").json["models"]
     assert tag["name"] == tag["model"] == "tiny"
     [loaded] = server.get("/api/ps").json["models"]
-    assert loaded["context_length"] == 4096
+    assert loaded["context_length"] == 1280
     assert loaded["expires_at"].endswith("Z")
     shown = server.post("/api/show", {"model": "tiny"}).json
-    assert shown["model_info"]["llama.context_length"] == 4096
+    assert shown["model_info"]["llama.context_length"] == 1280
     assert shown["capabilities"] == ["completion", "thinking"]
     assert "message.role" in shown["template"]
 
@@ -91,7 +92,7 @@ def test_models_are_not_changed_by_requests(server: LiveServer, path):
     [
         ({"frobnicate": 1}, 400, "frobnicate"),
         ({"options": {"frobnicate": 1}}, 400, "options.frobnicate"),
-        ({"options": {"num_ctx": 100_000}}, 400, "4096"),
+        ({"options": {"num_ctx": 100_000}}, 400, "1280"),
         ({"model": "other"}, 404, "tiny"),
         ({"messages": [{"role": "user", "content": "a", "images": ["aa"]}]}, 400, "images"),
         ({"keep_alive": "soon"}, 400, "keep_alive"),
@@ -114,6 +115,7 @@ class Scripted:
     """Answers with a call, and one that is broken."""
 
     count = 1
+    readers = (SimpleNamespace(whole=lambda thinking, text: (thinking, text)),)
     EVENTS = (
         Delta("so "), CallStarted(0, "call_a", "f"), CallArguments(0, '{"a": '), CallArguments(0, "1}"),
         CallFinished(0), CallStarted(1, "call_b", "g"), CallFailed(1, "<g", "broken"), End("tool_calls"),

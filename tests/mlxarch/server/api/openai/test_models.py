@@ -12,7 +12,7 @@ def test_the_list_suits_the_clients_of_both_apis(server: LiveServer):
     assert model["object"] == model["type"] == "model"
     assert isinstance(model["created"], int)
     assert model["created_at"].endswith("Z")
-    assert model["context_length"] == 4096
+    assert model["context_length"] == 1280
     assert server.get("/models").json == page
 
 

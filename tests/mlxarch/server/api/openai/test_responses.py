@@ -86,13 +86,13 @@ def test_a_response_that_is_not_to_be_stored_is_not(server: LiveServer):
 def test_the_oldest_turns_are_left_out_where_that_is_asked_for(server: LiveServer):
     items = []
     for letter in "abcde":
-        items += [{"role": "user", "content": letter * 900}, {"role": "assistant", "content": "y"}]
+        items += [{"role": "user", "content": letter * 280}, {"role": "assistant", "content": "y"}]
     items.append({"role": "user", "content": "last"})
     assert respond(server, items).json["error"]["code"] == "context_length_exceeded"
     response = respond(server, items, truncation="auto").json
     assert "oldest" in response["warnings"][0]
-    assert 3000 < response["usage"]["input_tokens"] < 4096
-    alone = respond(server, "z" * 5000, truncation="auto").json
+    assert 900 < response["usage"]["input_tokens"] < 1280
+    alone = respond(server, "z" * 1500, truncation="auto").json
     assert alone["error"]["code"] == "context_length_exceeded"
 
 
