@@ -22,12 +22,14 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlxarch.blocks import CausalLM
 from mlxarch.blocks.linear import Matrix
 from mlxarch.generation import pace
 from mlxarch.generation.decode import decode
 from mlxarch.generation.prefill import default_chunk
 from mlxarch.generation.sampling import Sampling
 from mlxarch.generation.session import Session
+from mlxarch.kv_cache import StateCache
 from mlxarch.loading.load import load_model
 from mlxarch.loading.registry import architecture
 from mlxarch.planner.mlx_limits import set_limits
@@ -90,6 +92,36 @@ GEMMA3N: dict[str, Any] = COMMON | dict(
     vocab_size=65_536, vocab_size_per_layer_input=65_536, rope_local_base_freq=1e4, query_pre_attn_scalar=64,
 )  # fmt: skip
 
+QUARTER = dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.25)
+DELTA: dict[str, Any] = COMMON | dict(
+    model_type="qwen3_5_text", hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=64, linear_num_key_heads=8, linear_num_value_heads=16, linear_key_head_dim=64,
+    linear_value_head_dim=64, linear_conv_kernel_dim=4, rope_parameters=QUARTER, tie_word_embeddings=True,
+)  # fmt: skip
+KDA: dict[str, Any] = COMMON | dict(
+    model_type="kimi_linear", hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=8,
+    q_lora_rank=None, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64, num_experts=32,
+    num_shared_experts=1, num_experts_per_token=4, first_k_dense_replace=1, moe_intermediate_size=512,
+    moe_renormalize=True, routed_scaling_factor=2.4, tie_word_embeddings=False, hidden_act="silu",
+    linear_attn_config=dict(
+        kda_layers=[1, 2, 3, 5, 6, 7], num_heads=8, head_dim=128, short_conv_kernel_size=4
+    ),
+)  # fmt: skip
+MAMBA: dict[str, Any] = COMMON | dict(
+    model_type="nemotron_h", hidden_size=1024, intermediate_size=4096, hybrid_override_pattern="M-M*M-M-",
+    num_attention_heads=8, num_key_value_heads=2, head_dim=128, mamba_num_heads=32, mamba_head_dim=64, n_groups=4,
+    ssm_state_size=128, conv_kernel=4, tie_word_embeddings=False,
+)  # fmt: skip
+PARALLEL: dict[str, Any] = COMMON | dict(
+    model_type="falcon_h1", hidden_size=1024, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=128, mamba_n_heads=24, mamba_d_ssm=1536, mamba_d_state=128, mamba_d_conv=4,
+    tie_word_embeddings=True,
+)  # fmt: skip
+CONVOLUTION: dict[str, Any] = COMMON | dict(
+    model_type="lfm2", hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16,
+    num_key_value_heads=4, full_attn_idxs=[2, 5], conv_L_cache=3,
+)  # fmt: skip
+
 # name: config, bits of the matrices (16: not packed), context, and what is asked for
 SHAPES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "dense, 1k": (QWEN3, 16, 1024, {}),
@@ -110,6 +142,16 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "experts and sinks, 8k": (GPT_OSS, 4, 8192, {}),
     "per-layer embeddings, 2k": (GEMMA3N, 16, 2048, {"ple": "memory"}),
     "per-layer embeddings on the disk, 2k": (GEMMA3N, 16, 2048, {"ple": "ssd"}),
+    "gated DeltaNet, 2k": (DELTA, 16, 2048, {}),
+    "gated DeltaNet, 16k": (DELTA, 4, 16_384, {}),
+    "KDA and experts, 2k": (KDA, 4, 2048, {}),
+    "KDA and experts, 16k": (KDA, 4, 16_384, {}),
+    "Mamba-2, 2k": (MAMBA, 16, 2048, {}),
+    "Mamba-2, 16k": (MAMBA, 4, 16_384, {}),
+    "Mamba-2 beside attention, 2k": (PARALLEL, 16, 2048, {}),
+    "Mamba-2 beside attention, 16k": (PARALLEL, 4, 16_384, {}),
+    "short convolutions, 2k": (CONVOLUTION, 16, 2048, {}),
+    "short convolutions, 16k": (CONVOLUTION, 4, 16_384, {}),
 }
 
 
@@ -160,7 +202,7 @@ def measure(folder: Path, context: int, asked: dict[str, Any]) -> dict[str, int]
     longest = min(
         plan.execution.segment or chunk, context - 3 * TOKENS
     )  # prompt that passes together
-    fill(folder, session, context - longest - 3 * TOKENS, chunk)
+    fill(model, folder, session, context - longest - 3 * TOKENS, chunk)
     for new in (TOKENS, longest):  # in the second turn a session holds all that it can go back to
         prompt = [*session.tokens, *(token % 1000 for token in range(new))]
         for _ in decode(model, session, prompt, Sampling(), TOKENS):
@@ -185,17 +227,25 @@ def _figures(plan: Plan, folder: Path) -> dict[str, int]:
     }
 
 
-def fill(folder: Path, session: Session, tokens: int, chunk: int) -> None:
+def fill(model: CausalLM, folder: Path, session: Session, tokens: int, chunk: int) -> None:
     """Let the caches of a session hold so many tokens, without computing what they would be."""
+    first = 0
+    if tokens and session.has_states:  # a state has its size from the first token on
+        model.hidden_state(mx.array([[7]]), session.caches)
+        first = 1
     for cache, held in zip(
         session.caches, blueprint_from_folder(folder).footprint().caches, strict=True
     ):
-        for start in range(0, tokens if cache is not None and held is not None else 0, chunk):
-            count = min(chunk, tokens - start)
-            shapes = [(1, heads, count, size) for heads, size in held.vectors]
-            keys, values = mx.ones(shapes[0]) * 0.1, mx.ones(shapes[-1])
-            cache.append(keys, values)
-            mx.eval(cache.arrays())
+        for part in cache.parts if cache is not None and held is not None else ():
+            if isinstance(part, StateCache):
+                mx.eval(part.arrays())
+                part.length = tokens
+                continue
+            for start in range(first, tokens, chunk):
+                count = min(chunk, tokens - start)
+                shapes = [(1, heads, count, size) for heads, size in held.vectors]
+                part.append(mx.ones(shapes[0]) * 0.1, mx.ones(shapes[-1]))
+                mx.eval(part.arrays())
     session.tokens = [7] * tokens
 
 

@@ -10,10 +10,9 @@ MLX-LM has converted have these factors multiplied into their weights, and are r
 Source: arXiv:2507.22448; tiiuae/Falcon-H1-7B-Instruct/config.json; transformers' FalconH1Model.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,44 +22,32 @@ from mlxarch.blocks import (
     Attention,
     Cache,
     CausalLM,
-    DecoderConfig,
     ForwardContext,
     GatedMLP,
     Mamba2,
+    Mamba2Config,
     Mamba2Sizes,
     RMSNorm,
     RoPE,
-    Size,
     swiglu,
 )
-from mlxarch.blocks.recurrent.mamba2 import time_step_bounds
 from mlxarch.blocks.recurrent.parallel_mixer import ParallelMixer
 from mlxarch.blocks.weight_mapping import Rename
-from mlxarch.errors import ConfigError
 
 Five = Annotated[tuple[float, ...], Meta(min_length=5, max_length=5)]
 Two = Annotated[tuple[float, ...], Meta(min_length=2, max_length=2)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
+class Config(Mamba2Config):
     """Config; ``ssm_multipliers`` are of the gate, the inputs, B, C and the time steps."""
 
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
     projectors_bias: bool = False
-    mamba_proj_bias: bool = False
-    mamba_conv_bias: bool = True
-    mamba_d_ssm: Size | None = None
-    mamba_expand: Size = 2
-    mamba_n_heads: Size
-    mamba_n_groups: Size = 1
-    mamba_d_state: Size
-    mamba_d_conv: Size = 4
     mamba_rms_norm: bool = False
     mamba_norm_before_gate: bool = True
-    time_step_limit: tuple[Any, Any] = (0.0, math.inf)
     embedding_multiplier: float = 1.0
     lm_head_multiplier: float = 1.0
     key_multiplier: float = 1.0
@@ -73,30 +60,13 @@ class Config(DecoderConfig):
 
     @property
     def mamba(self) -> Mamba2Sizes:
-        """Sizes of the Mamba-2 halves."""
         norm = "norm first" if self.mamba_norm_before_gate else "gate first"
-        width = self.mamba_d_ssm or self.mamba_expand * self.hidden_size
-        return Mamba2Sizes(
-            heads=self.mamba_n_heads,
-            head_size=width // self.mamba_n_heads,
-            groups=self.mamba_n_groups,
-            state_size=self.mamba_d_state,
-            kernel=self.mamba_d_conv,
-            conv_bias=self.mamba_conv_bias,
+        return replace(
+            super().mamba,
             bias=self.mamba_proj_bias or self.projectors_bias,
             norm=norm if self.mamba_rms_norm else "gate only",
             norm_groups=self.mamba_n_groups,
-            time_steps=time_step_bounds(self.time_step_limit),
         )
-
-    def check(self) -> None:
-        super().check()
-        width = self.mamba_d_ssm or self.mamba_expand * self.hidden_size
-        if width % self.mamba_n_heads or self.mamba_n_heads % self.mamba_n_groups:
-            raise ConfigError(
-                f"config.json: mamba_d_ssm = {width} must be a multiple of mamba_n_heads = "
-                f"{self.mamba_n_heads}, and that of mamba_n_groups = {self.mamba_n_groups}"
-            )
 
 
 class ScaledMamba2(Mamba2):

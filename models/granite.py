@@ -11,10 +11,9 @@ Source: ibm-granite/granite-3.3-8b-instruct/config.json and
 ibm-granite/granite-4.0-h-tiny/config.json; transformers' GraniteModel and GraniteMoeHybridModel.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,12 +23,11 @@ from mlxarch.blocks import (
     Cache,
     CausalLM,
     Count,
-    DecoderConfig,
     Experts,
     ForwardContext,
     GatedMLP,
     Mamba2,
-    Mamba2Sizes,
+    Mamba2Config,
     MoE,
     NoRoPE,
     Positive,
@@ -46,7 +44,7 @@ LayerType = Literal["mamba", "linear_attention", "attention", "full_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
+class Config(Mamba2Config):
     """Config; ``intermediate_size`` is the width of an expert in the hybrid."""
 
     hidden_act: Literal["silu"] = "silu"
@@ -62,38 +60,11 @@ class Config(DecoderConfig):
     shared_intermediate_size: Size | None = None
     num_local_experts: Count = 0
     num_experts_per_tok: Count = 0
-    mamba_n_heads: Size = 1
-    mamba_d_head: Size | Literal["auto"] = "auto"
-    mamba_d_state: Size = 128
-    mamba_n_groups: Size = 1
-    mamba_d_conv: Size = 4
-    mamba_expand: Size = 2
-    mamba_conv_bias: bool = True
-    mamba_proj_bias: bool = False
-    time_step_limit: tuple[Any, Any] = (0.0, math.inf)
 
     def is_mamba(self, index: int) -> bool:
         """Whether the layer at ``index`` is a Mamba-2; the others have attention."""
         return self.layer_types is not None and "attention" not in self.layer_types[index].replace(
             "linear_attention", "mamba"
-        )
-
-    @property
-    def mamba(self) -> Mamba2Sizes:
-        """Sizes of the Mamba-2 layers; infinity is written in several ways."""
-        size = self.mamba_d_head
-        if size == "auto":
-            size = self.mamba_expand * self.hidden_size // self.mamba_n_heads
-        steps = [v if isinstance(v, int | float) else math.inf for v in self.time_step_limit]
-        return Mamba2Sizes(
-            heads=self.mamba_n_heads,
-            head_size=size,
-            groups=self.mamba_n_groups,
-            state_size=self.mamba_d_state,
-            kernel=self.mamba_d_conv,
-            conv_bias=self.mamba_conv_bias,
-            bias=self.mamba_proj_bias,
-            time_steps=(float(steps[0]), float(steps[1])),
         )
 
     def check(self) -> None:

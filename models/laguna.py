@@ -106,9 +106,6 @@ def moe(c: Config) -> MoE:
         c.hidden_size,
         c.num_experts,
         c.num_experts_per_tok,
-        groups=1,
-        kept=1,
-        renormalise=True,
         scale=c.moe_routed_scaling_factor,
     )
     experts = Experts(c.hidden_size, c.moe_intermediate_size, c.num_experts, swiglu)

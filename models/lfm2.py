@@ -117,8 +117,6 @@ def moe(c: Config) -> MoE:
         c.hidden_size,
         c.num_experts,
         c.num_experts_per_tok,
-        groups=1,
-        kept=1,
         renormalise=c.norm_topk_prob,
         scale=c.routed_scaling_factor,
         eps=1e-6,
@@ -128,30 +126,23 @@ def moe(c: Config) -> MoE:
 
 build = causal_lm(DecoderLayer)
 
-# Published name -> ours
-NAMES = {
-    r"^model\.embedding_norm\.": "model.norm.",
-    r"\.self_attn\.out_proj\.": ".self_attn.o_proj.",
-    r"\.self_attn\.([qk])_layernorm\.": r".self_attn.\1_norm.",
-    r"\.feed_forward\.w1\.": ".feed_forward.gate_proj.",
-    r"\.feed_forward\.w2\.": ".feed_forward.down_proj.",
-    r"\.feed_forward\.w3\.": ".feed_forward.up_proj.",
-    r"\.feed_forward\.expert_bias$": ".feed_forward.gate.e_score_correction_bias",
-}
+HALVES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
 WEIGHTS = (
     TransposeTo(r"\.conv\.conv\.weight$", "conv_L_cache"),
     *(
-        Stack(rf"\.experts\.(?P<expert>\d+)\.{ours}\.", rf".switch_mlp.{name}.")
-        for ours, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+        Stack(rf"\.experts\.(?P<expert>\d+)\.{published}\.", rf".switch_mlp.{ours}.")
+        for published, ours in HALVES
     ),
-    *(Rename(pattern, to) for pattern, to in NAMES.items()),
+    *(Rename(rf"\.feed_forward\.{name}\.", f".feed_forward.{ours}.") for name, ours in HALVES),
+    Rename(r"^model\.embedding_norm\.", "model.norm."),
+    Rename(r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+    Rename(r"\.self_attn\.([qk])_layernorm\.", r".self_attn.\1_norm."),
+    Rename(r"\.feed_forward\.expert_bias$", ".feed_forward.gate.e_score_correction_bias"),
 )
 SAVED = (
+    *(Rename(rf"\.feed_forward\.{ours}\.", f".feed_forward.{name}.") for name, ours in HALVES),
     Rename(r"^model\.norm\.", "model.embedding_norm."),
     Rename(r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
     Rename(r"\.self_attn\.([qk])_norm\.", r".self_attn.\1_layernorm."),
-    Rename(r"\.feed_forward\.gate_proj\.", ".feed_forward.w1."),
-    Rename(r"\.feed_forward\.down_proj\.", ".feed_forward.w2."),
-    Rename(r"\.feed_forward\.up_proj\.", ".feed_forward.w3."),
     Rename(r"\.feed_forward\.gate\.e_score_correction_bias$", ".feed_forward.expert_bias"),
 )

@@ -62,9 +62,7 @@ class DecoderLayer(nn.Module):
         rope = RoPE(c.rope_dims, c.rope)
         self.self_attn = Attention(c, rope=rope, norm=norm, qk_norm="projection")
         experts = c.num_local_experts
-        gate = GroupLimitedSigmoid(
-            c.hidden_size, experts, c.num_experts_per_tok, groups=1, kept=1, renormalise=True
-        )
+        gate = GroupLimitedSigmoid(c.hidden_size, experts, c.num_experts_per_tok)
         switch_mlp = Experts(c.hidden_size, c.intermediate_size, experts, swiglu)
         self.block_sparse_moe = MoE(gate, switch_mlp)
         self.input_layernorm = norm(c.hidden_size)

@@ -11,9 +11,8 @@ Source: arXiv:2504.03624; nvidia/Nemotron-H-8B-Base-8K/config.json and
 nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16/config.json; transformers' NemotronHModel.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import mlx.core as mx
@@ -26,11 +25,9 @@ from mlxarch.blocks import (
     Count,
     Experts,
     ForwardContext,
-    GroupLimitedSigmoid,
-    Linear,
     Mamba2,
+    Mamba2Config,
     Mamba2Sizes,
-    MoE,
     NoRoPE,
     Positive,
     ResidualOutput,
@@ -39,7 +36,7 @@ from mlxarch.blocks import (
     causal_lm,
     relu2,
 )
-from mlxarch.blocks.moe.shared_experts import GroupedExpertsConfig
+from mlxarch.blocks.moe.shared_experts import GroupedExpertsConfig, LatentMoE, make_grouped_router
 from mlxarch.blocks.weight_mapping import Ignore, Rename, Stack, TransposeTo
 from mlxarch.errors import ConfigError
 
@@ -49,10 +46,19 @@ RENAMED = {"linear_attention": "mamba", "full_attention": "attention"}  # by tra
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupedExpertsConfig):
+class Config(GroupedExpertsConfig, Mamba2Config):
     """Config; the kinds of layers are a pattern of letters, or listed."""
 
-    aliases: ClassVar = {"layer_norm_epsilon": "rms_norm_eps", "norm_eps": "rms_norm_eps"}
+    aliases: ClassVar = {
+        "conv_kernel": "mamba_d_conv",
+        "layer_norm_epsilon": "rms_norm_eps",
+        "mamba_head_dim": "mamba_d_head",
+        "mamba_num_heads": "mamba_n_heads",
+        "n_groups": "mamba_n_groups",
+        "norm_eps": "rms_norm_eps",
+        "ssm_state_size": "mamba_d_state",
+        "use_conv_bias": "mamba_conv_bias",
+    }
 
     hybrid_override_pattern: str | None = None
     layers_block_type: tuple[LayerKind, ...] | None = None
@@ -61,14 +67,6 @@ class Config(GroupedExpertsConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     use_bias: bool = False
-    mamba_proj_bias: bool = False
-    use_conv_bias: bool = True
-    mamba_num_heads: Size
-    mamba_head_dim: Size
-    n_groups: Size
-    ssm_state_size: Size
-    conv_kernel: Size
-    time_step_limit: tuple[Any, Any] = (0.0, math.inf)
     moe_intermediate_size: Count = 0
     moe_shared_expert_intermediate_size: Count = 0
     moe_latent_size: Size | None = None
@@ -94,49 +92,19 @@ class Config(GroupedExpertsConfig):
 
     @property
     def mamba(self) -> Mamba2Sizes:
-        """Sizes of the Mamba-2 layers; infinity is written in several ways."""
-        steps = [v if isinstance(v, int | float) else math.inf for v in self.time_step_limit]
-        return Mamba2Sizes(
-            heads=self.mamba_num_heads,
-            head_size=self.mamba_head_dim,
-            groups=self.n_groups,
-            state_size=self.ssm_state_size,
-            kernel=self.conv_kernel,
-            conv_bias=self.use_conv_bias,
-            bias=self.mamba_proj_bias or self.use_bias,
-            norm_groups=self.n_groups,
-            time_steps=(float(steps[0]), float(steps[1])),
-        )
+        bias = self.mamba_proj_bias or self.use_bias
+        return replace(super().mamba, bias=bias, norm_groups=self.mamba_n_groups)
 
     def check(self) -> None:
         if "moe" in self.kinds:
             super().check()
+        else:
+            Mamba2Config.check(self)
         if set(self.kinds) - set(KINDS.values()) or len(self.kinds) != self.num_hidden_layers:
             raise ConfigError(
                 "config.json: hybrid_override_pattern must have one of M, *, - and E for each of "
                 f"{self.num_hidden_layers} layers, found {self.hybrid_override_pattern!r}"
             )
-        if self.mamba_num_heads % self.n_groups:
-            raise ConfigError("config.json: mamba_num_heads must be a multiple of n_groups")
-
-
-class LatentMoE(MoE):
-    """Experts on a latent of the inputs, and a shared expert on the inputs themselves."""
-
-    def __init__(self, c: Config, gate: GroupLimitedSigmoid, shared: MLP | None) -> None:
-        width = c.moe_latent_size or c.hidden_size
-        experts = Experts(width, c.moe_intermediate_size, c.n_routed_experts, relu2, gated=False)
-        super().__init__(gate, experts, shared)
-        if c.moe_latent_size is not None:
-            self.fc1_latent_proj = Linear(c.hidden_size, width)
-            self.fc2_latent_proj = Linear(width, c.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        chosen, weights = self.gate(x)
-        latent = self.fc1_latent_proj(x) if "fc1_latent_proj" in self else x
-        y = (self.switch_mlp(latent, chosen) * weights[..., None].astype(x.dtype)).sum(-2)
-        y = self.fc2_latent_proj(y) if "fc2_latent_proj" in self else y
-        return y + self.shared_experts(x) if "shared_experts" in self else y
 
 
 class DecoderLayer(nn.Module):
@@ -167,19 +135,13 @@ class DecoderLayer(nn.Module):
 
 def moe(c: Config) -> LatentMoE:
     """Create the experts of one layer, their router and the shared expert."""
-    groups, kept = c.groups
-    gate = GroupLimitedSigmoid(
-        c.hidden_size,
-        c.n_routed_experts,
-        c.num_experts_per_tok,
-        groups=groups,
-        kept=kept,
-        renormalise=c.norm_topk_prob,
-        scale=c.routed_scaling_factor,
-    )
     width = c.moe_shared_expert_intermediate_size * (c.n_shared_experts or 0)
     shared = MLP(c.hidden_size, width, relu2, c.mlp_bias) if width else None
-    return LatentMoE(c, gate, shared)
+    latent = c.moe_latent_size
+    experts = Experts(
+        latent or c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, relu2, gated=False
+    )
+    return LatentMoE(make_grouped_router(c), experts, shared, c.hidden_size, latent)
 
 
 build = causal_lm(DecoderLayer)
@@ -189,7 +151,7 @@ WEIGHTS = (
     Rename(r"^backbone\.", "model."),
     Rename(r"^model\.embeddings\.", "model.embed_tokens."),
     Rename(r"^model\.norm_f\.", "model.norm."),
-    TransposeTo(r"\.conv1d\.weight$", "conv_kernel"),
+    TransposeTo(r"\.conv1d\.weight$", "mamba_d_conv"),
     Stack(r"\.experts\.(?P<expert>\d+)\.(\w+_proj)\.", r".switch_mlp.\2."),
     Rename(r"\.switch_mlp\.fc1\.", ".switch_mlp.up_proj."),
     Rename(r"\.switch_mlp\.fc2\.", ".switch_mlp.down_proj."),

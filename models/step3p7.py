@@ -35,6 +35,7 @@ from mlxarch.blocks import (
     ZeroCenteredRMSNorm,
     swiglu,
 )
+from mlxarch.blocks.attention.layer_types import rope_of_layers
 from mlxarch.blocks.weight_mapping import Ignore, IgnoreExtraLayers, Rename
 from mlxarch.errors import ConfigError
 
@@ -90,7 +91,7 @@ class Config(LayerTypesConfig):
             found.setdefault("num_sliding_attention_heads", other.get("num_attention_heads"))
         types = found.get("layer_types")
         if isinstance(found.get("rope_theta"), list) and isinstance(types, list):
-            found["rope_parameters"] = {name: rope_of(found, name) for name in set(types)}
+            found["rope_parameters"] = {name: rope_of_layers(found, name) for name in set(types)}
             for key in ("rope_theta", "rope_scaling"):
                 found.pop(key, None)
         for key in PADDED:
@@ -118,27 +119,6 @@ class Config(LayerTypesConfig):
             raise ConfigError("config.json: query_pre_attn_scalar must be head_dim")
 
 
-def rope_of(config: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
-    """RoPE parameters of a layer type, from lists with a value for each layer.
-
-    Raises:
-        ConfigError: layers of this type differ.
-    """
-    types = config["layer_types"]
-    factors = config.get("partial_rotary_factors") or [1.0] * len(types)
-    rows = zip(types, config["rope_theta"], factors, strict=False)
-    pairs = {(base, factor) for kind, base, factor in rows if kind == layer_type}
-    if len(pairs) != 1:
-        raise ConfigError(
-            "config.json: rope_theta and partial_rotary_factors must be the same in all layers of "
-            f"type {layer_type!r}, found {sorted(pairs)}"
-        )
-    [(base, factor)] = pairs
-    scaled = layer_type in (config.get("yarn_only_types") or types)
-    scaling = (config.get("rope_scaling") if scaled else None) or {}
-    return {**scaling, "rope_theta": base, "partial_rotary_factor": factor}
-
-
 class DecoderLayer(nn.Module):
     """Decoder layer with norms before attention and before the experts."""
 
@@ -162,9 +142,6 @@ class DecoderLayer(nn.Module):
                     c.hidden_size,
                     c.n_routed_experts,
                     c.num_experts_per_tok,
-                    groups=1,
-                    kept=1,
-                    renormalise=True,
                     scale=c.moe_router_scaling_factor,
                 ),
                 Experts(

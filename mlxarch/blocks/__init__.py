@@ -27,7 +27,7 @@ from mlxarch.blocks.moe.moe import Experts, MoE
 from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router, SoftmaxTopK
 from mlxarch.blocks.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from mlxarch.blocks.recurrent.gated_delta_net import GatedDeltaNet
-from mlxarch.blocks.recurrent.mamba2 import Mamba2, Mamba2Sizes
+from mlxarch.blocks.recurrent.mamba2 import Mamba2, Mamba2Config, Mamba2Sizes
 from mlxarch.blocks.recurrent.short_convolution import ShortConvolution
 from mlxarch.blocks.rope import NoRoPE, RoPE, RoPEConfig
 from mlxarch.kv_cache import Cache, KVArray, by_row
@@ -62,6 +62,7 @@ __all__ = [
     "LocalRoPEConfig",
     "MLP",
     "Mamba2",
+    "Mamba2Config",
     "Mamba2Sizes",
     "Mask",
     "MoE",

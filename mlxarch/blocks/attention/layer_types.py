@@ -1,7 +1,8 @@
 """Configs of decoders in which layers with full and with sliding-window attention alternate."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mlxarch.blocks.attention.span import Full, Sliding, Span
 from mlxarch.blocks.config import DecoderConfig, Positive, Size
@@ -105,3 +106,24 @@ class LocalRoPEConfig(SlidingPatternConfig):
     def context_length(self) -> int:
         """Tokens that the model is made for: published files count the scaling already."""
         return self.max_position_embeddings
+
+
+def rope_of_layers(config: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
+    """RoPE parameters of a layer type, from lists with a value for each layer.
+
+    Raises:
+        ConfigError: layers of this type differ.
+    """
+    types = config["layer_types"]
+    factors = config.get("partial_rotary_factors") or [1.0] * len(types)
+    rows = zip(types, config["rope_theta"], factors, strict=False)
+    pairs = {(base, factor) for kind, base, factor in rows if kind == layer_type}
+    if len(pairs) != 1:
+        raise ConfigError(
+            "config.json: rope_theta and partial_rotary_factors must be the same in all layers of "
+            f"type {layer_type!r}, found {sorted(pairs)}"
+        )
+    [(base, factor)] = pairs
+    scaled = layer_type in (config.get("yarn_only_types") or types)
+    scaling = (config.get("rope_scaling") if scaled else None) or {}
+    return {**scaling, "rope_theta": base, "partial_rotary_factor": factor}

@@ -139,9 +139,9 @@ class GroupLimitedSigmoid(Router):
         experts: int,
         k: int,
         *,
-        groups: int,
-        kept: int,
-        renormalise: bool,
+        groups: int = 1,
+        kept: int = 1,
+        renormalise: bool = True,
         scale: float = 1.0,
         eps: float = 1e-20,
     ) -> None:

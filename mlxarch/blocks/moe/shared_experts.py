@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlxarch.blocks.config import Count, DecoderConfig, Positive, Size
 from mlxarch.blocks.feed_forward import GatedActivation, GatedMLP, swiglu
-from mlxarch.blocks.linear import ExactLinear
+from mlxarch.blocks.linear import ExactLinear, Linear
 from mlxarch.blocks.moe.moe import Experts, MoE
 from mlxarch.blocks.moe.routers import GroupLimitedSigmoid, GroupLimitedSoftmax, Router
 from mlxarch.errors import ConfigError
@@ -68,9 +69,21 @@ def make_grouped_moe(
     activation: GatedActivation = swiglu,
 ) -> MoE:
     """Create the experts of a layer and their router; all shared experts become one wide one."""
-    groups, kept = c.groups
     width = c.moe_intermediate_size
-    gate = router(
+    experts = Experts(c.hidden_size, width, c.n_routed_experts, activation)
+    shared = None
+    if c.n_shared_experts:
+        shared = GatedMLP(c.hidden_size, width * c.n_shared_experts, activation)
+    return MoE(make_grouped_router(c, router), experts, shared)
+
+
+def make_grouped_router(
+    c: GroupedExpertsConfig,
+    router: type[GroupLimitedSigmoid | GroupLimitedSoftmax] = GroupLimitedSigmoid,
+) -> Router:
+    """Create the router of a layer."""
+    groups, kept = c.groups
+    return router(
         c.hidden_size,
         c.n_routed_experts,
         c.num_experts_per_tok,
@@ -79,11 +92,35 @@ def make_grouped_moe(
         renormalise=c.norm_topk_prob,
         scale=c.routed_scaling_factor,
     )
-    experts = Experts(c.hidden_size, width, c.n_routed_experts, activation)
-    shared = None
-    if c.n_shared_experts:
-        shared = GatedMLP(c.hidden_size, width * c.n_shared_experts, activation)
-    return MoE(gate, experts, shared)
+
+
+class LatentMoE(MoE):
+    """Experts on a latent of the inputs, and a shared expert on the inputs themselves.
+
+    Args:
+        dim: hidden size of the model.
+        latent: features of the latent; None for experts on the inputs.
+    """
+
+    def __init__(
+        self,
+        gate: Router,
+        switch_mlp: Experts,
+        shared_experts: nn.Module | None,
+        dim: int,
+        latent: int | None,
+    ) -> None:
+        super().__init__(gate, switch_mlp, shared_experts)
+        if latent is not None:
+            self.fc1_latent_proj = Linear(dim, latent)
+            self.fc2_latent_proj = Linear(latent, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        chosen, weights = self.gate(x)
+        latent = self.fc1_latent_proj(x) if "fc1_latent_proj" in self else x
+        y = (self.switch_mlp(latent, chosen) * weights[..., None].astype(x.dtype)).sum(-2)
+        y = self.fc2_latent_proj(y) if "fc2_latent_proj" in self else y
+        return y + self.shared_experts(x) if "shared_experts" in self else y
 
 
 class GatedSharedMoE(MoE):

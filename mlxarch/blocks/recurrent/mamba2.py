@@ -1,7 +1,6 @@
 """Mamba-2: a selective state space with a scalar decay for every head."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,10 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxarch.blocks.attention.forward_context import ForwardContext
+from mlxarch.blocks.config import DecoderConfig, Size
 from mlxarch.blocks.linear import Linear
 from mlxarch.blocks.recurrent.causal_convolution import CausalConvolution
 from mlxarch.blocks.recurrent.state_layer import StateLayer
 from mlxarch.blocks.recurrent.state_space import state_space
+from mlxarch.errors import ConfigError
 from mlxarch.kv_cache import Cache
 
 GatedNorm = Literal["gate first", "norm first", "gate only"]
@@ -52,10 +53,56 @@ class Mamba2Sizes:
         return self.heads * self.head_size
 
 
-def time_step_bounds(limit: Sequence[Any]) -> tuple[float, float]:
-    """Smallest and largest time step of a config; infinity is written in several ways."""
-    low, high = (float(v) if isinstance(v, int | float) else math.inf for v in limit)
-    return low, high
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(DecoderConfig):
+    """Config keys of Mamba-2 layers.
+
+    Attributes:
+        mamba_d_ssm: features of all heads; ``mamba_expand`` times the hidden size if neither it nor
+            ``mamba_d_head`` is given.
+    """
+
+    mamba_n_heads: Size = 1
+    mamba_d_head: Size | Literal["auto"] = "auto"
+    mamba_d_ssm: Size | None = None
+    mamba_expand: Size = 2
+    mamba_n_groups: Size = 1
+    mamba_d_state: Size = 128
+    mamba_d_conv: Size = 4
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    time_step_limit: tuple[Any, Any] = (0.0, math.inf)
+
+    @property
+    def mamba_width(self) -> int:
+        """Features of all heads of a layer."""
+        if self.mamba_d_ssm is None and self.mamba_d_head != "auto":
+            return self.mamba_n_heads * self.mamba_d_head
+        return self.mamba_d_ssm or self.mamba_expand * self.hidden_size
+
+    @property
+    def mamba(self) -> Mamba2Sizes:
+        """Sizes of the layers; infinity is written in several ways."""
+        low, high = (v if isinstance(v, int | float) else math.inf for v in self.time_step_limit)
+        return Mamba2Sizes(
+            heads=self.mamba_n_heads,
+            head_size=self.mamba_width // self.mamba_n_heads,
+            groups=self.mamba_n_groups,
+            state_size=self.mamba_d_state,
+            kernel=self.mamba_d_conv,
+            conv_bias=self.mamba_conv_bias,
+            bias=self.mamba_proj_bias,
+            time_steps=(float(low), float(high)),
+        )
+
+    def check(self) -> None:
+        super().check()
+        if self.mamba_width % self.mamba_n_heads or self.mamba_n_heads % self.mamba_n_groups:
+            raise ConfigError(
+                f"config.json: the width of Mamba-2, {self.mamba_width}, must be a multiple of "
+                f"mamba_n_heads = {self.mamba_n_heads}, and that of mamba_n_groups = "
+                f"{self.mamba_n_groups}"
+            )
 
 
 class Mamba2(StateLayer):
