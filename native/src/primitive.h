@@ -66,9 +66,10 @@ class CpuPrimitive : public mx::UnaryPrimitive {
   Reference reference_;
 };
 
-// The array in row-major order; weights, which are evaluated, have it already
+// The array in row-major order; weights, which are evaluated, have it already. An array that was
+// evaluated beside others becomes available only when it is asked.
 inline mx::array packed(const mx::array& x, mx::Stream stream) {
-  const bool known = x.status() == mx::array::Status::available && x.flags().row_contiguous;
+  const bool known = x.is_available() && x.flags().row_contiguous;
   return known ? x : mx::contiguous(x, false, stream);
 }
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -170,6 +171,20 @@ if BUILT:
         for row in range(16):
             alone = native.matmul(x[row : row + 1], arrays, mode, bits, group_size)
             assert alone is not None and bool(mx.array_equal(together[row : row + 1], alone))
+
+    def test_evaluated_weights_are_used_as_they_are(tmp_path: Path) -> None:
+        arrays = quantize((70, 256), 4, 64)
+        x = mx.zeros((1, 256))
+        mx.eval(arrays, x)
+
+        def operations(weights: Arrays) -> str:
+            y = native.matmul(x, weights, "affine", 4, 64)
+            assert y is not None
+            mx.export_to_dot(str(tmp_path / "graph.dot"), y)
+            return (tmp_path / "graph.dot").read_text()
+
+        assert "CpuMatmul" in operations(arrays) and "Contiguous" not in operations(arrays)
+        assert "Contiguous" in operations({name: array + 0 for name, array in arrays.items()})
 
     @pytest.mark.parametrize("repeats", [1, 3])
     @pytest.mark.parametrize(
