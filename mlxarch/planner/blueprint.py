@@ -6,7 +6,7 @@ listing the operations of a step (see ``activation_memory``).
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlxarch.blocks import CausalLM, Embedding, ExpertLinear
 from mlxarch.blocks.layer import mixer_name, token_mixer
 from mlxarch.blocks.linear import Matrix
+from mlxarch.blocks.per_head_linear import PerHeadLinear
 from mlxarch.checkpoint.lazy_tensor import DTYPES, FLOAT_DTYPES, LazyTensor
 from mlxarch.checkpoint.quantized_tensor import QuantizedTensor
 from mlxarch.inspection.structure import ShapeOnlyTensor
@@ -83,7 +84,11 @@ class Blueprint:
         self._stand_ins: dict[tuple[bool | int, ...], _NetworkState] = {}
         self._kinds = {path: _weight_kind(path, modules, tables, mixers) for path in tensors}
         self._sampled_layers = _sample_layers(network)
-        with _restored(network):  # a trace replaces the classes of modules
+        self._modules = list(network.modules())
+        self._has_per_head_weights = any(
+            isinstance(module, PerHeadLinear) for module in self._modules
+        )
+        with self._restored():  # a trace replaces the classes of modules
             self._footprint_without_weights = _footprint_without_weights(name, network)
         self.max_context = self._footprint_without_weights.max_context
         self.is_quantized = any(
@@ -114,6 +119,7 @@ class Blueprint:
             without_experts: leave out the experts, as streamed experts never run at the same time
                 as anything else.
         """
+        quantized &= self._has_per_head_weights  # others change the weights alone
         key = (context, chunk, float_bytes, fused, kv, quantized, without_experts)
         if key not in self._activation_peaks:
             self._activation_peaks[key] = self._simulate_chunk(*key)
@@ -158,7 +164,7 @@ class Blueprint:
         """
         key = (float_bytes, quantized, without_experts)
         network = self._network
-        with _restored(network):
+        with self._restored():
             if key in self._stand_ins:
                 self._stand_ins[key].apply()
             else:
@@ -168,8 +174,17 @@ class Blueprint:
                     quantize_per_head_stand_ins(network, Quantization(4, KV_GROUP_SIZE), dtype)
                 if without_experts:
                     _leave_out_experts(network)
-                self._stand_ins[key] = _NetworkState(network)
+                self._stand_ins[key] = _NetworkState(network.modules())
             yield network
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Undo all changes to the modules of the network at the end of the block."""
+        state = _NetworkState(self._modules)
+        try:
+            yield
+        finally:
+            state.apply()
 
     def footprint(self, bits: int | None = None, group_size: int = 64) -> Footprint:
         """Footprint of the model quantized to ``bits`` as ``mlxarch quantize`` does it.
@@ -343,10 +358,10 @@ def _footprint_without_weights(name: str, network: CausalLM) -> Footprint:
 
 
 class _NetworkState:
-    """Snapshot of the classes, arrays and attributes of all modules of a network."""
+    """Snapshot of the classes, arrays and attributes of modules."""
 
-    def __init__(self, network: CausalLM) -> None:
-        self._modules = [(m, type(m), dict(m), dict(vars(m))) for m in network.modules()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [(m, type(m), dict(m), dict(vars(m))) for m in modules]
 
     def apply(self) -> None:
         """Restore all modules."""
@@ -356,16 +371,6 @@ class _NetworkState:
             dict.update(module, items)  # nn.Module.update would only replace parameters
             vars(module).clear()
             vars(module).update(attributes)
-
-
-@contextmanager
-def _restored(network: CausalLM) -> Iterator[None]:
-    """Undo all changes to the modules of a network at the end of the block."""
-    state = _NetworkState(network)
-    try:
-        yield
-    finally:
-        state.apply()
 
 
 class _NoExperts(nn.Module):
