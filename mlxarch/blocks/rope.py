@@ -119,6 +119,10 @@ class RoPE(nn.Module):
         """Rotate vectors of every ``stride``-th position, the first at ``offset`` · ``stride``."""
         return self.rotate(x, offset, self._freqs / stride)
 
+    def rotate_back(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """Undo the rotation of a call with the same offset."""
+        return self.rotate(x, offset, -self._freqs)
+
     def rotate(self, x: mx.array, offset: int | mx.array, freqs: mx.array) -> mx.array:
         """Rotate with the periods ``freqs`` (dims / 2,); shapes as in the call."""
         if self.factor != 1.0:

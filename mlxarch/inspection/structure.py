@@ -1,6 +1,7 @@
 """Describe an architecture by the facts in which models differ, from a model without weights."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,15 +27,17 @@ from mlxarch.blocks.layer import token_mixer
 from mlxarch.blocks.linear import Matrix
 from mlxarch.blocks.recurrent.parallel_mixer import ParallelMixer
 from mlxarch.blocks.recurrent.state_layer import StateLayer
+from mlxarch.blocks.sparse.compressed_attention import CompressedAttention
 from mlxarch.checkpoint.layout import plan_layout
 from mlxarch.checkpoint.lazy_tensor import LazyTensor
 from mlxarch.inspection.trace import Block, trace
-from mlxarch.kv_cache import Cache, StateCache
+from mlxarch.kv_cache import Cache, CompressedCache, StateCache
 from mlxarch.loading.registry import architecture
 from mlxarch.quantization.scheme import check_quantization
 
 KV_CONTEXT = 32_768  # tokens for which the size of the KV cache is given
 COMMON_BLOCKS = {CausalLM, Embedding, Linear, Router}  # used by every model, so not listed
+MOST_RUNS = 12  # of equal layers that a description lists
 KV_ELEMENT_BYTES = 2  # float16 or bfloat16
 
 
@@ -110,11 +113,14 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
     active_parameters = _active_parameters(model)
     quantizable = _quantizable_weights(model)
     block_classes = _block_classes(model)
-    traced = trace(model, min(KV_CONTEXT, model.context_length))
+    context = min(KV_CONTEXT, model.context_length)
+    traced = trace(model, context)
     mixers = [token_mixer(layer) for layer in model.layers]
     attentions = [m for m in mixers if m is not None and not isinstance(m, StateLayer)]
     kv_shapes = _kv_shapes(traced.caches)
-    kv_heads = max((shape[1] for shape in kv_shapes), default=0)
+    compressed = [cache.sizes for cache in traced.caches if isinstance(cache, CompressedCache)]
+    entries_per_token = round(sum(sizes.elements_per_token for sizes in compressed))
+    kv_heads = max((shape[1] for shape in kv_shapes), default=1 if compressed else 0)
     is_latent = any("embed_q" in cast(nn.Module, attention) for attention in attentions)
     return Structure(
         file=found.name,
@@ -145,8 +151,9 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
         tied="lm_head" not in model,
         context=model.context_length,
         kv_bytes_per_token=KV_ELEMENT_BYTES
-        * sum(math.prod(shape) // shape[-2] for shape in kv_shapes),
-        kv_bytes_at_32k=KV_ELEMENT_BYTES * sum(map(math.prod, kv_shapes)),
+        * (sum(math.prod(shape) // shape[-2] for shape in kv_shapes) + entries_per_token),
+        kv_bytes_at_32k=KV_ELEMENT_BYTES
+        * (sum(map(math.prod, kv_shapes)) + sum(sizes.elements(context) for sizes in compressed)),
         state_bytes=_state_bytes(mixers, traced.caches),
         weight_bytes={bits: _weight_bytes(shapes, quantizable, bits) for bits in (16, 8, 4)},
         block_classes=block_classes,
@@ -168,7 +175,7 @@ def _state_bytes(mixers: Sequence[Any], caches: Sequence[Cache | None]) -> int:
         for mixer, cache in zip(mixers, caches, strict=True)
         if cache is not None
         for part in cache.parts
-        if isinstance(part, StateCache)
+        if isinstance(part, StateCache) and not isinstance(part, CompressedCache)
     )
 
 
@@ -245,13 +252,19 @@ def _weight_bytes(
 
 
 def describe_pattern(labels: Sequence[str]) -> str:
-    """Describe labels that repeat over the layers: "5 × a : 1 × b" where every sixth layer is b."""
+    """Describe labels that repeat over the layers: "5 × a : 1 × b" where every sixth layer is b.
+
+    Where nothing repeats soon, the labels are only counted: "21 × a, 20 × b, 2 × c".
+    """
     period = next(
         n
         for n in range(1, len(labels) + 1)
         if all(labels[i] == labels[i % n] for i in range(len(labels)))
     )
     runs = [(label, len(list(group))) for label, group in groupby(labels[:period])]
+    if len(runs) > MOST_RUNS:
+        counts = Counter(labels)
+        return ", ".join(f"{count} × {label}" for label, count in counts.most_common())
     if len(runs) == 1:
         return runs[0][0]
     return " : ".join(f"{count} × {label}" for label, count in runs)
@@ -268,6 +281,10 @@ def _describe_mixer(mixer: Any) -> str:
     if isinstance(span, Chunked):
         return f"chunk {span.size}"
     chosen = getattr(mixer, "index_topk", None)
+    if isinstance(mixer, CompressedAttention):
+        rates = [compressor.rate for compressor in mixer.compressors[:1]]
+        entries = "".join(f" and entries of {rate}" for rate in rates)
+        return f"window {mixer.window}{entries}" + (f", top {chosen}" if chosen else "")
     return f"top {chosen}" if chosen else "full"
 
 
@@ -279,7 +296,7 @@ def _describe_qk_norm(attention: Any, c: Any) -> str:
 
 
 def _describe_score_modifiers(attention: Any, c: Any) -> str:
-    modifiers = ["sinks"] if "sinks" in attention else []
+    modifiers = ["sinks"] if {"sinks", "attn_sink"} & set(attention) else []
     if cap := getattr(c, "attn_logit_softcapping", None):
         modifiers.append(f"soft cap {cap:g}")
     return ", ".join(modifiers)

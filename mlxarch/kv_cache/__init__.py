@@ -6,7 +6,8 @@ sliding         the newest tokens of a sliding window, in a ring buffer
 latent          one latent vector per token (multi-head latent attention)
 parallel        a state, and keys and values, of one layer
 recording       keys and values with an integer for each token
-state           a state of fixed size (linear attention, state-space models, convolutions)
+state           a state of fixed size (linear attention, state-space models, convolutions), and a
+                window with one entry for several older tokens (compressed attention)
 quantized       vectors in 8 or 4 bits, rotated before they are quantized
 rows            caches of several rows with different numbers of tokens, one for each row
 batched         caches of several rows in shared arrays
@@ -22,13 +23,16 @@ from mlxarch.kv_cache.prefill_only import last_cached_layer, update_cache_only
 from mlxarch.kv_cache.quantized import QuantizedVectors, UpProjectedLatents
 from mlxarch.kv_cache.rows import PerRow, RowCaches, by_row, join_rows
 from mlxarch.kv_cache.sliding import SlidingCache
-from mlxarch.kv_cache.state import StateCache
+from mlxarch.kv_cache.state import CompressedCache, CompressedSizes, EntrySizes, StateCache
 
 __all__ = [
     "BatchedCache",
     "BatchedStateCache",
     "Cache",
     "CacheBatch",
+    "CompressedCache",
+    "CompressedSizes",
+    "EntrySizes",
     "FullCache",
     "KVArray",
     "LatentCache",

@@ -1,4 +1,4 @@
-"""Cache of a layer that folds all earlier tokens into a state of fixed size."""
+"""Caches whose arrays are replaced: states of fixed size, and those that grow by entries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,3 +89,83 @@ class StateCache(Cache):
     def nbytes(self) -> int:
         saved = [array for snapshot in self._snapshots for array in snapshot.arrays]
         return super().nbytes + sum(array.nbytes for array in saved)
+
+
+@dataclass(frozen=True)
+class EntrySizes:
+    """Sizes of the entries that one compressor makes.
+
+    Attributes:
+        size: features of an entry.
+        rate: tokens of an entry.
+        width: numbers that are kept of a token until its entry is complete.
+        overlap: whether the next entry needs the tokens of the last one as well.
+    """
+
+    size: int
+    rate: int
+    width: int
+    overlap: bool
+
+    def elements(self, length: int) -> int:
+        """Numbers that are stored after ``length`` tokens."""
+        entries, tokens = divmod(length, self.rate)
+        if self.overlap and entries:
+            tokens += self.rate
+        return entries * self.size + tokens * self.width
+
+
+@dataclass(frozen=True)
+class CompressedSizes:
+    """Sizes of the cache of one layer.
+
+    Attributes:
+        size: features of the vector of a token.
+        window: newest tokens that a query sees; one less is stored.
+        entries: sizes of each kind of entry.
+    """
+
+    size: int
+    window: int
+    entries: tuple[EntrySizes, ...]
+
+    def elements(self, length: int) -> int:
+        """Numbers that are stored after ``length`` tokens."""
+        window = min(length, self.window - 1) * self.size
+        return window + sum(entry.elements(length) for entry in self.entries)
+
+    @property
+    def elements_per_token(self) -> float:
+        """Numbers by which the cache grows for each token of a long text."""
+        return sum(entry.size / entry.rate for entry in self.entries)
+
+
+class CompressedCache(StateCache):
+    """Arrays of a layer that grow by an entry whenever a number of tokens is complete.
+
+    They are replaced and never written in place, so that a snapshot costs no copy. Like a state
+    they return to a snapshot only: an entry cannot be taken apart again.
+
+    Attributes:
+        state: arrays of each row of the batch, one row after the other; rows may hold different
+            numbers of entries.
+    """
+
+    def __init__(self, sizes: CompressedSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def row_states(self, rows: int) -> list[tuple[mx.array, ...]]:
+        """Arrays of each of ``rows`` rows; empty before the first token."""
+        size = len(self.state) // rows
+        return [self.state[row * size : (row + 1) * size] for row in range(rows)]
+
+    def bytes_at(self, length: int) -> int:
+        return self.sizes.elements(length) * self.state[0].dtype.size
+
+    def _has_shape(self, length: int, mine: mx.array, other: mx.array) -> bool:
+        return mine.ndim == other.ndim and mine.shape[-1] == other.shape[-1]
+
+    def can_restore(self, length: int, arrays: tuple[mx.array, ...]) -> bool:
+        sizes = sum(array.size for array in arrays)
+        return super().can_restore(length, arrays) and sizes == self.sizes.elements(length)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -180,10 +180,25 @@ def _fill(
 LAYER = re.compile(r".*?\blayers\.\d+(?=\.)")
 
 
+def _checked_indices(array: mx.array, leaf: str, limit: int) -> mx.array:
+    """Check that all indices are in 0 … ``limit`` - 1: MLX would read arbitrary memory."""
+    low = cast(int, array.min().item())
+    high = cast(int, array.max().item())
+    if low < 0 or high >= limit:
+        raise CheckpointError(
+            f"tensor {leaf} has indices from {low} to {high}, and 0 to {limit - 1} are allowed; "
+            "download the checkpoint again"
+        )
+    return array
+
+
 def _assign(module: nn.Module, leaf: str, tensor: LazyTensor, dtype: mx.Dtype) -> None:
     if isinstance(module, Embedding):
         module.dtype = dtype
     if not isinstance(tensor, QuantizedTensor):
+        if leaf in (limits := getattr(module, "integers", {})):
+            module[leaf] = _checked_indices(tensor.load(), leaf, limits[leaf])
+            return
         module[leaf] = tensor.load().astype(
             mx.float32 if leaf in getattr(module, "float32", ()) else dtype
         )

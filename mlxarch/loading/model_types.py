@@ -11,6 +11,7 @@ MODELS = {
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "deepseek_v32": "deepseek_v32",
+    "deepseek_v4": "deepseek_v4",
     "ernie4_5": "ernie4_5",
     "ernie4_5_moe": "ernie4_5",
     "exaone4": "exaone4",

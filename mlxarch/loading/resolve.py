@@ -21,6 +21,7 @@ from mlxarch.loading.weight_rules import apply_rule
 
 HEAD = "lm_head.weight"
 ZERO_BIASES = "biases of zeros"
+INTEGER_DTYPES = frozenset({mx.int32, mx.int64})
 MAX_BIAS = 1 << 24  # elements that are read to see whether all are zeros
 
 
@@ -187,13 +188,21 @@ def _check_tensors(resolved: Resolved, shapes: Mapping[str, tuple[int, ...]]) ->
     Raises:
         CheckpointError: a tensor does not fit its parameter.
     """
+    integers = {
+        f"{path}.{leaf}"
+        for path, module in resolved.model.named_modules()
+        for leaf in getattr(module, "integers", ())
+    }
     for name, tensor in resolved.tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
             raise CheckpointError(
                 f"tensor {name} has shape {tensor.shape}, but config.json makes it {shapes[name]}; "
                 "the two files belong to different models"
             )
-        if not isinstance(tensor, QuantizedTensor) and tensor.dtype not in FLOAT_DTYPES:
+        if name in integers:
+            if tensor.dtype not in INTEGER_DTYPES:
+                raise CheckpointError(f"tensor {name} is {tensor.dtype}; it must hold integers")
+        elif not isinstance(tensor, QuantizedTensor) and tensor.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"tensor {name} is {tensor.dtype}; float32, float16 and bfloat16 are allowed"
             )

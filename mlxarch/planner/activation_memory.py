@@ -109,8 +109,13 @@ def fill_caches(
 
 
 def use_stand_ins(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Replace all parameters by stand-ins of ``dtype``, which take no memory."""
-    module.update(tree_map(lambda array: stand_in(array.shape, dtype), module.parameters()))
+    """Replace all parameters by stand-ins of ``dtype``, which take no memory; integers stay such."""
+
+    def replaced(array: mx.array) -> mx.array:
+        is_float = mx.issubdtype(array.dtype, mx.floating)
+        return stand_in(array.shape, dtype if is_float else array.dtype)
+
+    module.update(tree_map(replaced, module.parameters()))
 
 
 def quantize_per_head_stand_ins(

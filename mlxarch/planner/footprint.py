@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mlxarch.kv_cache import CompressedSizes
 from mlxarch.quantization.formats import KV_GROUP_SIZE
 from mlxarch.quantization.kv_vectors import vector_bytes
 from mlxarch.quantization.scheme import Quantization
@@ -57,17 +58,19 @@ class LayerCache:
         vectors: (heads, features) of each vector that is kept per token, usually key and value.
         window: number of newest tokens that are kept; None keeps all.
         state: floats of a recurrent state that are always in float32, and the others.
+        compressed: sizes of a cache whose entries stand for several tokens; it is not quantized.
     """
 
-    kind: Literal["full", "sliding", "chunked", "latent", "state"]
+    kind: Literal["full", "sliding", "chunked", "latent", "state", "compressed"]
     vectors: tuple[tuple[int, int], ...]
     window: int | None = None
     state: tuple[int, int] = (0, 0)
+    compressed: CompressedSizes | None = None
 
     @property
     def can_go_back(self) -> bool:
         """Whether it can forget its newest tokens without a copy of an earlier state."""
-        return self.window is None and not any(self.state)
+        return self.window is None and not any(self.state) and self.compressed is None
 
     @property
     def grows(self) -> bool:
@@ -85,6 +88,8 @@ class LayerCache:
 
     def nbytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
         """Bytes of the cache for a planned context."""
+        if self.compressed is not None:
+            return self.compressed.elements(context) * float_bytes
         kv = Quantization(kv_bits, KV_GROUP_SIZE) if kv_bits else None
         token = sum(heads * vector_bytes(size, kv, float_bytes) for heads, size in self.vectors)
         exact, others = self.state
@@ -195,8 +200,11 @@ class Footprint:
 
     @property
     def has_states(self) -> bool:
-        """Whether there are recurrent layers."""
-        return any(cache is not None and any(cache.state) for cache in self.caches)
+        """Whether there are layers that go back to copies only: recurrent or compressed ones."""
+        return any(
+            cache is not None and (any(cache.state) or cache.compressed is not None)
+            for cache in self.caches
+        )
 
     def snapshot_bytes(self, context: int, float_bytes: int, kv_bits: int | None = None) -> int:
         """Bytes of the caches that keep a window or a state only.

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from mlxarch.blocks import Chunked, ExpertLinear, Router, Sliding
 from mlxarch.blocks.attention.span import Latent
-from mlxarch.kv_cache import ParallelCache, StateCache
+from mlxarch.kv_cache import CompressedCache, ParallelCache, StateCache
 from mlxarch.planner.footprint import LayerCache, LayerExperts
 
 
@@ -37,6 +37,8 @@ def layer_cache(mixer: Any, cache: Any) -> LayerCache | None:
     if isinstance(cache, ParallelCache):
         state, own = (layer_cache(mixer, part) for part in cache.parts)
         return None if state is None or own is None else replace(own, state=state.state)
+    if isinstance(cache, CompressedCache):
+        return LayerCache("compressed", (), compressed=cache.sizes)
     if isinstance(cache, StateCache):
         sizes = [array.size for array in cache.state]
         count = mixer.float32_states

@@ -109,7 +109,9 @@ class LayerwiseModel:
             if path not in self._lazy_paths:
                 owner, _, leaf = path.rpartition(".")
                 replaced.append((modules[owner], leaf, modules[owner][leaf]))
-                modules[owner][leaf] = self._tensors[path].load().astype(mx.float32)
+                array = self._tensors[path].load()
+                indices = leaf in getattr(modules[owner], "integers", {})
+                modules[owner][leaf] = array if indices else array.astype(mx.float32)
         try:
             yield
         finally:

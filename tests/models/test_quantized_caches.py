@@ -20,6 +20,8 @@ from mlxarch.quantization.scheme import Quantization
 NAMES = sorted(
     folder.name for folder in parity.GOLDEN.iterdir() if (folder / "reference.safetensors").exists()
 )
+# refused there: see tests/models/test_deepseek_v4.py
+NAMES.remove("deepseek_v4")
 STEPS = (13, 1, 17, 2, 1, 1, 5, 1)  # tokens that run at once; a window of 8 is passed in each way
 
 

@@ -131,6 +131,9 @@ class MoE(nn.Module):
             self.shared_experts = shared_experts
 
     def __call__(self, x: mx.array) -> mx.array:
-        chosen, weights = self.gate(x)
+        return self.combine(x, *self.gate(x))
+
+    def combine(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """Weighted sum of the chosen experts (B, L, k), plus the shared expert."""
         y = (self.switch_mlp(x, chosen) * weights[..., None].astype(x.dtype)).sum(-2)
         return y + self.shared_experts(x) if "shared_experts" in self else y

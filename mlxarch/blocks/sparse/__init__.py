@@ -6,4 +6,6 @@ sparse_latent_attention  multi-head latent attention to the chosen tokens
 pools                    choose pools of neighbouring tokens
 block_sparse_attention   attention to blocks scored by averages of their keys
 pooled_latent_attention  latent attention to pools scored by learned averages
+compressor               entries that stand for several neighbouring tokens
+compressed_attention     attention to a window and to such entries
 """

@@ -25,6 +25,7 @@ WITHOUT_ENTRY = {  # in the catalog
     "cohere2",
     "cohere2_moe",
     "deepseek_v32",
+    "deepseek_v4",
     "ernie4_5",
     "exaone4",
     "gemma4",
