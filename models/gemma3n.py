@@ -246,7 +246,6 @@ class Gemma3n(PerLayerEmbeddingLM):
     def embed(self, tokens: mx.array, context: ForwardContext) -> mx.array:
         """Compute the first hidden state: token ids (B, L) -> (B, L, S, hidden_size)."""
         x = super().embed(tokens, context)
-        self.embed_for_layers(tokens, x, context)
         others = [match_rms(project(x), x) for project in self.model["altup_projections"]]
         return mx.stack([x, *others], axis=-2)
 

@@ -11,45 +11,32 @@ Source: config.json of google/gemma-4-E2B-it, google/gemma-4-26B-A4B-it and goog
 transformers' Gemma4TextModel; each file's config.json.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from msgspec import Struct
 
 from mlxarch.blocks import Cache, CausalLM, Experts, ForwardContext, GatedMLP, Linear, RMSNorm, RoPE
-from mlxarch.blocks.attention.layer_types import LayerTypesConfig
-from mlxarch.blocks.attention.shared_kv_attention import SharedKVAttention
+from mlxarch.blocks.attention.shared_kv_attention import SharedKVAttention, SharedKVConfig
 from mlxarch.blocks.config import Count, Positive, Size
 from mlxarch.blocks.feed_forward import geglu
 from mlxarch.blocks.layer import ResidualOutput
-from mlxarch.blocks.moe.routers import SoftmaxTopK
+from mlxarch.blocks.moe.routers import ScaledSoftmaxTopK
 from mlxarch.blocks.per_layer_embeddings import PerLayerEmbeddingLM
 from mlxarch.blocks.weight_mapping import IgnoreFrom, Rename, SplitRows
 from mlxarch.errors import ConfigError
 
 
-class LayerKeys(Struct, frozen=True, forbid_unknown_fields=True):
-    """Keys of one layer, as transformers 5 writes them."""
-
-    head_dim: Size | None = None
-    num_key_value_heads: Size | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config(LayerTypesConfig):
+class Config(SharedKVConfig):
     """Config; full layers have ``global_head_dim``, or their own keys in ``per_layer_config``."""
 
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
-    global_head_dim: Size | None = None
-    num_global_key_value_heads: Size | None = None
-    per_layer_config: dict[str, LayerKeys] | None = None
     attention_k_eq_v: bool = False
     final_logit_softcapping: Positive | None = None
     use_bidirectional_attention: Literal["vision", False] | None = None  # between images only
-    num_kv_shared_layers: Count = 0
     use_double_wide_mlp: bool = False
     hidden_size_per_layer_input: Count | None = 0
     vocab_size_per_layer_input: Size | None = None
@@ -60,53 +47,14 @@ class Config(LayerTypesConfig):
     tie_word_embeddings: bool = True
     partial_rotary_factor: None = None  # stands in rope_parameters, for proportional RoPE
 
-    @property
-    def first_sharing_layer(self) -> int:
-        """Index of the first layer that reuses the keys and values of an earlier layer."""
-        return self.num_hidden_layers - self.num_kv_shared_layers
-
-    def for_layer(self, index: int) -> Self:
-        """The config with the head size and the KV heads of a layer."""
-        if self.per_layer_config is not None:
-            keys = self.per_layer_config.get(str(index), LayerKeys())
-        elif self.layer_type(index) == "full_attention":
-            keys = LayerKeys(self.global_head_dim, self.num_global_key_value_heads)
-        else:
-            keys = LayerKeys()
-        heads = keys.num_key_value_heads or self.num_key_value_heads
-        head_dim = keys.head_dim or self.head_dim
-        return replace(self, head_dim=head_dim, num_key_value_heads=heads, per_layer_config=None)
-
     def check(self) -> None:
         super().check()
-        types = [self.layer_type(index) for index in range(self.num_hidden_layers)]
-        first = self.first_sharing_layer
-        if not 0 < first <= len(types) or set(types[first:]) - set(types[:first]):
-            raise ConfigError(
-                f"config.json: num_kv_shared_layers = {self.num_kv_shared_layers} of {len(types)} "
-                "layers leaves some without an earlier layer of their kind"
-            )
         experts = (self.num_experts, self.top_k_experts, self.moe_intermediate_size)
         if self.enable_moe_block and not all(experts):
             raise ConfigError(
                 "config.json: enable_moe_block needs num_experts, top_k_experts and "
                 "moe_intermediate_size; take the original model's"
             )
-
-
-class ScaledRouter(SoftmaxTopK):
-    """Router with a norm and a scale of its input, and a factor for every expert."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__(c.hidden_size, c.num_experts or 0, c.top_k_experts or 0, renormalise=True)
-        self.input_scale = mx.ones((c.hidden_size,))
-        self.per_expert_scale = mx.ones((c.num_experts or 0,))
-        self.eps = c.rms_norm_eps
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        x = mx.fast.rms_norm(x, self["input_scale"], self.eps) * x.shape[-1] ** -0.5
-        chosen, weights = super().__call__(x)
-        return chosen, weights * self["per_expert_scale"][chosen]
 
 
 class DecoderLayer(nn.Module):
@@ -136,7 +84,9 @@ class DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = norm()
         self.layer_scalar = mx.ones((1,))
         if c.enable_moe_block:
-            self.router = ScaledRouter(c)
+            self.router = ScaledSoftmaxTopK(
+                c.hidden_size, c.num_experts or 0, c.top_k_experts or 0, c.rms_norm_eps
+            )
             width = c.moe_intermediate_size or 0
             self.experts = Experts(c.hidden_size, width, c.num_experts or 0, geglu)
             self.post_feedforward_layernorm_1 = norm()
@@ -167,29 +117,16 @@ class DecoderLayer(nn.Module):
         return self.post_feedforward_layernorm_2((y * weights[..., None].astype(x.dtype)).sum(-2))
 
 
-class Gemma4(PerLayerEmbeddingLM):
-    """Model with per-layer embeddings where the config has them."""
-
-    def __init__(self, c: Config) -> None:
-        layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
-        norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        scale = c.hidden_size**0.5
-        super().__init__(c, layers, norm, embed_scale=scale, softcap=c.final_logit_softcapping)
-        if c.hidden_size_per_layer_input:
-            rows = c.vocab_size_per_layer_input or c.vocab_size
-            self.add_per_layer_embeddings(rows, c.hidden_size_per_layer_input, c.rms_norm_eps)
-
-    def embed(self, tokens: mx.array, context: ForwardContext) -> mx.array:
-        """Compute the first hidden state: token ids (B, L) -> (B, L, hidden_size)."""
-        x = super().embed(tokens, context)
-        if self.token_tables:
-            self.embed_for_layers(tokens, x, context)
-        return x
-
-
 def build(c: Config) -> CausalLM:
     """Build the model without loaded weights."""
-    return Gemma4(c)
+    layers = [DecoderLayer(c, index) for index in range(c.num_hidden_layers)]
+    norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+    cap = c.final_logit_softcapping
+    model = PerLayerEmbeddingLM(c, layers, norm, embed_scale=c.hidden_size**0.5, softcap=cap)
+    if c.hidden_size_per_layer_input:
+        rows = c.vocab_size_per_layer_input or c.vocab_size
+        model.add_per_layer_embeddings(rows, c.hidden_size_per_layer_input, c.rms_norm_eps)
+    return model
 
 
 PREFIX = "model.language_model."

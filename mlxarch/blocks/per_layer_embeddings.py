@@ -37,6 +37,12 @@ class PerLayerEmbeddingLM(CausalLM):
         self.model.per_layer_model_projection = Linear(hidden_size, count)
         self.model.per_layer_projection_norm = RMSNorm(features, eps)
 
+    def embed(self, tokens: mx.array, context: ForwardContext) -> mx.array:
+        x = super().embed(tokens, context)
+        if self.token_tables:
+            self.embed_for_layers(tokens, x, context)
+        return x
+
     def embed_for_layers(self, tokens: mx.array, x: mx.array, context: ForwardContext) -> None:
         """Compute the embeddings of all layers (B, L, layers, features) into ``context.shared``.
 

@@ -1,17 +1,68 @@
 """Attention whose last layers use the keys and values of earlier ones, as in the small Gemma models."""
 
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
+from msgspec import Struct
 
 from mlxarch.blocks.attention.attention import Attention
 from mlxarch.blocks.attention.forward_context import ForwardContext
-from mlxarch.blocks.config import DecoderConfig
+from mlxarch.blocks.attention.layer_types import LayerTypesConfig
+from mlxarch.blocks.config import Count, DecoderConfig, Size
 from mlxarch.blocks.linear import FusableProjections
 from mlxarch.blocks.norms import RMSNorm
+from mlxarch.errors import ConfigError
 from mlxarch.kv_cache import Cache, by_row
 from mlxarch.quantization.scheme import Quantization
+
+
+class LayerKeys(Struct, frozen=True, forbid_unknown_fields=True):
+    """Keys of one layer, as transformers 5 writes them."""
+
+    head_dim: Size | None = None
+    num_key_value_heads: Size | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedKVConfig(LayerTypesConfig):
+    """Config whose last layers use the keys and values of earlier ones.
+
+    Full layers have ``global_head_dim``, or layers have keys of their own in ``per_layer_config``.
+    """
+
+    num_kv_shared_layers: Count = 0
+    global_head_dim: Size | None = None
+    num_global_key_value_heads: Size | None = None
+    per_layer_config: dict[str, LayerKeys] | None = None
+
+    @property
+    def first_sharing_layer(self) -> int:
+        """Index of the first layer that reuses the keys and values of an earlier layer."""
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+    def for_layer(self, index: int) -> Self:
+        """The config with the head size and the KV heads of a layer."""
+        if self.per_layer_config is not None:
+            keys = self.per_layer_config.get(str(index), LayerKeys())
+        elif self.layer_type(index) == "full_attention":
+            keys = LayerKeys(self.global_head_dim, self.num_global_key_value_heads)
+        else:
+            keys = LayerKeys()
+        heads = keys.num_key_value_heads or self.num_key_value_heads
+        head_dim = keys.head_dim or self.head_dim
+        return replace(self, head_dim=head_dim, num_key_value_heads=heads, per_layer_config=None)
+
+    def check(self) -> None:
+        super().check()
+        types = [self.layer_type(index) for index in range(self.num_hidden_layers)]
+        first = self.first_sharing_layer
+        if not 0 < first <= len(types) or set(types[first:]) - set(types[:first]):
+            raise ConfigError(
+                f"config.json: num_kv_shared_layers = {self.num_kv_shared_layers} of {len(types)} "
+                "layers leaves some without an earlier layer of their kind"
+            )
 
 
 class SharedKVAttention(Attention):

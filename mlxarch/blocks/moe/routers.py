@@ -65,6 +65,27 @@ class SoftmaxTopK(Router):
         return chosen, weights * self.scale if self.scale != 1 else weights
 
 
+class ScaledSoftmaxTopK(SoftmaxTopK):
+    """``SoftmaxTopK`` with a norm and a scale of its input, and a factor for every expert.
+
+    Source: transformers' Gemma4TextRouter.
+
+    Args:
+        eps: of the norm.
+    """
+
+    def __init__(self, dim: int, experts: int, k: int, eps: float) -> None:
+        super().__init__(dim, experts, k, renormalise=True)
+        self.input_scale = mx.ones((dim,))
+        self.per_expert_scale = mx.ones((experts,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        x = mx.fast.rms_norm(x, self["input_scale"], self.eps) * x.shape[-1] ** -0.5
+        chosen, weights = super().__call__(x)
+        return chosen, weights * self["per_expert_scale"][chosen]
+
+
 def limit_to_top_groups(scores: mx.array, groups: int, kept: int, best: int) -> mx.array:
     """Set the scores (B, L, E) of experts outside of each token's ``kept`` best groups to -inf.
 
