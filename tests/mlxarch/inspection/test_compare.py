@@ -22,19 +22,23 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 WITHOUT_ENTRY = {  # in the catalog
     "apertus",
+    "bailing_hybrid",
     "cohere2",
     "cohere2_moe",
     "deepseek_v32",
     "deepseek_v4",
     "ernie4_5",
     "exaone4",
+    "falcon_h1",
     "gemma4",
     "glm5_next",
     "glm_moe_dsa",
     "granite",
     "hunyuan_v1",
+    "kimi_linear",
     "laguna",
     "lfm2",
+    "mimo_v2_flash",
     "minimax_m2",
     "mistral4",
     "muse_glimmer",
@@ -45,6 +49,7 @@ WITHOUT_ENTRY = {  # in the catalog
     "qwen3_next",
     "qwen4_exp",
     "seed_oss",
+    "step3p7",
 }
 
 
