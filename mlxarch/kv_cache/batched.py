@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlxarch.errors import InvalidInput
 from mlxarch.kv_cache.base import Cache
 from mlxarch.kv_cache.full import GROWTH, FullCache
 from mlxarch.kv_cache.latent import LatentCache
@@ -79,7 +80,8 @@ class BatchedCache(FullCache):
         self.window = window
 
     def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
-        assert buffer is not None and new.shape[2] == 1
+        if buffer is None or new.shape[2] != 1:
+            raise InvalidInput(f"a batch of rows takes one token a row, not {new.shape[2]}")
         at = self.batch.indices(self.window)
         buffer = mx.put_along_axis(buffer, at, new.astype(buffer.dtype), axis=2)
         return buffer, buffer[:, :, : self.batch.visible(self.window)]
