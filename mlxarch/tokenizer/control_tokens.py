@@ -30,9 +30,11 @@ class SpelledTokens:
 
     Args:
         tokens: texts of the control tokens.
+        normalize: normalizer of the tokenizer, if it searches normalized texts for control tokens.
     """
 
-    def __init__(self, tokens: Iterable[str]):
+    def __init__(self, tokens: Iterable[str], normalize: Callable[[str], str] | None = None):
+        self._normalize = normalize
         self._tokens = sorted(token for token in tokens if len(token) > 1)
         self._longest = max(map(len, self._tokens), default=0)
         self._tags = frozenset(filter(is_tag, self._tokens))
@@ -42,14 +44,26 @@ class SpelledTokens:
     def mark(self, text: str) -> str:
         """Put a mark behind the first character of each token, and behind a beginning at the end."""
         text = text.replace(MARK, "\ufffd")
-        starts = {at for at, tag in find_tags(text) if tag in self._tags}
-        if self._others is not None:
-            starts |= {match.start() for match in self._others.finditer(text)}
+        starts = self._find(text)
+        if self._normalize is not None and not text.isascii():
+            # NFKC makes "<" of "＜": a text that spells more tokens then is marked as it becomes
+            normalized = self._normalize(text)
+            found = self._find(normalized)
+            if len(found) > len(starts) or self._ends_within_a_token(normalized):
+                text = normalized
+                starts = found
         if starts:
             cuts = [0, *(at + 1 for at in sorted(starts)), len(text)]
             text = MARK.join(text[start:end] for start, end in zip(cuts, cuts[1:], strict=False))
         # what follows in the prompt must not complete a token
         return text + MARK if self._ends_within_a_token(text) else text
+
+    def _find(self, text: str) -> set[int]:
+        """Positions at which a token is spelled."""
+        starts = {at for at, tag in find_tags(text) if tag in self._tags}
+        if self._others is not None:
+            starts |= {match.start() for match in self._others.finditer(text)}
+        return starts
 
     def _ends_within_a_token(self, text: str) -> bool:
         for size in range(1, min(self._longest, len(text) + 1)):
@@ -69,12 +83,18 @@ class MessageMarker:
     Args:
         special: texts of the special tokens.
         tags: texts of other added tokens that are spelled as tags.
+        normalize: see ``SpelledTokens``.
     """
 
-    def __init__(self, special: Iterable[str], tags: Iterable[str]):
+    def __init__(
+        self,
+        special: Iterable[str],
+        tags: Iterable[str],
+        normalize: Callable[[str], str] | None = None,
+    ):
         special = set(special)
-        self._every = SpelledTokens(special.union(tags))
-        self._special = SpelledTokens(special.difference(_THINKING_TAGS))
+        self._every = SpelledTokens(special.union(tags), normalize)
+        self._special = SpelledTokens(special.difference(_THINKING_TAGS), normalize)
 
     def mark_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message with marks in its texts."""

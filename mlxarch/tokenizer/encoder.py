@@ -1,6 +1,6 @@
 """From a text to token ids: limits, special tokens at both ends, and control tokens kept as text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import tokenizers
@@ -80,12 +80,22 @@ class Encoder:
 
     @cached_property
     def _spelled_tokens(self) -> SpelledTokens:
-        return SpelledTokens(self._control_tokens)
+        return SpelledTokens(self._control_tokens, self.normalize)
+
+    @cached_property
+    def normalize(self) -> Callable[[str], str] | None:
+        """Normalizer in whose output control tokens are searched for; None if there is none."""
+        normalizer = self._tokenizer.normalizer
+        return normalizer.normalize_str if normalizer and self._searches_normalized else None
+
+    @cached_property
+    def _searches_normalized(self) -> bool:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        control = set(self._control_tokens)
+        return any(token.normalized for token in added if token.content in control)
 
     @cached_property
     def _without_marks(self) -> tokenizers.Tokenizer:
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        control = set(self._control_tokens)
-        normalized = any(token.normalized for token in added if token.content in control)
+        normalized = self._searches_normalized
         with translate_panics("copying the tokenizer"):
             return without_marks(self._tokenizer, in_normalized_text=normalized)

@@ -332,7 +332,7 @@ class Tokenizer:
 
     @cached_property
     def _message_marker(self) -> MessageMarker:
-        return MessageMarker(*self._control_texts)
+        return MessageMarker(*self._control_texts, self._encoder.normalize)
 
     @property
     def _control_texts(self) -> tuple[list[str], list[str]]:
