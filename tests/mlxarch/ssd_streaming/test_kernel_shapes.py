@@ -19,6 +19,8 @@ from mlxarch.ssd_streaming.experts import streaming_of
 from streamed import attached, fingerprint, load
 from tiny_moe import make_moe
 
+pytestmark = pytest.mark.without_kernels  # they watch MLX's own products
+
 EXPERTS, K = 16, 4
 COUNTS = (
     tuple(range(K, EXPERTS + 1)) if THOROUGH else (4, 5, 6, 8, 11, 15, 16)
