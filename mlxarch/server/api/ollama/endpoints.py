@@ -87,7 +87,8 @@ async def running(request: Request) -> Response:
         if served.state != "loaded":
             continue
         left = served.expires_in
-        until = now + (_FOREVER if left is None else timedelta(seconds=left))
+        forever = _FOREVER.total_seconds()
+        until = now + timedelta(seconds=forever if left is None else min(left, forever))
         plan = served.language_model.plan
         entry = _model(served) | {
             "expires_at": until.isoformat().replace("+00:00", "Z"),

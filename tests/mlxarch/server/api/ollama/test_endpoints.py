@@ -140,3 +140,11 @@ def test_a_call_is_one_line_with_its_arguments_as_an_object():
     assert whole["message"]["tool_calls"] == [call]
     assert whole["message"]["content"] == "so <g"
     assert whole["done_reason"] == "stop"
+
+
+def test_a_model_may_be_kept_for_longer_than_there_are_dates(server: LiveServer):
+    body = {"model": "tiny", "prompt": "a", "raw": True, "stream": False}
+    body |= {"options": {"num_predict": 1}, "keep_alive": 1e300}
+    assert server.post("/api/generate", body).status == 200
+    assert server.get("/api/ps").status == 200
+    assert server.post("/api/generate", body | {"keep_alive": "10m"}).status == 200
