@@ -25,7 +25,9 @@ def test_the_marks_of_a_vocabulary_are_used(tmp_path: Path, marks, expected):
     ids = fill_in_prompt(tokenizer, "a<b", "c")
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected.format(*marks)
     spelled = fill_in_prompt(tokenizer, marks[0], "c")
-    assert spelled.count(ids[ids.index(tokenizer.token_id(marks[0]) or 0)]) == 1  # a mark within the code is text
+    assert (
+        spelled.count(ids[ids.index(tokenizer.token_id(marks[0]) or 0)]) == 1
+    )  # a mark within the code is text
 
 
 def test_a_model_without_marks_says_so(server: LiveServer, tiny: Path):
