@@ -49,14 +49,15 @@ def runs_without_kernels(path: Path) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark that half, for ``-m without_kernels``; a file that is marked itself has chosen."""
     for item in items:
-        if "kernels" not in item.keywords and runs_without_kernels(item.path):
+        if item.get_closest_marker("kernels") is None and runs_without_kernels(item.path):
             item.add_marker("without_kernels")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compute with MLX alone in the half that does, processes that its tests start included."""
-    marks, by_name = request.node.keywords, runs_without_kernels(request.path)
+    marks = {mark.name for mark in request.node.iter_markers()}
+    by_name = runs_without_kernels(request.path)
     if "kernels" in marks or not (by_name or "without_kernels" in marks):
         yield
         return
