@@ -84,7 +84,13 @@ class TemperedAttention(Attention):
         self.length = c.attn_temperature_len
 
     def attend(
-        self, q: mx.array, k: KVArray, v: KVArray, mask: Mask, context: ForwardContext
+        self,
+        q: mx.array,
+        k: KVArray,
+        v: KVArray,
+        mask: Mask,
+        context: ForwardContext,
+        *index: Any,
     ) -> mx.array:
         # (L,), or (B, L) in a padded batch
         temperature = mx.log(mx.maximum(context.positions, self.length)) / math.log(self.length)

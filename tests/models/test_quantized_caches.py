@@ -13,6 +13,7 @@ import parity
 from mlxarch.blocks import Cache, CausalLM
 from mlxarch.blocks.attention import blockwise as scores
 from mlxarch.kv_cache import quantized as packed
+from mlxarch.kv_cache.parallel import ParallelCache
 from mlxarch.kv_cache.quantized import quantize_vectors
 from mlxarch.loading.load import load_model
 from mlxarch.quantization.scheme import Quantization
@@ -67,6 +68,8 @@ def both(
     for form, change in ((kv, noting), (None, repeating)):
         caches = model.make_caches(padding=padding, kv=form)
         for index, cache in enumerate(caches):
+            if isinstance(cache, ParallelCache):
+                cache = cache.keys_values
             if cache is not None:
                 cache.append = partial(change, index, cache.append)  # pyright: ignore[reportAttributeAccessIssue]
         logits.append(run(model, caches, rows))

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -198,7 +199,7 @@ def test_a_model_that_always_thinks_begins_without_a_tag(answer, streamed, whole
         reader = AnswerReader(tokenizer, tokenizer.encode("user:"), (), **settings)
         events = [event for token in tokenizer.encode(answer) for event in reader.add(token)]
         reader.ended = True  # as an end token does
-        return collected([*events, *reader.finish()])
+        return collected(cast("list[Segment]", [*events, *reader.finish()]))
 
     assert read() == streamed
     assert whole_answer(tokenizer, *read()) == whole

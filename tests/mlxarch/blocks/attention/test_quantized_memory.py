@@ -33,7 +33,8 @@ def peak(bits: int, length: int = 1) -> int:
     for _ in range(2):
         y = x
         for cache in caches:
-            y = attend(y, *cache.append(x[:, :KV_HEADS], x[:, :KV_HEADS]), None, scale=0.1)
+            keys, values = cache.append(x[:, :KV_HEADS], x[:, :KV_HEADS])
+            y = attend(y, keys, values, None, scale=0.1)
         mx.eval(y)
     return mx.get_peak_memory() - before + held
 

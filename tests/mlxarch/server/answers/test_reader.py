@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_a_whole_answer_is_split_where_thinking_was_closed_without_being_opened(
             for event in reader.read(output):
                 yield 0, event
 
-    [answer] = asyncio.run(collect(Finished()))
+    [answer] = asyncio.run(collect(cast(Any, Finished())))
     # a text that goes on is given as it is
     wanted = ("", text) if continues else ("plan", "answer")
     assert (answer.thinking, answer.text) == wanted
