@@ -14,7 +14,7 @@ Source: xai-org/grok-2/config.json; grok.py of sglang, with which xAI serves it.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
