@@ -20,6 +20,7 @@ from mlxarch.kv_cache.base import evaluate_caches
 EVALUATION_SECONDS = 0.1  # aim of an evaluation
 FIRST_BYTES = 50e6  # weights times tokens of the first evaluation, 0.1 s on one slow CPU core
 KERNEL_SPEEDUP = 10  # at least, with the CPU kernels
+KERNEL_TOKENS = 64  # with the CPU kernels at least: fewer would unpack the weights too often
 
 OnPart = Callable[[float], None]
 """Callback after each evaluation of a pass, with the part of the layers that is done, 0 to 1. An
@@ -30,8 +31,9 @@ class Pace:
     """Measured speed of a network: tokens times layers per second.
 
     On a CPU the time of a layer is proportional to its tokens, and a row's result does not depend
-    on the other rows (with the CPU kernels only by rounding, between passes of up to 16 rows and
-    longer ones), so the tokens of a pass follow the speed as well. Elsewhere only the layers
+    on the other rows, so the tokens of a pass follow the speed as well. With the CPU kernels, passes
+    of up to 16 rows round otherwise than longer ones; there the tokens follow the size of a layer
+    alone, so that results do not depend on the speed. Elsewhere only the layers
     of an evaluation do, and the speed is kept for each power of two of the number of tokens.
 
     Args:
@@ -43,13 +45,15 @@ class Pace:
         self._layers = layers
         first_bytes = FIRST_BYTES * (KERNEL_SPEEDUP if native.is_used() else 1)
         self._first_tokens = max(1, int(first_bytes / max(layer_bytes, 1)))
+        if native.is_used():
+            self._first_tokens = max(self._first_tokens, KERNEL_TOKENS)
         self._rates: dict[int, float] = {}
 
     def tokens(self, most: int, batch: int = 1) -> int:
         """Number of tokens of each prompt of a batch for the next pass, at most ``most``."""
         if not _is_cpu():
             return most
-        rate = self._rates.get(0)
+        rate = None if native.is_used() else self._rates.get(0)
         count = self._first_tokens if rate is None else int(rate * EVALUATION_SECONDS)
         return max(1, min(count // batch, most))
 

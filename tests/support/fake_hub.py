@@ -200,10 +200,11 @@ class Worker:
     """A Python that knows the fake Hub as the Hub; ``environment`` is added to this one's."""
 
     def __init__(self, environment: dict[str, str]) -> None:
+        computing = ("MLXARCH_CPU_KERNELS", "MLXARCH_THREADS")  # as this process, for equal bits
         kept = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("HF_", "MLXARCH_", "PIP_"))
+            if key in computing or not key.startswith(("HF_", "MLXARCH_", "PIP_"))
         }
         self.process = subprocess.Popen(
             [sys.executable, __file__],

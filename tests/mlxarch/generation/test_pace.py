@@ -18,6 +18,7 @@ from mlxarch.generation.sampling import Sampling
 from mlxarch.generation.session import Session
 from mlxarch.loading.load import load_model
 
+pytestmark = pytest.mark.without_kernels  # with them the passes do not follow the speed
 PROMPT = [3, 99, 14, 15, 92, 65, 35, 89, 79, 27, 18, 28]
 
 

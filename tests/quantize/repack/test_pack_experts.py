@@ -194,7 +194,7 @@ def change(folder: Path, **values: Any) -> None:
         ({"experts": 11}, "12 checksums for 11 experts"),
         ({"experts": 11, "crc32": [0] * 11}, "records of"),
         ({"stride": 16}, "longer than the stride"),
-        ({"parts": []}, "length >= 3"),
+        ({"parts": []}, "length >= 2"),
         ({"crc32": [-1] * 12}, ">= 0"),
         ({"surprise": 1}, "unknown field"),
         ({"quantization": {}}, "gate_proj"),
