@@ -21,6 +21,8 @@ from mlxarch.quantization.config_section import quantization_from_config
 from mlxarch.quantize import convert
 from tiny_llama import make_llama
 
+pytestmark = pytest.mark.without_kernels  # what reaches MLX's own product is watched
+
 Arrays = dict[str, np.ndarray]
 Config = dict[str, Any]
 Change = Callable[[Config, Arrays], object]
