@@ -75,6 +75,7 @@ $(READY)-%: pyproject.toml | $(VENV)/.created
 # The stamp is written in any case, so that a second call starts at once.
 $(VENV)/.kernels: $(wildcard native/src/*) native/setup.py native/pyproject.toml | $(VENV)/.created
 	@echo none >$@
+	@rm -rf native/build # objects there do not follow headers
 	@if ! echo '#include <version>' | $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null; then \
 	    echo "No C++20 compiler ($(CXX)): going on without the CPU kernels, slower"; exit 0; \
 	fi; \

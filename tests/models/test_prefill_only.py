@@ -32,6 +32,12 @@ NAMES = sorted(
 PROMPT = np.random.default_rng(4).integers(0, 40, 40).tolist()
 CHUNKS = [16, 16, 7, 1]  # on a CPU the last token comes by itself
 PACKED = Quantization(8, 32)
+KINDS = [
+    pytest.param(name, kv, id=f"{name}-{'packed' if kv else 'as computed'}")
+    for name in NAMES
+    for kv in (None, PACKED)
+    if not (kv and name == "deepseek_v4")  # compressed attention refuses to quantize its cache
+]
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +94,7 @@ def only_caches(
     return fingerprint(prefill(model, session, prompt), session.caches)
 
 
-@pytest.mark.parametrize("kv", [None, PACKED], ids=["as computed", "packed"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kv"), KINDS)
 def test_the_last_layer_with_a_cache_is_done_once_a_prompt_and_all_bits_are_the_same(
     name: str, kv: Quantization | None
 ) -> None:
