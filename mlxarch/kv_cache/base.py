@@ -62,13 +62,16 @@ class Cache(ABC):
         buffers: dict[int, tuple[mx.array, ...]] = {}
         visible: list[KVArray] = []
         for index, tensor in enumerate(tensors):
-            quantized = None if self.kv is None else quantize_vectors(tensor, self.kv)
-            arrays = (tensor,) if quantized is None else quantized.arrays
-            stored = self._buffers.get(index, (None,) * len(arrays))
-            written = [self._write(*pair) for pair in zip(stored, arrays, strict=True)]
+            if self.kv is None:
+                buffer, found = self._write(self._buffers.get(index, (None,))[0], tensor)
+                buffers[index] = (buffer,)
+                visible.append(found)
+                continue
+            quantized = quantize_vectors(tensor, self.kv)
+            stored = self._buffers.get(index, (None,) * QUANTIZED_ARRAYS)
+            written = [self._write(*pair) for pair in zip(stored, quantized.arrays, strict=True)]
             buffers[index] = tuple(buffer for buffer, _ in written)
-            found = tuple(array for _, array in written)
-            visible.append(found[0] if quantized is None else quantized.with_arrays(found))
+            visible.append(quantized.with_arrays(tuple(array for _, array in written)))
         # length first: if interrupted in between, no overwritten token counts as stored
         self._advance(tensors[0].shape[2])
         self._buffers = {**self._buffers, **buffers}

@@ -30,11 +30,13 @@ class BatchLengths:
         self.lengths: list[int] = []
         self._offsets: mx.array | None = None
         self._indices: dict[int | None, mx.array] = {}
+        self._are_equal: bool | None = None
 
     def changed(self) -> None:
         """Forget what was derived from the lengths before."""
         self._offsets = None
         self._indices = {}
+        self._are_equal = None
 
     @property
     def offsets(self) -> mx.array:
@@ -46,7 +48,9 @@ class BatchLengths:
     @property
     def are_equal(self) -> bool:
         """Whether every place holds the same number of tokens."""
-        return len(set(self.lengths)) == 1
+        if self._are_equal is None:
+            self._are_equal = len(set(self.lengths)) == 1
+        return self._are_equal
 
     def indices(self, window: int | None) -> mx.array:
         """Index (B, 1, 1, 1) at which each place stores its next token."""
@@ -82,8 +86,12 @@ class BatchedCache(FullCache):
     def _write(self, buffer: mx.array | None, new: mx.array) -> tuple[mx.array, mx.array]:
         if buffer is None or new.shape[2] != 1:
             raise InvalidInput(f"a batch of rows takes one token a row, not {new.shape[2]}")
-        at = self.batch.indices(self.window)
-        buffer = mx.put_along_axis(buffer, at, new.astype(buffer.dtype), axis=2)
+        if self.batch.are_equal:
+            index = self.batch.lengths[0] % (self.window or buffer.shape[2])
+            buffer[:, :, index : index + 1] = new
+        else:
+            at = self.batch.indices(self.window)
+            buffer = mx.put_along_axis(buffer, at, new.astype(buffer.dtype), axis=2)
         return buffer, buffer[:, :, : self.batch.visible(self.window)]
 
     def _advance(self, length: int) -> None:

@@ -45,8 +45,10 @@ class Quantization:
             y = native.matmul(x, arrays, self.mode, self.bits, self.group_size)
             if y is not None:
                 return y
-        return mx.quantized_matmul(
-            x,
+        # MLX's CUDA back end would read the matrix anew for each row of (B, 1, in)
+        one_token = x.ndim == 3 and x.shape[1] == 1 < x.shape[0]
+        y = mx.quantized_matmul(
+            x.squeeze(1) if one_token else x,
             arrays["weight"],
             arrays["scales"],
             arrays.get("biases"),
@@ -55,6 +57,7 @@ class Quantization:
             bits=self.bits,
             mode=self.mode,
         )
+        return mx.expand_dims(y, 1) if one_token else y
 
     def gather_matmul(
         self, x: mx.array, arrays: dict[str, Any], chosen: mx.array, sorted: bool

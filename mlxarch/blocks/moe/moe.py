@@ -83,7 +83,7 @@ class Experts(nn.Module):
         return self.down_proj.quantization is not None
 
     def forward_rows(self, x: mx.array, chosen: mx.array, sorted: bool) -> mx.array:
-        """Pass each row through one expert: x (N, 1, dim), chosen (N,) -> (N, 1, dim).
+        """Pass each row through one expert: x (…, 1, dim), chosen (…) -> (…, 1, dim).
 
         Args:
             sorted: whether ``chosen`` is in ascending order.
@@ -92,21 +92,15 @@ class Experts(nn.Module):
         return self.down_proj(hidden, chosen, sorted)
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        k = chosen.shape[-1]
+        if chosen.size < MIN_ROWS_TO_SORT:
+            return self.forward_rows(x[..., None, None, :], chosen, sorted=False).squeeze(-2)
         flat = chosen.flatten()  # (B * L * k)
-        rows = x.reshape(-1, 1, x.shape[-1])  # (B * L, 1, dim)
-        sort = flat.size >= MIN_ROWS_TO_SORT
-        if sort:
-            order = mx.argsort(flat)
-            flat = flat[order]
-        else:
-            order = mx.arange(flat.size)
+        order = mx.argsort(flat)
+        rows = x.reshape(-1, 1, x.shape[-1])[order // chosen.shape[-1]]  # (B * L * k, 1, dim)
         experts = self.down_proj["weight"].shape[0]
-        sorted_kernel = uses_sorted_kernel(flat.size, experts, self.is_quantized)
-        y = self.forward_rows(rows[order // k], flat, sorted_kernel)
-        if sort:
-            y = y[mx.argsort(order)]
-        return y.reshape(*chosen.shape, -1)
+        sorted_kernel = uses_sorted_kernel(chosen.size, experts, self.is_quantized)
+        y = self.forward_rows(rows, flat[order], sorted_kernel)
+        return y[mx.argsort(order)].reshape(*chosen.shape, -1)
 
 
 class MoE(nn.Module):

@@ -1,4 +1,6 @@
-"""Projections that share an input, run as one product."""
+"""Linear layers, and projections that share an input, run as one product."""
+
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from mlxarch.blocks import Embedding, Linear, fuse
 from mlxarch.blocks.feed_forward import GatedMLP, swiglu
 from mlxarch.blocks.linear import FusableProjections
+from mlxarch.cpu_kernels import native
 from mlxarch.quantization.scheme import Quantization
 
 
@@ -110,3 +113,23 @@ def test_a_packed_embedding_gives_the_rows_of_its_dequantized_table(settings: Qu
     tokens = mx.array([[3, 49, 0], [7, 7, 1]])
     assert mx.array_equal(table(tokens), whole[tokens])
     assert mx.allclose(table.as_linear(whole[:2]), whole[:2] @ whole.T, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_one_token_each_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = Linear(64, 32)
+    filled(linear, 0, Quantization(4, 64))
+    shapes: list[tuple[int, ...]] = []
+    product = mx.quantized_matmul
+
+    def recorded(x: mx.array, *arguments: Any, **named: Any) -> mx.array:
+        shapes.append(tuple(x.shape))
+        return product(x, *arguments, **named)
+
+    monkeypatch.setattr(mx, "quantized_matmul", recorded)
+    x = mx.random.normal((3, 1, 64), key=mx.random.key(1))
+    with native.suspended():
+        y = linear(x)
+        several = linear(mx.concatenate([x, x], axis=1))
+    assert y.shape == (3, 1, 32)
+    assert mx.array_equal(y, several[:, :1])
+    assert shapes == [(3, 64), (3, 2, 64)]  # the second: several tokens are left as they are
