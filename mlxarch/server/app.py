@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from starlette.routing import BaseRoute, Route, Router
+from starlette.routing import BaseRoute, Match, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlxarch.errors import EngineStopped
@@ -82,12 +82,21 @@ class App:
         self._on_death = on_death
         self._aliases = aliases
         self._router = Router(_routes(), redirect_slashes=False, lifespan=self._lifespan)
-        self._gate = Gate(self._route, AccessRules(settings))
+        self._gate = Gate(self._route, AccessRules(settings), self._methods)
         self.server: Server | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the start and end of the server."""
         await self._gate(scope, receive, send)
+
+    def _methods(self, path: str) -> list[str]:
+        """Methods that a path takes, in the order of the alphabet."""
+        scope = {"type": "http", "path": path, "method": "GET", "root_path": ""}
+        found: set[str] = set()
+        for route in self._router.routes:
+            if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+                found |= route.methods or set()
+        return sorted(found)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self.server

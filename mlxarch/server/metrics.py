@@ -2,13 +2,19 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mlxarch.server.answers.events import End, Usage
 
+_TOTALS = (
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+)
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -39,7 +45,7 @@ class Metrics:
     """Figures since the start of the server."""
 
     def __init__(self) -> None:
-        self._totals: Counter[str] = Counter()
+        self._totals: Counter[str] = Counter(dict.fromkeys(_TOTALS, 0))
         self._finished: Counter[str] = Counter()
         self._durations = {
             name: Histogram()
@@ -73,12 +79,12 @@ class Metrics:
             between = timings.decode_seconds / max(1, end.usage.answer - 1)
             durations["inter_token_latency_seconds"].add(between)
 
-    def render(self, gauges: dict[str, float]) -> str:
+    def render(self, gauges: Mapping[str, float], counters: Mapping[str, int]) -> str:
         """Text format of all figures, under the names that dashboards of vLLM read."""
         lines = []
         for name, value in gauges.items():
             lines += [f"# TYPE vllm:{name} gauge", f"vllm:{name} {value:g}"]
-        for name, total in self._totals.items():
+        for name, total in (*self._totals.items(), *counters.items()):
             lines += [f"# TYPE vllm:{name} counter", f"vllm:{name} {total}"]
         lines.append("# TYPE vllm:request_success_total counter")
         for reason, count in self._finished.items():
@@ -101,5 +107,12 @@ async def metrics(request: Request) -> Response:
         "kv_cache_bytes": float(used),
         "models_loaded": float(len(states)),
     }
-    text = server.metrics.render(gauges)
+    plans = [served.model.plan for served in server.models.all() if served.model]
+    gauges["prefix_cache_bytes"] = float(sum(state.prefix_bytes for state in states))
+    gauges["memory_planned_bytes"] = float(sum(plan.mlx_peak for plan in plans if plan))
+    counted = {"num_preemptions_total": "set_aside", "cancelled_total": "finished_cancelled"}
+    counters = {
+        name: sum(state.counters.get(key, 0) for state in states) for name, key in counted.items()
+    }
+    text = server.metrics.render(gauges, counters)
     return Response(text, media_type="text/plain; version=0.0.4")

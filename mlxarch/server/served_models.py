@@ -234,7 +234,10 @@ class ServedModels:
         served.step = ("preparing grammars", 0, 1)
         with contextlib.suppress(TokenizerError):  # grammars of such a model are refused later on
             model.grammars.prepare()
+        most = self._settings.prefix_cache_bytes
+        limits = {} if most is None else {"prefix_cache_bytes": most}
         engine = model.engine(
+            **limits,
             max_rows=self._settings.parallel,
             max_waiting=self._settings.max_waiting,
             deterministic=self._settings.deterministic,

@@ -33,6 +33,8 @@ class Settings:
         max_tokens: limit of answers whose request names none; None allows them the whole context.
         idle_seconds: idle time after which a model is unloaded; a negative number keeps it.
         deterministic: whether an answer's bits must not depend on other requests.
+        prefix_cache_bytes: most memory of the caches of earlier prompts; None allows them what the
+            running requests leave.
         prefix_cache_dir: folder where caches of prompts outlive the process; None keeps them in
             memory only.
     """
@@ -48,4 +50,5 @@ class Settings:
     max_tokens: int | None = None
     idle_seconds: float = 600.0
     deterministic: bool = False
+    prefix_cache_bytes: int | None = None
     prefix_cache_dir: Path | None = None

@@ -204,6 +204,19 @@ class Tokenizer:
             for text, index in self.vocabulary.items()
         }
 
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of a token inside a text; they may be a part of a character.
+
+        Raises:
+            InvalidInput: the id is outside the vocabulary.
+        """
+        text = self._token_text(token)
+        if text is None:
+            return b""
+        if not self._token_bytes.streamable:
+            return self.decode([token], skip_special_tokens=False).encode()
+        return self._token_bytes(text, first=False, added=token in self._added_ids)
+
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
     ) -> list[int]:

@@ -69,6 +69,13 @@ if TYPE_CHECKING:
     help="Make answers independent of other requests, bit for bit.",
 )
 @click.option(
+    "--prefix-cache",
+    type=options.ByteSize(),
+    metavar="SIZE",
+    help="Most memory for the caches of earlier prompts, e.g. 2GB (default: what "
+    "running requests leave)",
+)
+@click.option(
     "--no-disk-cache",
     is_flag=True,
     help="Keep the caches of earlier prompts in memory only.",
@@ -117,6 +124,7 @@ def serve_command(names: tuple[str, ...], **given: Any) -> None:
         max_tokens=given["max_tokens"],
         idle_seconds=given["keep_alive"],
         deterministic=given["deterministic"],
+        prefix_cache_bytes=given["prefix_cache"],
         prefix_cache_dir=None if given["no_disk_cache"] else paths.cache() / "prefix",
     )
     serve(list(folders), load, settings, load_aliases())

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "mlxarch-prefix-1"
 SUFFIX = ".safetensors"
 DAY = 86400.0
+MAX_QUEUED = 16  # nodes that wait to be written; their arrays stay in memory until then
 PART_SECONDS = 3600.0  # after which an unfinished file is nobody's
 
 
@@ -43,12 +44,14 @@ class DiskLimits:
 
     Attributes:
         most_bytes: bytes of all files; the least recently used are deleted.
+        most_files: number of all files, which are looked through for each prompt.
         days: age since the last use after which a file is deleted.
         written_bytes: bytes that may be written in a day, because SSDs wear out.
         free_share, free_bytes: space of the disk that must stay free; the smaller one counts.
     """
 
     most_bytes: int = 8 * 10**9
+    most_files: int = 2048
     days: float = 30.0
     written_bytes: int = 50 * 10**9
     free_share: float = 0.1
@@ -122,7 +125,7 @@ class PrefixFiles:
         self._thread.start()
 
     def write(self, ids: np.ndarray, node: Node) -> None:
-        """Store a node in the background, unless it is stored already.
+        """Store a node in the background, unless it is stored already or too many wait for it.
 
         Args:
             ids: token ids from the root to the end of the node.
@@ -130,6 +133,8 @@ class PrefixFiles:
         name = f"{hashlib.sha256(ids.tobytes()).hexdigest()[:32]}-{node.start}"
         states = node.states
         if name in self._entries or (not states and self._others and not node.parts):
+            return
+        if self._tasks.qsize() >= MAX_QUEUED:
             return
         arrays = {"ids": mx.array(ids)}
         for kind, layers in (("part", node.parts), ("state", states)):
@@ -263,10 +268,13 @@ class PrefixFiles:
         found.sort(key=lambda each: each[1].st_mtime)
         total = sum(status.st_size for _, status in found)
         oldest = time.time() - self._limits.days * DAY
-        for path, status in found:
-            if total <= self._limits.most_bytes and status.st_mtime >= oldest:
+        for index, (path, status) in enumerate(found):
+            too_many = len(found) - index > self._limits.most_files
+            if total <= self._limits.most_bytes and not too_many and status.st_mtime >= oldest:
                 break
             total -= status.st_size
+            if path.parent == self._folder:
+                self._entries.pop(path.name.removesuffix(SUFFIX), None)
             with contextlib.suppress(OSError):
                 path.unlink()
 

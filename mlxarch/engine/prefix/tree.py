@@ -48,7 +48,7 @@ class Node:
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        return sum(array.nbytes for state in (*self.parts, *self.states) for array in state)
+        return _nbytes(self.parts) + _nbytes(self.states)
 
     def ancestors(self) -> Iterator["Node"]:
         """The node and its parents, without the root."""
@@ -175,7 +175,7 @@ class PrefixCache:
             free: as for ``insert``.
         """
         node, matched = self._descend(tokens)
-        size = sum(array.nbytes for state in (*parts, *states) for array in state)
+        size = _nbytes(parts) + _nbytes(states)
         path = set(node.ancestors())
         if not self._make_room(size, free, path):
             return None
@@ -185,12 +185,12 @@ class PrefixCache:
             child = Node(tokens[matched:], len(tokens), parts, [], node)
             node.children[int(tokens[matched])] = child
             self._nodes.add(child)
+            self.nbytes += child.nbytes
             node = child
         if states:
-            node.states = states
+            self._set_states(node, states)
             self._drop_old_states(node)
         mx.eval([*parts, *states])
-        self.nbytes = sum(each.nbytes for each in self._nodes)
         self._use(node)
         return node
 
@@ -259,11 +259,15 @@ class PrefixCache:
         self._nodes.add(upper)
         return upper
 
+    def _set_states(self, node: Node, states: list[State]) -> None:
+        self.nbytes += _nbytes(states) - _nbytes(node.states)
+        node.states = states
+
     def _drop_old_states(self, node: Node) -> None:
         """Keep states at the newest points of the branch, and where it has forked."""
         points = [each for each in node.ancestors() if each.states and len(each.children) < 2]
         for each in points[KEPT_POINTS:]:
-            each.states = []
+            self._set_states(each, [])
 
     def _remove(self, node: Node) -> None:
         assert node.parent is not None
@@ -271,6 +275,10 @@ class PrefixCache:
         node.parent = None
         self._nodes.remove(node)
         self.nbytes -= node.nbytes
+
+
+def _nbytes(states: Sequence[State]) -> int:
+    return sum(array.nbytes for state in states for array in state)
 
 
 def _copy_range(parts: Sequence[State], start: int, stop: int) -> list[State]:

@@ -1,8 +1,9 @@
 """From the engine's outputs of one request to the events of its answer."""
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from mlxarch.engine.request import RowOutput
+from mlxarch.engine.request import RequestTimings, RowOutput
 from mlxarch.generation.answer import AnswerEvent, AnswerReader, whole_answer
 from mlxarch.generation.logprobs import TokenLogprobs
 from mlxarch.generation.thinking.splitter import Segment
@@ -65,6 +66,8 @@ class OutputReader:
         self._calls = 0  # complete ones
         self._eos_ids: Collection[int] = tokenizer.eos_ids
         self._held: list[TokenLogprobs] = []  # of tokens whose text is incomplete
+        self._started = time.monotonic()
+        self._prompt_read = self._started
         self.usage = Usage(prompt=len(prompt))
         self.ended = False
         self.end: End | None = None
@@ -82,6 +85,7 @@ class OutputReader:
             self.ended = True
             raise output.error
         if output.prompt is not None:
+            self._prompt_read = time.monotonic()
             self.usage.cached = output.prompt.cached_tokens
             self.first_difference = output.prompt.first_difference
             yield PromptRead(output.prompt)
@@ -116,6 +120,8 @@ class OutputReader:
                 self._calls += isinstance(event, CallFinished)
                 self._held.clear()  # of tokens that belong to the call
                 yield event
+            elif not event.text and not self._held:
+                continue
             elif event.thinking:
                 yield self._thought(event.text)
             else:
@@ -135,8 +141,11 @@ class OutputReader:
     def _finish(self, output: RowOutput) -> Iterator[Event]:
         reader = self._answer
         self.ended = True
-        yield from self._deltas(reader.finish())
+        events = reader.finish()
         reason = "stop" if reader.ended else output.finish_reason or "stop"
+        if reason == "length":
+            events = [_whole_characters(event) for event in events]
+        yield from self._deltas(events)
         if self._calls and reason == "stop":
             reason = "tool_calls"
         if self._check is not None and reason == "stop":
@@ -144,5 +153,18 @@ class OutputReader:
         if self._warn is not None:
             for warning in reader.warnings:
                 self._warn(warning)
-        self.end = End(reason, reader.stop_string, self.usage, output.timings)
+        timings = output.timings or self._timings_so_far()
+        self.end = End(reason, reader.stop_string, self.usage, timings)
         yield self.end
+
+    def _timings_so_far(self) -> RequestTimings:
+        """Timings of an answer that a stop string ended, before the engine has told them."""
+        reading = self._prompt_read - self._started
+        return RequestTimings(0.0, reading, time.monotonic() - self._prompt_read)
+
+
+def _whole_characters(event: AnswerEvent) -> AnswerEvent:
+    """Event without the part of a character at its end, in which the limit has cut the answer."""
+    if not isinstance(event, Segment):
+        return event
+    return event._replace(text=event.text.rstrip("\N{REPLACEMENT CHARACTER}"))

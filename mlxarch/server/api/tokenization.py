@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from mlxarch.server.api.fields import Strict
 from mlxarch.server.http.context import RequestContext
-from mlxarch.server.http.errors import ApiError
+from mlxarch.server.http.errors import ApiError, invalid
 from mlxarch.server.http.responses import json_response
 from mlxarch.server.server import Server
 
@@ -21,6 +21,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     add_special: bool = False
     add_special_tokens: bool | None = None
+    parse_special: bool = True
     with_pieces: bool = False
 
 
@@ -38,20 +39,29 @@ async def tokenize(request: Request) -> Response:
     body = server.read(context, TokenizeRequest)
     served = await server.models.acquire(body.model, context)
     tokenizer = served.language_model.tokenizer
-    text = body.content if body.content is not None else body.prompt or ""
+    text = body.content if body.content is not None else body.prompt
+    if text is None:
+        raise invalid("content is missing: the text to convert", "content")
+    given = text
     special = body.add_special if body.add_special_tokens is None else body.add_special_tokens
 
     def encode() -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=special)
+        return tokenizer.encode(given, add_special_tokens=special, parse_special=body.parse_special)
 
     tokens = await server.in_thread(encode)
     listed = tokens
     if body.with_pieces:
-        pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
-        pairs = zip(tokens, pieces, strict=True)
-        listed = [{"id": token, "piece": piece} for token, piece in pairs]
+        listed = [{"id": token, "piece": _piece(tokenizer.bytes_of(token))} for token in tokens]
     length = served.language_model.context_length
     return json_response({"tokens": listed, "count": len(tokens), "max_model_len": length})
+
+
+def _piece(data: bytes) -> str | list[int]:
+    """Text of a token; its bytes, if they are a part of a character."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
 
 
 async def detokenize(request: Request) -> Response:

@@ -47,10 +47,9 @@ class RequestContext:
     @classmethod
     def begin(cls, scope: Scope) -> "RequestContext":
         """Create the context of a request and attach it to its ASGI scope."""
-        context = cls(
-            dialect_of(scope["path"]), f"req_{secrets.token_hex(12)}", started=time.monotonic()
-        )
         headers = Headers(scope=scope)
+        dialect = dialect_of(scope["path"], "anthropic-version" in headers)
+        context = cls(dialect, f"req_{secrets.token_hex(12)}", started=time.monotonic())
         found = (headers.get(name) for name in _CONVERSATION_HEADERS)
         context.conversation = next((value for value in found if value), None)
         scope[KEY] = context

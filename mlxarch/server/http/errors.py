@@ -1,5 +1,6 @@
 """Errors of the HTTP APIs: status codes, and the error objects of OpenAI, Anthropic and Ollama."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from starlette.exceptions import HTTPException
@@ -29,6 +30,7 @@ _ANTHROPIC_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
+_OPENAI_PATHS = ("/chat/", "/completions", "/responses", "/embeddings")
 _OVERLOADED = 529  # Anthropic's status where others use 503
 
 
@@ -66,6 +68,8 @@ class ApiError(MlxArchError):
         """Headers that say whether and when to try again, and with which method."""
         if self.allow is not None:
             return {"allow": self.allow}
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
         if self.retry_after is not None:
             seconds = max(1, round(self.retry_after))
             return {"retry-after": str(seconds), "x-should-retry": "true"}
@@ -77,21 +81,35 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, code=code, param=param)
 
 
-def dialect_of(path: str) -> Dialect:
-    """API that a path belongs to; paths of no other API are OpenAI's."""
+def dialect_of(path: str, anthropic: bool = False) -> Dialect:
+    """API that a path belongs to; paths of no other API are OpenAI's.
+
+    Args:
+        path: path of the request.
+        anthropic: whether the request has a header that Anthropic's clients alone send. It decides
+            on paths that OpenAI does not have for itself, such as the list of models.
+    """
     if path.startswith("/api/"):
         return "ollama"
-    return "anthropic" if path.removeprefix("/v1").startswith("/messages") else "openai"
+    short = path.removeprefix("/v1")
+    if anthropic and not short.startswith(_OPENAI_PATHS):
+        return "anthropic"
+    return "anthropic" if short.startswith("/messages") else "openai"
 
 
-def to_api_error(error: BaseException) -> ApiError:
-    """Translate an exception; one that is no fault of the request says nothing about its cause."""
+def to_api_error(error: BaseException, methods: Sequence[str] = ()) -> ApiError:
+    """Translate an exception; one that is no fault of the request says nothing about its cause.
+
+    Args:
+        error: the exception.
+        methods: methods that the request's path takes.
+    """
     message = str(error)
     match error:
         case ApiError():
             return error
         case HTTPException():
-            return _routing_error(error)
+            return _routing_error(error, methods)
         case ContextLengthError():
             return invalid(message, code="context_length_exceeded")
         case DoesNotFit():
@@ -111,12 +129,12 @@ def to_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed to answer; its log has the cause")
 
 
-def _routing_error(error: HTTPException) -> ApiError:
+def _routing_error(error: HTTPException, methods: Sequence[str]) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "there is no such path; GET / lists those that there are")
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        message = f"this path does not take the method; it takes {allowed or 'another one'}"
+        allowed = ", ".join(methods)
+        message = f"this path does not take the method; it takes {allowed}"
         return ApiError(405, message, allow=allowed)
     return ApiError(error.status_code, str(error.detail))
 
@@ -139,7 +157,8 @@ def error_body(dialect: Dialect, error: ApiError, request_id: str) -> dict[str, 
     if dialect == "openai":
         return {"error": openai_error(error)}
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
-    message = f"{error.param}: {error.message}" if error.param else error.message
+    named = not error.param or error.message.startswith(error.param)
+    message = error.message if named else f"{error.param}: {error.message}"
     return {
         "type": "error",
         "error": {"type": kind, "message": message},

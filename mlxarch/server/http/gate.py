@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxarch.server.http.access import AccessRules, body_too_large, cors_headers
@@ -20,18 +22,25 @@ from mlxarch.server.http.responses import encode_json
 from mlxarch.server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_REQUESTS
 
 logger = logging.getLogger("mlxarch.server")
-_METHODS = ("GET", "POST", "DELETE", "OPTIONS")
 
 
 class Gate:
     """ASGI application around the endpoints.
 
+    Args:
+        app: the endpoints.
+        rules: rules of access.
+        methods: methods that a path takes; empty for a path that does not exist.
+
     Attributes:
         closing: whether new requests are refused, since the server is about to end.
     """
 
-    def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
+    def __init__(
+        self, app: ASGIApp, rules: AccessRules, methods: Callable[[str], Sequence[str]]
+    ) -> None:
         self._app = app
+        self._methods = methods
         self._rules = rules
         self._active = 0
         self.closing = False
@@ -48,7 +57,7 @@ class Gate:
         try:
             await self._handle(scope, headers, receive, context, response)
         except Exception as error:
-            await response.fail(error)
+            await response.fail(error, self._methods(scope["path"]))
         finally:
             self._active -= 1
             context.cleanup.close()
@@ -68,7 +77,10 @@ class Gate:
     ) -> None:
         self._rules.check(scope["method"], scope["path"], headers)
         if scope["method"] == "OPTIONS":
-            await response.preflight()
+            methods = self._methods(scope["path"])
+            if not methods:
+                raise HTTPException(404)
+            await response.preflight([*methods, "OPTIONS"])
             return
         if scope["path"] != "/health":
             self._check_load()
@@ -117,9 +129,13 @@ class _Response:
             message = {**message, "headers": headers}
         await self._send(message)
 
-    async def fail(self, error: Exception) -> None:
-        """Answer with the API's error object, unless a response has begun."""
-        refusal = to_api_error(error)
+    async def fail(self, error: Exception, methods: Sequence[str]) -> None:
+        """Answer with the API's error object, unless a response has begun.
+
+        Args:
+            methods: methods that the path takes.
+        """
+        refusal = to_api_error(error, methods)
         if refusal is not error and refusal.status >= 500:
             logger.error("%s failed", self._context.id, exc_info=error)
         self._context.log["error"] = refusal.code or type(error).__name__
@@ -135,12 +151,12 @@ class _Response:
             encode_json(error_body(dialect, refusal, self._context.id)),
         )
 
-    async def preflight(self) -> None:
+    async def preflight(self, methods: Sequence[str]) -> None:
         """Answer the question of a browser whether its page may send a request."""
-        raw = cors_headers(self._origin, _METHODS)
+        raw = cors_headers(self._origin, methods)
         headers = {name.decode(): value.decode("latin-1") for name, value in raw}
         self._origin = None  # its headers are among these
-        await self._answer(204, headers | {"allow": ", ".join(_METHODS)}, b"")
+        await self._answer(204, headers | {"allow": ", ".join(methods)}, b"")
 
     async def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         if status != 204:

@@ -51,7 +51,8 @@ async def create_message(request: Request) -> Response:
     record = server.note_prompt(id, served, messages, options, prompt)
     diagnostics = _diagnostics(server, body, record, context)
     shown = body.thinking is None or body.thinking.display != "omitted"
-    form = _Form(served, context, shown, id, diagnostics)
+    room = served.language_model.context_length - len(prompt)
+    form = _Form(served, context, shown, id, diagnostics, clamped=(options.max_tokens or 0) > room)
     if body.stream:
         return Stream(form.stream(answers, len(prompt)))
     return json_response(await form.whole(answers))
@@ -147,8 +148,11 @@ class _Form:
         show_thinking: bool,
         id: str,
         diagnostics: dict[str, Any],
+        *,
+        clamped: bool,
     ) -> None:
         self._context = context
+        self._clamped = clamped
         self._shown = show_thinking
         self._head = {
             "id": id,
@@ -160,6 +164,8 @@ class _Form:
 
     def _reason(self, end: End) -> dict[str, Any]:
         reason = "stop_sequence" if end.stop_sequence is not None else _REASONS[end.reason]
+        if reason == "max_tokens" and self._clamped:
+            reason = "model_context_window_exceeded"
         return {"stop_reason": reason, "stop_sequence": end.stop_sequence}
 
     async def whole(self, answers: Answers) -> dict[str, Any]:

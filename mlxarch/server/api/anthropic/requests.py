@@ -91,6 +91,8 @@ def to_options(body: MessagesRequest, context: RequestContext) -> Options:
         raise invalid("max_tokens is missing", "max_tokens")
     think, effort = thinking_of(body, context)
     _warn_of_edits(body.context_management, context)
+    if body.mcp_servers:
+        context.warn("mcp_servers: this server calls no tools by itself; they are left out")
     sampling = {"temperature": body.temperature, "top_p": positive(body.top_p)}
     sampling["top_k"] = None if body.top_k is None else max(body.top_k, 0)
     user = (body.metadata or {}).get("user_id")
@@ -215,14 +217,26 @@ def _texts(content: str | list[JsonObject], place: str) -> list[str]:
     """Texts of blocks that must be text."""
     texts = []
     for index, block in enumerate(_blocks(content)):
-        kind = block.get("type")
-        if kind in ("tool_reference", "search_result"):
-            continue
-        if kind != "text":
-            where = f"{place}[{index}].type"
-            raise invalid(f"{kind!r:.40} cannot be read: {_TEXTLESS}", where)
-        texts.append(_string(block, "text", f"{place}[{index}]"))
+        where = f"{place}[{index}]"
+        match block.get("type"):
+            case "text":
+                texts.append(_string(block, "text", where))
+            case "search_result":
+                texts.append(_search_result(block, where))
+            case "tool_reference":
+                texts.append(f"Tool: {_string(block, 'tool_name', where)}")
+            case kind:
+                raise invalid(f"{kind!r:.40} cannot be read: {_TEXTLESS}", f"{where}.type")
     return texts
+
+
+def _search_result(block: JsonObject, place: str) -> str:
+    """Text of a search result: title, source, and the parts that were found."""
+    head = f"{_string(block, 'title', place)}\n{_string(block, 'source', place)}"
+    content = block.get("content")
+    if not isinstance(content, list):
+        raise invalid("content is missing, or no list of text blocks", f"{place}.content")
+    return "\n".join([head, *_texts(content, f"{place}.content")])
 
 
 def _string(block: JsonObject, name: str, place: str) -> str:
@@ -283,6 +297,8 @@ def _user(content: str | list[JsonObject], place: str) -> list[dict[str, Any]]:
             text = f"Error: {text}"
         tool_call_id = _call_id(_string(block, "tool_use_id", where))
         results.append({"role": "tool", "tool_call_id": tool_call_id, "content": text})
+    if not results and not any(texts):
+        raise invalid("the content is empty; a turn of the user has text or results", place)
     if texts:
         results.append({"role": "user", "content": "\n\n".join(texts)})
     return results

@@ -57,7 +57,11 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.answer,
         "total_tokens": usage.prompt + usage.answer,
         "prompt_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": usage.thinking},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.thinking,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
 
 
@@ -71,9 +75,13 @@ def fingerprint(served: ServedModel) -> str:
 
 
 def token_object(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Token with its text, its bytes and its log-probability."""
-    text = tokenizer.decode([token], skip_special_tokens=False)
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    """Token with its text, its bytes and its log-probability.
+
+    Bytes that are a part of a character stand in the text as ``\\xe6``, as OpenAI's API has it.
+    """
+    data = tokenizer.bytes_of(token)
+    text = data.decode(errors="backslashreplace")
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
 
 def logprobs_object(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:

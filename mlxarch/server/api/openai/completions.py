@@ -244,13 +244,14 @@ class _Form:
             "text_offset": [],
         }
         first = self.prompts[index // self.options.count][0]
+        before = b""
         for entry in entries:
-            text = self._text(first if entry is None else entry.token)
-            result["tokens"].append(text)
+            token = first if entry is None else entry.token
+            result["tokens"].append(self._text(token))
             result["token_logprobs"].append(None if entry is None else entry.logprob)
             result["top_logprobs"].append(None if entry is None else self._top(entry))
-            result["text_offset"].append(offset)
-            offset += len(text)
+            result["text_offset"].append(offset + len(before.decode(errors="ignore")))
+            before += self.served.language_model.tokenizer.bytes_of(token)
         return result
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
@@ -259,5 +260,9 @@ class _Form:
         return {self._text(token): value for token, value in pairs.items()}
 
     def _text(self, token: int) -> str:
-        tokenizer = self.served.language_model.tokenizer
-        return tokenizer.decode([token], skip_special_tokens=False)
+        """Text of a token; ``bytes:\\xe6`` for a part of a character, as OpenAI's API has it."""
+        data = self.served.language_model.tokenizer.bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

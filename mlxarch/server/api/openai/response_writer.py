@@ -2,6 +2,7 @@
 
 import base64
 import secrets
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -125,7 +126,9 @@ class ResponseWriter:
         events = self.close_item("completed" if complete else "incomplete")
         self.response["usage"] = usage_object(usage)
         self.response["status"] = "completed" if complete else "incomplete"
-        if not complete:
+        if complete:
+            self.response["completed_at"] = int(time.time())
+        else:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
         return [*events, self._event(f"response.{self.response['status']}", response=self.response)]
 

@@ -23,6 +23,7 @@ from mlxarch.server.api.openai.responses_request import (
     namespaces,
     to_messages,
     to_options,
+    with_ids,
 )
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import ApiError, invalid, to_api_error
@@ -48,7 +49,7 @@ async def create_response(request: Request) -> Response:
     check(body)
     store = server.responses
     earlier = _earlier_items(body, store)
-    inputs = input_items(body)
+    inputs = with_ids(input_items(body))
     items = [*earlier, *inputs]
     messages = to_messages(items, store.items())
     if body.instructions:
@@ -153,15 +154,19 @@ def _earlier_items(body: ResponsesRequest, store: ResponseStore) -> list[JsonObj
 def _response(body: ResponsesRequest, served: ServedModel) -> dict[str, Any]:
     text = body.text
     reasoning = body.reasoning
+    sampling = served.sampling
     return {
         "id": f"resp_{secrets.token_hex(16)}",
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",
+        "completed_at": None,
+        "background": False,
         "error": None,
         "incomplete_details": None,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
         "metadata": body.metadata or {},
         "model": served.name,
         "output": [],
@@ -171,12 +176,19 @@ def _response(body: ResponsesRequest, served: ServedModel) -> dict[str, Any]:
             "effort": reasoning.effort if reasoning is not None else None,
             "summary": reasoning.summary if reasoning is not None else None,
         },
+        "prompt_cache_key": body.prompt_cache_key,
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
         "store": body.store is not False,
-        "temperature": body.temperature,
-        "text": {"format": (text.format if text is not None else None) or {"type": "text"}},
+        "temperature": sampling.temperature if body.temperature is None else body.temperature,
+        "text": {
+            "format": (text.format if text is not None else None) or {"type": "text"},
+            "verbosity": (text.verbosity if text is not None else None) or "medium",
+        },
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
-        "top_p": body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": sampling.top_p if body.top_p is None else body.top_p,
         "truncation": body.truncation or "disabled",
         "usage": None,
         "user": body.user,
@@ -246,7 +258,20 @@ async def delete_response(request: Request) -> Response:
 
 async def list_input_items(request: Request) -> Response:
     """Answer GET /v1/responses/ID/input_items."""
-    items = _found(request).inputs
-    page = {"object": "list", "data": items, "has_more": False}
-    ids = [item.get("id") for item in items] or [None]
-    return json_response({**page, "first_id": ids[0], "last_id": ids[-1]})
+    given = request.query_params
+    order = given.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise invalid(f"order is {order!r:.40}; it is asc or desc", "order")
+    limit = given.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= 100):
+        raise invalid(f"limit is {limit!r:.40}; it lies in 1 … 100", "limit")
+    items = _found(request).inputs[:: 1 if order == "asc" else -1]
+    ids = [item.get("id") for item in items]
+    after = given.get("after")
+    if after is not None and after not in ids:
+        raise invalid("after names no item of this response", "after")
+    first = 0 if after is None else ids.index(after) + 1
+    shown = items[first : first + int(limit)]
+    page = {"object": "list", "data": shown, "has_more": first + len(shown) < len(items)}
+    ends = {"first_id": shown[0].get("id"), "last_id": shown[-1].get("id")} if shown else {}
+    return json_response({**page, "first_id": None, "last_id": None, **ends})

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import secrets
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,6 +27,25 @@ from mlxarch.server.api.openai.chat_request import Effort, effort_switch
 from mlxarch.server.http.context import RequestContext
 from mlxarch.server.http.errors import invalid
 
+_INCLUDABLE = (
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+    # parts of items that this server never makes
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+_ID_PREFIXES = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+}
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
@@ -92,6 +112,10 @@ def check(body: ResponsesRequest) -> None:
     for name in ("background", "prompt", "conversation", "max_tool_calls", "context_management"):
         if getattr(body, name):
             raise invalid(f"{name} is not supported; leave it out", name, "unsupported_value")
+    for name in body.include or ():
+        if name not in _INCLUDABLE:
+            allowed = ", ".join(_INCLUDABLE)
+            raise invalid(f"include holds {name!r:.80}; allowed are {allowed}", "include")
     if body.input is None and body.previous_response_id is None:
         raise invalid("input is missing: a text, or a list of items", "input")
 
@@ -124,12 +148,17 @@ def _tools(body: ResponsesRequest, context: RequestContext) -> ToolOptions:
     for index, tool in enumerate(body.tools or ()):
         kind = tool.get("type")
         if kind == "function":
-            definitions.append(_definition(tool, ""))
+            definitions.append(_definition(tool, "", f"tools[{index}]"))
         elif kind == "namespace":
             listed = tool.get("tools")
             inner = listed if isinstance(listed, list) else []
             prefix = f"{tool.get('name')}."
-            definitions += [_definition(each, prefix) for each in inner if isinstance(each, dict)]
+            place = f"tools[{index}].tools"
+            definitions += [
+                _definition(each, prefix, f"{place}[{number}]")
+                for number, each in enumerate(inner)
+                if isinstance(each, dict)
+            ]
         elif kind == "custom":
             definition, warning = custom_definition(tool, f"tools[{index}]")
             definitions.append(definition)
@@ -141,9 +170,12 @@ def _tools(body: ResponsesRequest, context: RequestContext) -> ToolOptions:
     return chosen(definitions, body.tool_choice, body.parallel_tool_calls, names)
 
 
-def _definition(tool: JsonObject, prefix: str) -> JsonObject:
+def _definition(tool: JsonObject, prefix: str, place: str) -> JsonObject:
+    name = tool.get("name")
+    if not isinstance(name, str):
+        raise invalid(f"{place}.name is missing, or no text", f"{place}.name")
     function = {
-        "name": f"{prefix}{tool.get('name')}",
+        "name": f"{prefix}{name}",
         "description": tool.get("description") or "",
         "parameters": tool.get("parameters") or {},
         "strict": tool.get("strict") is True,
@@ -180,6 +212,20 @@ def input_items(body: ResponsesRequest) -> list[JsonObject]:
     return body.input or []
 
 
+def with_ids(items: list[JsonObject]) -> list[JsonObject]:
+    """Items that all have a kind and an identifier, by which later requests may name them."""
+    result = []
+    for item in items:
+        kind = item.get("type", "message" if "role" in item else None)
+        named = isinstance(item.get("id"), str)
+        if not isinstance(kind, str) or kind == "item_reference" or named:
+            result.append(item)
+            continue
+        prefix = _ID_PREFIXES.get(kind, "item")
+        result.append({**item, "type": kind, "id": f"{prefix}_{secrets.token_hex(16)}"})
+    return result
+
+
 def to_messages(
     items: list[JsonObject], stored: Mapping[str, JsonObject], place: str = "input"
 ) -> list[dict[str, Any]]:
@@ -207,7 +253,9 @@ def to_messages(
             reasoning = ""
         elif kind in ("function_call_output", "custom_tool_call_output"):
             content = _content(item.get("output"), f"{where}.output")
-            call_id = str(item.get("call_id", ""))
+            call_id = item.get("call_id")
+            if not isinstance(call_id, str):
+                raise invalid(f"{where}.call_id is missing, or no text", f"{where}.call_id")
             result.append({"role": "tool", "tool_call_id": call_id, "content": content})
         elif kind == "message":
             result.append(_message(item, reasoning, where))

@@ -171,3 +171,21 @@ def test_old_files_and_those_beyond_the_size_are_deleted(tmp_path: Path) -> None
     most = sum(path.stat().st_size for path in found[1:]) - 1
     engine(model, tmp_path, disk_limits=DiskLimits(most_bytes=most)).close()
     assert len(files(tmp_path)) == len(found) - 2
+
+
+def test_the_number_of_files_is_limited_and_deleted_ones_are_forgotten(tmp_path: Path) -> None:
+    model = load("qwen3")
+    with engine(model, tmp_path, disk_limits=DiskLimits(most_files=3)) as first:
+        for number in range(6):
+            run(first, (number, *FIRST[:20]))
+            wait_for(lambda: not first._worker.scheduler.prefixes._files._tasks.qsize())  # pyright: ignore
+        kept = first._worker.scheduler.prefixes._files._entries  # pyright: ignore
+        first.close()
+        assert len(files(tmp_path)) == 3
+        assert {entry.path for entry in kept.values()} == set(files(tmp_path))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from house import ROOT
 
 from mlxarch import Tokenizer
 from mlxarch.engine.request import PromptReport, RequestTimings, RowOutput
@@ -35,7 +36,9 @@ def test_a_stop_string_is_reported_and_nothing_follows_it(tokenizer):
     tokens = tuple(tokenizer.encode("axyb"))
     *deltas, end = reader.read(RowOutput(tokens))
     assert "".join(each.text for each in deltas if isinstance(each, Delta)) == "a"
-    assert end == End("stop", "xy", reader.usage, None)
+    assert isinstance(end, End) and end.timings is not None
+    assert (end.reason, end.stop_sequence, end.usage) == ("stop", "xy", reader.usage)
+    assert end.timings.decode_seconds > 0
     assert reader.usage.answer == 3
     assert list(reader.read(RowOutput(tokens, finish_reason="length"))) == []
 
@@ -86,3 +89,17 @@ def test_an_error_of_the_engine_is_raised(tokenizer):
     reader = OutputReader(tokenizer, [1], [])
     with pytest.raises(NonFiniteLogits):
         list(reader.read(RowOutput(finish_reason="error", error=NonFiniteLogits("nan"))))
+
+
+def test_a_character_that_the_limit_cuts_is_left_out():
+    tokenizer = Tokenizer.from_folder(ROOT / "tests/fixtures/tokenizers/qwen3")
+    tokens = tuple(tokenizer.encode("a日")[:2])
+    assert [tokenizer.bytes_of(token) for token in tokens] == [b"a", "日".encode()[:2]]
+
+    def text(reason: Any) -> str:
+        reader = OutputReader(tokenizer, [1], [], continues=True)
+        events = reader.read(RowOutput(tokens, finish_reason=reason))
+        return "".join(event.text for event in events if isinstance(event, Delta))
+
+    assert text("length") == "a"
+    assert text("stop") == "a\N{REPLACEMENT CHARACTER}"

@@ -118,3 +118,24 @@ def test_the_process_applies_the_rules(server: LiveServer):
     assert server.request("OPTIONS", "/v1/models", None, {"origin": "http://a.b"}).status == 403
     text = server.request("POST", "/v1/chat/completions", b"{}", {"content-type": "text/plain"})
     assert text.status == 415
+
+
+def test_a_path_tells_its_own_methods(server: LiveServer):
+    preflight = server.request("OPTIONS", "/v1/responses/x", None, {"origin": "http://localhost"})
+    assert preflight.status == 204
+    assert preflight.headers["allow"] == "DELETE, GET, HEAD, OPTIONS"
+    assert preflight.headers["access-control-allow-methods"] == preflight.headers["allow"]
+    assert server.request("OPTIONS", "/v1/chat/completions").headers["allow"] == "POST, OPTIONS"
+    assert server.request("OPTIONS", "/v1/nothing").status == 404
+    refused = server.request("PUT", "/v1/responses/x", {})
+    assert refused.status == 405
+    assert refused.headers["allow"] == "DELETE, GET, HEAD"
+
+
+def test_the_client_decides_on_the_form_of_errors_where_the_path_does_not(server: LiveServer):
+    version = {"anthropic-version": "2023-06-01"}
+    for path in ("/v1/models/nothing", "/v1/nothing"):
+        assert server.request("GET", path, None, version).json["type"] == "error"
+        assert set(server.get(path).json) == {"error"}
+    chat = server.request("POST", "/v1/chat/completions", {}, version).json
+    assert set(chat["error"]) == {"message", "type", "param", "code"}

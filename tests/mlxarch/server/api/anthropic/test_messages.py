@@ -176,3 +176,36 @@ def test_a_model_that_is_not_served_is_not_found(server: LiveServer):
     reply = ask(server, model="claude-x")
     assert reply.status == 404
     assert reply.json["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+def test_a_turn_without_content_is_refused(server: LiveServer, content):
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        limit = {"max_tokens": 2} if path == "/v1/messages" else {}
+        reply = server.post(path, {"messages": [{"role": "user", "content": content}], **limit})
+        assert reply.status == 400
+        assert reply.json["error"]["message"].startswith("messages[0].content")
+
+
+def test_search_results_are_read(server: LiveServer):
+    found = {"type": "search_result", "title": "ab", "source": "cd"}
+    body = {
+        "messages": [
+            {"role": "user", "content": [found | {"content": [{"type": "text", "text": "efg"}]}]}
+        ]
+    }
+    count = server.post("/v1/messages/count_tokens", body).json["input_tokens"]
+    assert count == len("ab\ncd\nefg") + 2  # and the marks of the two turns
+    assert (
+        server.post(
+            "/v1/messages/count_tokens", {"messages": [{"role": "user", "content": [found]}]}
+        ).status
+        == 400
+    )
+
+
+def test_an_answer_that_fills_the_context_says_so(server: LiveServer):
+    answer = ask(server, "x" * 1270, max_tokens=32000).json
+    assert answer["stop_reason"] == "model_context_window_exceeded"
+    assert answer["usage"]["output_tokens"] == 8
+    assert ask(server, "x" * 1270, max_tokens=8).json["stop_reason"] == "max_tokens"

@@ -5,7 +5,11 @@ import time
 from http.client import HTTPConnection
 
 import pytest
+from house import ROOT
 from live_server import LiveServer
+
+from mlxarch import Tokenizer
+from mlxarch.server.api.openai.chat import token_object
 
 
 def text_of(events, index=0, key="content"):
@@ -220,3 +224,10 @@ def test_thinking_can_be_part_of_the_text(server: LiveServer):
     events = server.chat(reasoning_format="none", stream=True, **fields).events[:-1]
     deltas = [event["choices"][0]["delta"] for event in events]
     assert "".join(delta.get("content", "") for delta in deltas) == expected
+
+
+def test_bytes_of_tokens_join_to_the_text_where_they_are_parts_of_characters():
+    tokenizer = Tokenizer.from_folder(ROOT / "tests/fixtures/tokenizers/qwen3")
+    entries = [token_object(tokenizer, token, -1.0) for token in tokenizer.encode("a日🎉")]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == "a日🎉"
+    assert [entry["token"] for entry in entries][:2] == ["a", "\\xe6\\x97"]

@@ -127,3 +127,32 @@ def test_a_wrong_field_is_named(server: LiveServer, fields, param):
     )
     assert reply.status == 400
     assert reply.json["error"]["param"] == param
+
+
+def test_tools_results_and_inclusions_are_checked(server: LiveServer):
+    nameless = respond(server, tools=[{"type": "function"}])
+    assert (nameless.status, nameless.json["error"]["param"]) == (400, "tools[0].name")
+    lost = respond(server, [{"type": "function_call_output", "output": "x"}])
+    assert (lost.status, lost.json["error"]["param"]) == (400, "input[0].call_id")
+    unknown = respond(server, include=["x"])
+    assert (unknown.status, unknown.json["error"]["param"]) == (400, "include")
+    assert respond(server, include=["file_search_call.results"]).status == 200
+    assert respond(server, [{"type": ["x"]}]).status == 400
+
+
+def test_input_items_have_ids_and_come_in_pages(server: LiveServer):
+    given = [{"role": "user", "content": text} for text in "abc"]
+    path = f"/v1/responses/{respond(server, given).json['id']}/input_items"
+    whole = server.get(path).json
+    ids = [item["id"] for item in whole["data"]]
+    assert len(set(ids)) == 3
+    assert [item["content"] for item in whole["data"]] == ["c", "b", "a"]
+    assert (whole["first_id"], whole["last_id"]) == (ids[0], ids[-1])
+    page = server.get(f"{path}?order=asc&limit=1&after={ids[1]}").json
+    assert [item["id"] for item in page["data"]] == [ids[0]]
+    assert not page["has_more"]
+    assert server.get(f"{path}?limit=1").json["has_more"]
+    for wrong in ("order=x", "limit=0", "limit=x", "after=x"):
+        assert server.get(f"{path}?{wrong}").status == 400
+    referred = respond(server, [{"type": "item_reference", "id": ids[0]}])
+    assert referred.json["usage"]["input_tokens"] == 3
