@@ -205,16 +205,10 @@ class Tokenizer:
         }
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the bytes of a token inside a text; they may be a part of a character.
-
-        Raises:
-            InvalidInput: the id is outside the vocabulary.
-        """
-        text = self._token_text(token)
-        if text is None:
-            return b""
+        """Return the bytes of a token inside a text; they may be a part of a character."""
         if not self._token_bytes.streamable:
             return self.decode([token], skip_special_tokens=False).encode()
+        text = self._token_text(token) or ""
         return self._token_bytes(text, first=False, added=token in self._added_ids)
 
     def encode(
@@ -368,13 +362,9 @@ class Tokenizer:
         config = self._tokenizer_config
         if "add_bos_token" not in config and "add_eos_token" not in config:
             return None, []
-        prefix: list[int] = []
-        suffix: list[int] = []
-        if config.get("add_bos_token") and self.bos_id is not None:
-            prefix.append(self.bos_id)
         eos_id = self._optional_token_id(self.eos_token)
-        if config.get("add_eos_token") and eos_id is not None:
-            suffix.append(eos_id)
+        prefix = [self.bos_id] if config.get("add_bos_token") and self.bos_id is not None else []
+        suffix = [eos_id] if config.get("add_eos_token") and eos_id is not None else []
         return prefix, suffix
 
     def _optional_token_id(self, token: str | None) -> int | None:
