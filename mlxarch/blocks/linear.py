@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxarch.blocks.norms import FusableHeadNorms
 from mlxarch.cpu_kernels import native
 from mlxarch.quantization.scheme import Quantization
 
@@ -216,16 +217,19 @@ class FusableProjections:
         self._ends = ends
         self._views = [projection["weight"] for projection in self.projections]
 
+    def joined(self, x: mx.array, *chosen: Any) -> mx.array:
+        """Outputs of all projections, one behind the other on the last axis; they must be fused."""
+        return self.projections[0](x, *chosen, arrays=self._fused_arrays)
+
     def __call__(self, x: mx.array, *chosen: Any) -> list[mx.array]:
         if not self.is_fused:
             return [projection(x, *chosen) for projection in self.projections]
-        y = self.projections[0](x, *chosen, arrays=self._fused_arrays)
-        return list(mx.split(y, self._ends[:-1], axis=-1))
+        return list(mx.split(self.joined(x, *chosen), self._ends[:-1], axis=-1))
 
 
 def fuse(module: nn.Module) -> None:
-    """Fuse all projections of the same input below ``module``; call once, after loading weights."""
+    """Fuse all projections and norms of the same input below ``module``, after loading weights."""
     for child in module.modules():
         for value in vars(child).values():
-            if isinstance(value, FusableProjections):
+            if isinstance(value, FusableProjections | FusableHeadNorms):
                 value.fuse()

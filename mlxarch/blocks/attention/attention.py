@@ -11,6 +11,7 @@ from mlxarch.blocks.attention.forward_context import ForwardContext
 from mlxarch.blocks.attention.span import Full, Span
 from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.linear import FusableProjections, Linear
+from mlxarch.blocks.norms import FusableHeadNorms
 from mlxarch.blocks.rope import NoRoPE, RoPE
 from mlxarch.cpu_kernels import native
 from mlxarch.kv_cache import Cache, KVArray, by_row
@@ -68,6 +69,10 @@ class Attention(nn.Module):
         if norm is not None:
             self.q_norm = norm(c.head_size if qk_norm == "head" else q_width)
             self.k_norm = norm(c.head_size if qk_norm == "head" else kv_width)
+            if qk_norm == "head":
+                self.head_norms = FusableHeadNorms(
+                    (self.q_norm, c.num_attention_heads), (self.k_norm, c.kv_heads)
+                )
         if sinks:
             self.sinks = mx.zeros((c.num_attention_heads,))
         self.scale = c.head_size**-0.5 if scale is None else scale
@@ -130,7 +135,10 @@ class Attention(nn.Module):
             q, k, v, mask, lambda scores: cap * mx.tanh(scores * (self.scale / cap)), sinks
         )
 
-    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+    def heads(self, x: mx.array, context: ForwardContext) -> list[mx.array]:
+        """Compute queries (B, H, L, D), keys (B, K, L, D), values (B, K, L, D), and ``gates``."""
+        if x.shape[1] == 1 and self._can_join_heads:
+            return self._joined_heads(x, context)
         q, k, v, *gates = self.project(x)  # (B, L, heads * D)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -139,7 +147,33 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.swapaxes(1, 2) for t in (q, k, v))  # (B, heads, L, D)
-        q, k = self.apply_positions(q, k, context)
+        return [*self.apply_positions(q, k, context), v, *gates]
+
+    @property
+    def _can_join_heads(self) -> bool:
+        """Whether queries and keys are one array up to the rotation: an architecture as this one."""
+        kind = type(self)
+        return (
+            kind.project is Attention.project
+            and kind.apply_positions is Attention.apply_positions
+            and self.value_size == self.head_size
+            and (self.qk_norm is None or (self.qk_norm == "head" and self.head_norms.is_fused))
+            and self.qkv.is_fused
+        )
+
+    def _joined_heads(self, x: mx.array, context: ForwardContext) -> list[mx.array]:
+        """``heads`` for one token a row, with a norm and a rotation for queries and keys together.
+
+        For a few numbers the time of an operation is that of starting it.
+        """
+        y = mx.unflatten(self.qkv.joined(x), -1, (-1, self.head_size))  # (B, 1, H + 2 K, D)
+        kv_heads = self.v_proj["weight"].shape[0] // self.head_size
+        qk = self.head_norms(y) if self.qk_norm else y[:, :, :-kv_heads]
+        qk = self.rope(qk.swapaxes(1, 2), context.offset)
+        return [qk[:, :-kv_heads], qk[:, -kv_heads:], y[:, :, -kv_heads:].swapaxes(1, 2)]
+
+    def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        q, k, v, *gates = self.heads(x, context)
         cached: list[Any]
         cached, index = self.index_tokens(x, context)
         mask = context.mask(self.span, cache)  # before the new keys are appended to the cache
