@@ -17,6 +17,7 @@ from house import MODEL_DOCSTRING, ROOT
 from mlxarch.loading.model_types import MODELS
 from mlxarch.loading.registry import architecture
 
+pytestmark = pytest.mark.kernels  # a model answers, which they make five times faster
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 
 

@@ -21,6 +21,7 @@ from mlxarch.language_model import LanguageModel
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.events import ToolCall
 
+pytestmark = pytest.mark.kernels  # a model answers, which they make five times faster
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 NOWHERE = "./no-such-folder"

@@ -23,6 +23,7 @@ from mlxarch.loading.load import load_model
 from mlxarch.quantize import convert
 from mlxarch.tokenizer.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.kernels  # they make it five times faster
 FOLDER = Path(__file__).parent / "fixtures" / "smollm2"
 STORED = json.loads((FOLDER / "texts.json").read_text())
 GOLDEN = load_file(FOLDER / "golden.safetensors")
