@@ -35,6 +35,12 @@ _GET = {
     "/api/tags": "List the models, in Ollama's form.",
     "/api/ps": "List the loaded models.",
 }
+_BY_ID = {
+    ("get", "/v1/models/{name}"): "Show a model.",
+    ("get", "/v1/responses/{id}"): "Show a stored response.",
+    ("delete", "/v1/responses/{id}"): "Forget a stored response.",
+    ("get", "/v1/responses/{id}/input_items"): "List the items of a stored response's input.",
+}
 _RESPONSES = {"200": {"description": "Success"}, "4XX": {"description": "Refused, with the reason"}}
 
 
@@ -47,6 +53,11 @@ def description() -> dict[str, Any]:
         path: {"get": {"summary": summary, "responses": _RESPONSES}}
         for path, summary in _GET.items()
     }
+    for (method, path), summary in _BY_ID.items():
+        name = path.partition("{")[2].partition("}")[0]
+        parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        operation = {"summary": summary, "parameters": [parameter], "responses": _RESPONSES}
+        paths.setdefault(path, {})[method] = operation
     for (path, (_, summary)), schema in zip(_POST.items(), schemas, strict=True):
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": _RESPONSES}}

@@ -76,6 +76,7 @@ class CallForm(ABC):
         id_format: prefix and length of the identifiers of calls.
         by_parameter: whether parameters are written one by one, rather than as one object.
         texts_are_bare: whether arguments that are texts stand without quotes.
+        holds_text_grammars: whether an argument that is a text can be held to a grammar of its own.
         before: text that models write between the prompt and the first call.
     """
 
@@ -84,6 +85,7 @@ class CallForm(ABC):
     parallel: ClassVar[bool] = True
     by_parameter: ClassVar[bool] = False
     texts_are_bare: ClassVar[bool] = False
+    holds_text_grammars: ClassVar[bool] = True
     id_format: ClassVar[tuple[str, int]] = ("call_", 24)
     before: ClassVar[str] = ""
 

@@ -29,6 +29,7 @@ class Tool:
         parameters: JSON schema of its arguments, an object.
         strict: refuse a schema with keywords that cannot be held while the model writes.
         function: the Python function, if the tool was made from one.
+        text_grammar: grammar in Lark of the only argument, a text; None if the schema says it all.
 
     Raises:
         InvalidInput: a name or a schema is of the wrong form.
@@ -39,6 +40,7 @@ class Tool:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     function: Callable[..., Any] | None = None
+    text_grammar: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -99,6 +101,7 @@ def tool_of(given: Any) -> Tool:
             function.get("description") or "",
             function.get("parameters") or {},
             bool(function.get("strict")),
+            text_grammar=function.get("text_grammar"),
         )
     if callable(given):
         return _tool_of_function(given)

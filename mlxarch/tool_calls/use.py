@@ -9,12 +9,14 @@ from typing import Any
 
 from mlxarch.errors import InvalidInput
 from mlxarch.structured_output.compiler import GrammarCompiler
+from mlxarch.structured_output.json_quoting import quoted_grammar
 from mlxarch.structured_output.matcher import Grammar
 from mlxarch.tokenizer.tokenizer import Tokenizer
 from mlxarch.tool_calls.detect import call_form
 from mlxarch.tool_calls.form import CallForm, ToolRule, parameters_in_order
 from mlxarch.tool_calls.forms.json_forms import TaggedObjects
 from mlxarch.tool_calls.parser import CallParser
+from mlxarch.tool_calls.scanner import quoted
 from mlxarch.tool_calls.tool import Tool, ToolChoice, tools_of
 
 _INSTRUCTIONS = """You can call functions. Their signatures, as JSON:
@@ -135,6 +137,13 @@ class ToolUse:
         warnings: list[str] = []
         rules: list[ToolRule] = []
         for tool in offered:
+            if tool.text_grammar is not None:
+                rules.append(_rule_of_text(compiler, tool, tool.text_grammar, self.form))
+                if not self.form.holds_text_grammars:
+                    warnings.append(
+                        f"tool {tool.name}: this model's calls are not held to its grammar"
+                    )
+                continue
             compiled = compiler.json_schema(tool.schema, strict=tool.strict)
             warnings += (f"tool {tool.name}: {warning}" for warning in compiled.warnings)
             values = _value_rules(compiler, tool) if self.form.by_parameter else {}
@@ -178,6 +187,20 @@ def framed_answer(
     framed = form.grammar([], required=False, parallel=False, answer=answer.rule)
     grammar = compiler.lark(framed.lark)
     return replace(grammar, rule=answer.rule, warnings=answer.warnings, schema=answer.schema)
+
+
+def _rule_of_text(compiler: GrammarCompiler, tool: Tool, grammar: str, form: CallForm) -> ToolRule:
+    """Rule of a tool whose only argument is a text with a grammar of its own.
+
+    Raises:
+        InvalidSchema: the grammar is not understood, or has no form inside JSON.
+    """
+    bare = compiler.lark(grammar).rule
+    inner = compiler.lark(quoted_grammar(grammar)).rule
+    [name] = tool.parameters["properties"]
+    text = f'"\\"" {inner} "\\""'
+    rule = f"{quoted(f'{{{json.dumps(name)}: ')} {text} {quoted('}')}"
+    return ToolRule(tool, rule, {name: bare if form.texts_are_bare else text})
 
 
 def _value_rules(compiler: GrammarCompiler, tool: Tool) -> dict[str, str]:

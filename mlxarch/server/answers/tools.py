@@ -44,11 +44,11 @@ INPUT = "input"
 """Parameter of the function that stands for a tool whose input is text."""
 
 
-def custom_definition(tool: Mapping[str, Any], place: str) -> tuple[dict[str, Any], str | None]:
-    """Function of one text in place of a tool whose input is text, and a warning or None.
+def custom_definition(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Function of one text in place of a tool whose input is text.
 
-    A regular expression becomes the pattern of the text. A grammar in Lark cannot stand within the
-    quotes of JSON, so the model is only told of it.
+    A regular expression becomes the pattern of the text. A grammar in Lark holds it as well, and the
+    model is told of it.
 
     Args:
         tool: name, description and format of the tool.
@@ -63,7 +63,7 @@ def custom_definition(tool: Mapping[str, Any], place: str) -> tuple[dict[str, An
     grammar = form.get("grammar", form)
     text: dict[str, Any] = {"type": "string"}
     description = str(tool.get("description") or "")
-    warning = None
+    lark: str | None = None
     if form["type"] == "grammar":
         syntax = grammar.get("syntax") if isinstance(grammar, Mapping) else None
         definition = grammar.get("definition") if isinstance(grammar, Mapping) else None
@@ -74,7 +74,7 @@ def custom_definition(tool: Mapping[str, Any], place: str) -> tuple[dict[str, An
             text["pattern"] = f"^(?:{definition})$"
         else:
             description += f"\n\nThe input follows this grammar (Lark):\n{definition}"
-            warning = f"{place}: the grammar of the input is told to the model, and not enforced"
+            lark = definition
     parameters = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
     function = {
         "name": tool.get("name"),
@@ -82,7 +82,9 @@ def custom_definition(tool: Mapping[str, Any], place: str) -> tuple[dict[str, An
         "parameters": parameters,
         "strict": "pattern" in text,
     }
-    return {"type": "function", "function": function}, warning
+    if lark is not None:
+        function["text_grammar"] = lark
+    return {"type": "function", "function": function}
 
 
 def input_of(arguments: str) -> str:

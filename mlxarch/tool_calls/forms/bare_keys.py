@@ -18,6 +18,7 @@ class BareKeys(CallForm):
     """``call:name{key:value,…}`` with texts between marks of their own, and bare keys: Gemma 4."""
 
     name = "bare keys"
+    holds_text_grammars = False
     mark_texts = ("<|tool_call>", "<tool_call|>", '<|"|>')
 
     @property

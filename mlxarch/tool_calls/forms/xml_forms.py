@@ -74,6 +74,8 @@ def text_terminal(tool: Tool, parameter: str) -> str:
 
 def value_rule(name: str, tool: ToolRule, parameter: str, end: str) -> str:
     """Rule of an argument with the text behind it."""
+    if tool.tool.text_grammar is not None:
+        return f"{name}: {tool.values[parameter]} {quoted(end)}"
     types = parameter_types(tool.tool, parameter)
     schema = (tool.tool.parameters.get("properties") or {}).get(parameter)
     choices = schema.get("enum") if isinstance(schema, Mapping) else None
@@ -208,7 +210,8 @@ class TaggedPairs(CallForm):
         if mark.token is None:
             return value_rule(rule, tool, parameter, mark.text)
         types = parameter_types(tool.tool, parameter)
-        is_text = types is None or types == {"string"}
+        is_free = tool.tool.text_grammar is None
+        is_text = is_free and (types is None or types == {"string"})
         schema = (tool.tool.parameters.get("properties") or {}).get(parameter) or {}
         choices = schema.get("enum") if isinstance(schema, Mapping) else None
         if is_text and isinstance(choices, list):

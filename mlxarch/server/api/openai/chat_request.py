@@ -283,12 +283,12 @@ def to_options(body: ChatRequest, served: ServedModel, context: RequestContext) 
         thinking_budget=body.reasoning.max_tokens if body.reasoning is not None else None,
         variables=variables,
         form=_form(body.response_format),
-        tools=_tools(body, context),
+        tools=_tools(body),
         conversation=body.prompt_cache_key or body.user,
     )
 
 
-def _tools(body: ChatRequest, context: RequestContext) -> ToolOptions:
+def _tools(body: ChatRequest) -> ToolOptions:
     definitions: list[JsonObject] = []
     for index, tool in enumerate(body.tools or ()):
         kind = tool.get("type", "function")
@@ -296,10 +296,7 @@ def _tools(body: ChatRequest, context: RequestContext) -> ToolOptions:
         if kind == "custom":
             if not isinstance(tool.get("custom"), dict):
                 raise invalid(f"{place}.custom is missing", f"{place}.custom")
-            definition, warning = custom_definition(tool["custom"], f"{place}.custom")
-            definitions.append(definition)
-            if warning is not None:
-                context.warn(warning)
+            definitions.append(custom_definition(tool["custom"], f"{place}.custom"))
         elif kind != "function":
             raise invalid(
                 f"{place}.type is {kind!r:.40}; it is function or custom", f"{place}.type"

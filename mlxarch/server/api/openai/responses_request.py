@@ -160,10 +160,7 @@ def _tools(body: ResponsesRequest, context: RequestContext) -> ToolOptions:
                 if isinstance(each, dict)
             ]
         elif kind == "custom":
-            definition, warning = custom_definition(tool, f"tools[{index}]")
-            definitions.append(definition)
-            if warning is not None:
-                context.warn(warning)
+            definitions.append(custom_definition(tool, f"tools[{index}]"))
         else:
             context.warn(f"tools[{index}], {kind!r:.40}, is no function: left out")
     names = {"function": "", "allowed_tools": "", "custom": ""}

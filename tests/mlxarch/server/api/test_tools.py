@@ -271,5 +271,18 @@ def test_a_custom_tool_of_another_form_is_refused_or_warned_of(calling: LiveServ
         in reply(type="grammar", syntax="bnf", definition="x").json["error"]["message"]
     )
     assert reply(type="grammar", syntax="regex", definition="(").status == 400
-    lark = reply(type="grammar", syntax="lark", definition='start: "a"').json
-    assert "not enforced" in lark["warnings"][0]
+    for wrong in ("start: (", "start: @other", 'start: "a"\n%import common(', "start: missing"):
+        assert reply(type="grammar", syntax="lark", definition=wrong).status == 400
+
+
+def test_the_input_of_a_custom_tool_follows_its_grammar(calling: LiveServer):
+    """Quotes, backslashes and newlines of the input stand escaped in the JSON that is written."""
+    lark = 'start: ("say " QUOTED LF)~2\nQUOTED: /"[ab]{1,2}\\\\"/\n%import common.LF'
+    form = {"type": "grammar", "syntax": "lark", "definition": lark}
+    for seed in range(3):
+        body = {"input": "hi", "tools": [CUSTOM | {"format": form}], "temperature": 1.0}
+        body |= {"tool_choice": {"type": "custom", "name": "letters"}, "parallel_tool_calls": False}
+        response = calling.post("/v1/responses", body | {"reasoning": {"effort": "none"}}).json
+        assert "warnings" not in response
+        [item] = response["output"]
+        assert re.fullmatch(r'(say "[ab]{1,2}\\"\n){2}', item["input"]), seed
