@@ -69,9 +69,6 @@ class Config(GroupedExpertsConfig, LatentConfig):
                 "head_dim": config.get("linear_head_dim"),
                 "short_conv_kernel_size": config.get("linear_conv_kernel_dim"),
             }
-        feed_forwards = config.get("mlp_layer_types")
-        if "first_k_dense_replace" not in config and isinstance(feed_forwards, list):
-            found["first_k_dense_replace"] = feed_forwards.count("dense")
         return super().from_dict(found)
 
     def is_linear(self, index: int) -> bool:

@@ -97,3 +97,14 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(
     architecture(published).build()
     with pytest.raises(ConfigError, match=named):
         architecture(published | settings).build()
+
+
+def test_the_dense_layers_are_counted_where_only_kinds_are_written() -> None:
+    published = json.loads((parity.GOLDEN / "glm4_moe_lite" / "config.json").read_text())
+    layers, dense = published["num_hidden_layers"], published.pop("first_k_dense_replace")
+    kinds = ["dense"] * dense + ["sparse"] * (layers - dense)
+    found = architecture(published | {"mlp_layer_types": kinds}).config
+    assert found.first_k_dense_replace == dense == 1
+    for settings in ({"mlp_layer_types": kinds[::-1]}, {"first_k_dense_replace": 2}):
+        with pytest.raises(ConfigError, match="mlp_layer_types"):
+            architecture(published | {"mlp_layer_types": kinds} | settings)

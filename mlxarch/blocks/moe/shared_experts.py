@@ -1,6 +1,8 @@
 """Many small routed experts beside shared experts that every token passes (arXiv:2401.06066)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +32,26 @@ class GroupedExpertsConfig(DecoderConfig):
     topk_group: Size | None = None
     norm_topk_prob: bool
     routed_scaling_factor: Positive
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys; transformers 5 may write ``mlp_layer_types`` for the dense layers' number.
+
+        Raises:
+            ConfigError: the dense layers are not the first ones, or the two keys disagree.
+        """
+        kinds = config.get("mlp_layer_types")
+        if not isinstance(kinds, list) or any(f.name == "mlp_layer_types" for f in fields(cls)):
+            return super().from_dict(config)  # the architecture reads them itself
+        dense = kinds.count("dense")
+        written = config.get("first_k_dense_replace", dense)
+        if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or written != dense:
+            raise ConfigError(
+                "config.json: mlp_layer_types must be 'dense' for the first layers, as many as "
+                f"first_k_dense_replace says, and 'sparse' for the others; found {kinds} and "
+                f"first_k_dense_replace = {config.get('first_k_dense_replace')}"
+            )
+        return super().from_dict({**config, "first_k_dense_replace": dense})
 
     @property
     def groups(self) -> tuple[int, int]:
