@@ -56,8 +56,14 @@ class AccessRules:
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
         self._local = is_loopback(settings.host)
 
-    def check(self, method: str, path: str, headers: Headers) -> None:
+    def check(self, method: str, path: str, headers: Headers, *, takes_post: bool = True) -> None:
         """Refuse a request by its head.
+
+        Args:
+            method: method of the request.
+            path: its path.
+            headers: its headers.
+            takes_post: whether the path takes a POST; otherwise that is what is wrong with one.
 
         Raises:
             ApiError: 400, 401, 403, 413, 415 or 431.
@@ -74,7 +80,7 @@ class AccessRules:
             return
         if path not in _OPEN_PATHS:
             self._check_key(headers)
-        if method == "POST" and not _is_json(headers.get("content-type", "")):
+        if method == "POST" and takes_post and not _is_json(headers.get("content-type", "")):
             raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
 
     def has_key(self, headers: Headers) -> bool:

@@ -29,6 +29,7 @@ class RequestContext:
         id: name of the request in headers and in the log.
         started: value of ``time.monotonic`` at its begin.
         body: body, complete.
+        body_is_read: whether the body has been read to its end.
         cleanup: what is released when the response has been sent or the client is gone.
         log: figures for the line in the log, by name.
         conversation: name of the conversation that a header gives, a hint for the prefix cache.
@@ -39,6 +40,7 @@ class RequestContext:
     id: str
     started: float
     body: bytes = b""
+    body_is_read: bool = False
     cleanup: ExitStack = field(default_factory=ExitStack)
     log: dict[str, Any] = field(default_factory=dict)
     conversation: str | None = None

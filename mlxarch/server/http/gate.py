@@ -22,6 +22,8 @@ from mlxarch.server.http.responses import encode_json
 from mlxarch.server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_REQUESTS
 
 logger = logging.getLogger("mlxarch.server")
+_MOST_DRAINED = 2 * MAX_BODY_BYTES
+_DRAIN_SECONDS = 1.0
 
 
 class Gate:
@@ -57,6 +59,8 @@ class Gate:
         try:
             await self._handle(scope, headers, receive, context, response)
         except Exception as error:
+            if not context.body_is_read:
+                await _drain(receive, headers)
             await response.fail(error, self._methods(scope["path"]))
         finally:
             self._active -= 1
@@ -75,9 +79,10 @@ class Gate:
         context: RequestContext,
         response: "_Response",
     ) -> None:
-        self._rules.check(scope["method"], scope["path"], headers)
+        methods = self._methods(scope["path"])
+        takes_post = "POST" in methods
+        self._rules.check(scope["method"], scope["path"], headers, takes_post=takes_post)
         if scope["method"] == "OPTIONS":
-            methods = self._methods(scope["path"])
             if not methods:
                 raise HTTPException(404)
             await response.preflight([*methods, "OPTIONS"])
@@ -85,6 +90,7 @@ class Gate:
         if scope["path"] != "/health":
             self._check_load()
         context.body = await _read_body(receive)
+        context.body_is_read = True
         await _until_disconnect(self._app(scope, receive, response.send), receive, context)
 
     def _check_load(self) -> None:
@@ -182,6 +188,25 @@ async def _read_body(receive: Receive) -> bytes:
                     return bytes(body)
     except TimeoutError:
         raise ApiError(408, f"the body was not complete after {BODY_SECONDS:.0f} seconds") from None
+
+
+async def _drain(receive: Receive, headers: Headers) -> None:
+    """Take the rest of the body of a request that is refused, within bounds.
+
+    Closing a connection with bytes that nobody has read resets it, and the client may lose the
+    response. One that waits for permission to send is not given it.
+    """
+    length = headers.get("content-length", "0")
+    if "expect" in headers or not length.isdigit() or int(length) > _MOST_DRAINED:
+        return
+    left = _MOST_DRAINED
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
 
 
 async def _until_disconnect(work: Any, receive: Receive, context: RequestContext) -> None:

@@ -87,6 +87,17 @@ def test_a_body_that_is_too_large_is_refused_while_it_arrives(server: LiveServer
     assert server.chat().status == 200
 
 
+def test_a_refusal_before_the_body_is_read_reaches_the_client(server: LiveServer):
+    body = b"x" * 3_000_000
+    for path, status in (("/v1/chat/completions", 415), ("/health", 405), ("/nothing", 404)):
+        for _ in range(5):
+            reply = server.request("POST", path, body, {"content-type": "text/plain"})
+            assert reply.status == status, path
+    head = f"{HEAD}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+    early = exchange(server.port, head.replace("application/json", "text/plain").encode())
+    assert early.startswith(b"HTTP/1.1 415 ")  # without asking for the body first
+
+
 def test_random_bodies_never_harm(server: LiveServer):
     """Every field that the server describes, with values of every kind."""
     described = server.get("/openapi.json").json
