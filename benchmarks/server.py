@@ -5,8 +5,8 @@
     python benchmarks/server.py prefix MODEL --tokens 2000
     python benchmarks/server.py soak MODEL --minutes 10
 
-Each starts ``mlxarch serve`` on a free port with a cache folder of its own. Times on a machine that
-does other work are noisy.
+Each starts ``mlxarch serve`` on a free port with a cache folder of its own, and passes on the options
+that it does not know, such as ``--kv-bits 8``. Times on a machine that does other work are noisy.
 """
 
 import argparse
@@ -164,30 +164,50 @@ def mix(client: Client, clients: int = 16, turns: int = 20) -> None:
     print(f"{sum(equal)} of {len(alone)} answers equal; {len(set(alone.values()))} differ")
 
 
-def first_token(client: Client, messages: list[dict[str, str]]) -> tuple[float, int, str]:
-    """Seconds of an answer of one token, cached tokens, and the answer."""
+def first_token(client: Client, messages: list[dict[str, str]]) -> tuple[float, int, int, str]:
+    """Seconds of an answer of one token, tokens of the prompt, cached ones, and the answer."""
     started = time.perf_counter()
     body = {"messages": messages, "max_tokens": 1, "temperature": 0}
     answer = client.ask("POST", "/v1/chat/completions", body)
-    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    return time.perf_counter() - started, cached, answer["choices"][0]["message"]["content"]
+    seconds = time.perf_counter() - started
+    usage = answer["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return seconds, usage["prompt_tokens"], cached, answer["choices"][0]["message"]["content"]
 
 
-def prefix(model: str, cache: str, tokens: int) -> None:
-    """Time the second turn of a conversation: from memory, and from the disk after a restart."""
-    system = {"role": "system", "content": " ".join(f"fact {n}." for n in range(tokens // 4))}
-    turns = [system, {"role": "user", "content": "hi"}]
-    with serve(model, cache) as client:
-        first_token(client, [{"role": "user", "content": "warm up"}])
-        cold, _, answer = first_token(client, turns)
+def long_text(client: Client, tokens: int) -> str:
+    """Text of about so many tokens."""
+    text = " ".join(f"fact {n}." for n in range(tokens))
+    ids = client.ask("POST", "/tokenize", {"content": text})["tokens"][:tokens]
+    return client.ask("POST", "/detokenize", {"tokens": ids})["content"]
+
+
+def prefix(model: str, cache: str, tokens: int, options: list[str]) -> None:
+    """Time the second turn of a conversation: from memory, and from the disk after a restart.
+
+    Then change its first line, and print how the miss is explained.
+    """
+    warm_up = [{"role": "user", "content": "warm up"}]
+    with serve(model, cache, *options) as client:
+        system = {"role": "system", "content": long_text(client, tokens)}
+        turns = [system, {"role": "user", "content": "hi"}]
+        first_token(client, warm_up)
+        cold, read, _, answer = first_token(client, turns)
         turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": "go on"}]
-        warm, cached, _ = first_token(client, turns)
-        time.sleep(3)  # files are written when nothing else runs
-    with serve(model, cache) as client:
-        first_token(client, [{"role": "user", "content": "warm up"}])
-        disk, from_disk, _ = first_token(client, turns)
-    print(f"cold {cold:.2f} s; second turn {warm:.3f} s = {warm / cold:.1%} ({cached} cached);")
-    print(f"after a restart {disk:.3f} s = {disk / cold:.1%} ({from_disk} cached)")
+        warm, _, cached, _ = first_token(client, turns)
+        body = {"instructions": system["content"], "input": "hi", "max_output_tokens": 1}
+        id = client.ask("POST", "/v1/responses", body)["id"]
+        body["instructions"] = "Today. " + system["content"]
+        compared = {"prompt_cache_options": {"comparison_response_id": id}}
+        changed = client.ask("POST", "/v1/responses", body | compared)
+        time.sleep(3)  # files are written in the background
+    with serve(model, cache, *options) as client:
+        first_token(client, warm_up)
+        disk, _, from_disk, _ = first_token(client, turns)
+    print(f"cold {cold:.2f} s for {read} tokens;")
+    print(f"second turn {warm:.3f} s = {warm / cold:.1%} ({cached} tokens cached);")
+    print(f"after a restart {disk:.3f} s = {disk / cold:.1%} ({from_disk} cached);")
+    print("changed first line:", changed["prompt_cache_diagnostics"])
 
 
 def soak(client: Client, minutes: float) -> None:
@@ -195,6 +215,7 @@ def soak(client: Client, minutes: float) -> None:
     draw = random.Random(2)
     end = time.monotonic() + 60 * minutes
     points: list[tuple[float, int]] = []
+    cached = 0.0
     asked = 0
     while time.monotonic() < end:
         for _ in range(20):
@@ -202,6 +223,7 @@ def soak(client: Client, minutes: float) -> None:
         client.connect("POST", "/v1/chat/completions", chat("x", max_tokens=500)).close()
         asked += 21
         points.append((time.monotonic(), client.resident_bytes()))
+        cached = client.figures()["prefix_cache_bytes"]
     half = points[len(points) // 2 :]
     times = [at - half[0][0] for at, _ in half]
     sizes = [size for _, size in half]
@@ -211,7 +233,8 @@ def soak(client: Client, minutes: float) -> None:
     pairs = zip(times, sizes, strict=True)
     slope = sum((at - mean_time) * (size - mean_size) for at, size in pairs) / spread
     print(f"{asked} requests; RSS {points[0][1] / 1e6:.0f} to {points[-1][1] / 1e6:.0f} MB, ")
-    print(f"slope of the second half {slope * 3600 / 1e6:.1f} MB/h")
+    print(f"slope of the second half {slope * 3600 / 1e6:.1f} MB/h; ", end="")
+    print(f"the prefix cache holds {cached / 1e6:.1f} MB")
 
 
 def main() -> None:
@@ -222,12 +245,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="Clients that leave (default: 50)")
     parser.add_argument("--tokens", type=int, default=2000, help="Prompt tokens (default: 2000)")
     parser.add_argument("--minutes", type=float, default=10, help="Time of the soak (default: 10)")
-    given = parser.parse_args()
+    given, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as cache:
         if given.kind == "prefix":
-            prefix(given.model, cache, given.tokens)
+            prefix(given.model, cache, given.tokens, options)
             return
-        with serve(given.model, cache) as client:
+        with serve(given.model, cache, *options) as client:
             if given.kind == "leave":
                 leave(client, given.count)
             elif given.kind == "mix":

@@ -24,6 +24,7 @@ from mlxarch.tool_calls.events import ToolCall
 pytestmark = pytest.mark.kernels  # a model answers, which they make five times faster
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+OTHER_SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.[ms][jh]*"))
 NOWHERE = "./no-such-folder"
 
 
@@ -43,10 +44,10 @@ def output(script: str, *arguments: object, given: str = "") -> str:
 
 def test_a_script_has_at_most_50_lines_and_a_place_in_the_table():
     page = (EXAMPLES / "README.md").read_text()
-    for script in SCRIPTS:
+    for script in SCRIPTS + OTHER_SCRIPTS:
         assert len((EXAMPLES / script).read_text().splitlines()) <= 50, script
         assert f"| `{script}" in page
-    assert len(SCRIPTS) == page.count("\n| `") == 8
+    assert len(SCRIPTS + OTHER_SCRIPTS) == page.count("\n| `") == 11
 
 
 # summarize_folder.py -------------------------------------------------------------------------------------------------

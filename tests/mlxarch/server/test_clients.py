@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import json
+import re
 import runpy
+import subprocess
 import sys
 
 import anthropic
@@ -183,7 +185,7 @@ def test_ollama(ollama_client):
 # scripts leave it to the end of the process to close their connections
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("name", ["openai", "anthropic", "ollama"])
+@pytest.mark.parametrize("name", ["openai", "anthropic", "ollama", "langchain"])
 def test_the_examples_for_clients_run(server: LiveServer, name, monkeypatch, capsys):
     url = f"http://127.0.0.1:{server.port}"
     script = str(ROOT / "examples" / f"client_{name}.py")
@@ -192,3 +194,13 @@ def test_the_examples_for_clients_run(server: LiveServer, name, monkeypatch, cap
         runpy.run_path(script, run_name="__main__")
     gc.collect()
     assert len(capsys.readouterr().out) > 100
+
+
+def test_the_example_for_curl_runs(server: LiveServer):
+    script = ROOT / "examples" / "client_curl.sh"
+    command = ["sh", str(script), "hi", f"http://127.0.0.1:{server.port}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "data: [DONE]" in done.stdout
+    assert "json_schema" not in done.stdout
+    assert re.search(r'"content":"{\\"question\\": ?(true|false)', done.stdout)
+    assert "vllm:generation_tokens_total" in done.stdout
