@@ -253,12 +253,18 @@ def follow_aliases(name: str) -> str:
 
 
 def family(name: str) -> list[CatalogEntry]:
-    """Return the catalog's models of a family: ``qwen3`` names qwen3-0.6b, qwen3-8b and others."""
+    """Return the catalog's models of a family: ``qwen3`` names qwen3-0.6b, qwen3-8b and others.
+
+    Where the family has models that are called by their size alone, these are all: ``qwen3`` does
+    not name qwen3-vl-8b.
+    """
     canonical = _DEFAULT_VARIANT_SUFFIX.sub("", normalize_name(name)[0])
     if not canonical:
         return []
-    begins = re.compile(re.escape(canonical) + r"(?![a-z.])")
-    return [entry for entry in entries().values() if begins.match(entry.name)]
+    begins = re.compile(re.escape(canonical) + r"(?![a-z.])(?P<sized>-e?\d)?")
+    found = [(entry, begins.match(entry.name)) for entry in entries().values()]
+    kin = [(entry, match) for entry, match in found if match]
+    return [entry for entry, match in kin if match["sized"]] or [entry for entry, _ in kin]
 
 
 def _bits_label(bits: Bits) -> str:

@@ -1,5 +1,6 @@
 """Draw the decoder blocks of several models side by side as one SVG."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,6 +16,8 @@ LINE_HEIGHT = 15
 PADDING = 9  # above and below the text of a box
 VERTICAL_GAP = 22
 HORIZONTAL_GAP = 12
+TEXT_SIZE = 11
+LETTER_WIDTH = 0.5  # of the text's size, on average
 STROKE = "#5a6270"
 FILLS = {
     "norm": "#e4e7ee",
@@ -35,16 +38,23 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Box:
-    """Lines of text on a colored rectangle; the first line is the title."""
+    """Lines of text on a colored rectangle; the first line is the title, a long one is broken."""
 
     lines: Sequence[str]
     fill: str
     width: float = BOX_WIDTH
 
     @property
+    def rows(self) -> list[str]:
+        """The lines, those that are wider than the box in several parts."""
+        title, *others = self.lines
+        most = int(self.width / (TEXT_SIZE * LETTER_WIDTH)) - 1
+        return [title, *(row for line in others for row in textwrap.wrap(line, most))]
+
+    @property
     def height(self) -> float:
         """Height in pixels."""
-        return LINE_HEIGHT * len(self.lines) + 2 * PADDING
+        return LINE_HEIGHT * len(self.rows) + 2 * PADDING
 
 
 @dataclass
@@ -57,8 +67,8 @@ class Canvas:
         """Draw a box centered at x that stands on ``bottom``, and return the y of its top."""
         top = bottom - box.height
         self.rectangle(x - box.width / 2, top, box.width, box.height, FILLS[box.fill], STROKE, 6)
-        for index, line in enumerate(box.lines):
-            size, weight = (12.5, "600") if index == 0 else (11, "400")
+        for index, line in enumerate(box.rows):
+            size, weight = (12.5, "600") if index == 0 else (TEXT_SIZE, "400")
             self.text(line, x, top + PADDING + LINE_HEIGHT * (index + 0.75), size, weight)
         return top
 

@@ -21,34 +21,19 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 WITHOUT_ENTRY = {  # in the catalog
-    "apertus",
     "bailing_hybrid",
     "cohere2",
     "cohere2_moe",
     "deepseek_v32",
-    "deepseek_v4",
-    "ernie4_5",
     "exaone4",
     "falcon_h1",
-    "gemma4",
     "glm5_next",
     "glm_moe_dsa",
-    "granite",
     "hunyuan_v1",
-    "kimi_linear",
     "laguna",
-    "lfm2",
     "mimo_v2_flash",
-    "minimax_m2",
-    "mistral4",
     "muse_glimmer",
-    "nemotron_h",
-    "olmoe",
-    "phi3",
-    "qwen3_5",
-    "qwen3_next",
     "qwen4_exp",
-    "seed_oss",
     "step3p7",
 }
 
@@ -247,9 +232,10 @@ def test_no_box_covers_another_or_leaves_the_picture(everything):
     ]
     drawn = boxes(svg)
     assert len(drawn) == len(offsets) == len(everything)
-    for column, (right, down) in zip(drawn, offsets, strict=True):
+    for column, (right, down), model in zip(drawn, offsets, everything, strict=True):
         column = [box for box in column if "×" not in box[4]]  # the ground of the layers lies below
-        assert len(column) >= 7
+        branches = model.structure.blocks[0].branches  # at least a norm and what follows it
+        assert len(column) > 3 + len(branches)
         for index, (x, y, w, h, _) in enumerate(column):
             assert (
                 x + right >= 0
