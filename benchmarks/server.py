@@ -35,7 +35,7 @@ class Client:
 
     def connect(self, method: str, path: str, body: Any = None) -> HTTPConnection:
         """Send a request, and leave the answer unread."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=1800)
         data = None if body is None else json.dumps(body)
         connection.request(method, path, data, {"content-type": "application/json"})
         return connection
@@ -143,7 +143,7 @@ def mixed(client: Client, number: int, turn: int) -> str:
     return answer["response"]
 
 
-def mix(client: Client, clients: int = 16, turns: int = 20) -> None:
+def mix(client: Client, clients: int, turns: int) -> None:
     """Compare the answers of many clients at once with those of one."""
     alone = {
         (number, turn): mixed(client, number, turn)
@@ -243,6 +243,8 @@ def main() -> None:
     parser.add_argument("kind", choices=("leave", "mix", "prefix", "soak"))
     parser.add_argument("model")
     parser.add_argument("--count", type=int, default=50, help="Clients that leave (default: 50)")
+    parser.add_argument("--clients", type=int, default=16, help="Clients at once (default: 16)")
+    parser.add_argument("--turns", type=int, default=20, help="Requests of each (default: 20)")
     parser.add_argument("--tokens", type=int, default=2000, help="Prompt tokens (default: 2000)")
     parser.add_argument("--minutes", type=float, default=10, help="Time of the soak (default: 10)")
     given, options = parser.parse_known_args()
@@ -254,7 +256,7 @@ def main() -> None:
             if given.kind == "leave":
                 leave(client, given.count)
             elif given.kind == "mix":
-                mix(client)
+                mix(client, given.clients, given.turns)
             else:
                 soak(client, given.minutes)
 

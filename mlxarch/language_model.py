@@ -603,6 +603,12 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         sampling: Sampling | None = None,
         template: Mapping[str, Any] | None = None,
+        schema: Any = None,
+        grammar: Grammar | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        top_logprobs: int | None = None,
         batch_size: int = 32,
         parse_special: bool | None = None,
         **settings: Unpack[SamplingArguments],
@@ -616,7 +622,7 @@ class LanguageModel:
             batch_size: largest number of prompts that run together.
 
         The other arguments and the errors are those of ``stream``; an error names the prompt by its
-        index.
+        index. ``Result.parsed`` and ``Result.calls`` are as for ``generate``.
 
         Returns:
             One result for each prompt, in their order.
@@ -626,39 +632,58 @@ class LanguageModel:
         if type(batch_size) is not int or batch_size < 1:
             raise InvalidInput(f"batch_size must be a whole number from 1 on, found {batch_size!r}")
         chosen = _sampling(sampling, settings, LanguageModel.generate_batch)
+        check_top_logprobs(top_logprobs)
+        use = ToolUse.of(self.tokenizer, tools, tool_choice, parallel_tool_calls)
+        form = self._answer_form(schema, grammar)
         ids: list[list[int]] = []
-        rows: list[BatchRow] = []
         for index, prompt in enumerate(prompts):
             try:
-                ids.append(self.tokens_of(prompt, template, parse_special=parse_special))
+                ids.append(self._prompt_tokens(prompt, template, use, parse_special))
                 self._limit(ids[-1], max_tokens)
             except MlxArchError as error:
                 raise type(error)(f"prompts[{index}]: {error}") from None
-        rows = [
-            BatchRow(self._reader(tokens, prompt, stop))
-            for prompt, tokens in zip(prompts, ids, strict=True)
-        ]
-        timings = [Timings(len(prompt)) for prompt in ids]
-        requests = [
-            GenerationRequest(
-                prompt=tuple(prompt),
-                max_tokens=self._limit(prompt, max_tokens),
-                sampling=chosen,
-                end_tokens=frozenset(self.tokenizer.eos_ids),
-            )
-            for prompt in ids
-        ]
+        timings = [Timings(len(tokens)) for tokens in ids]
+        rows: list[BatchRow] = []
+        requests: list[GenerationRequest] = []
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            calls = use.parser() if use else None
+            reader = self._reader(tokens, prompt, stop, calls, constrained=form is not None)
+            rows.append(BatchRow(reader))
+            matcher = self._matcher(tokens, form and form.grammar, use, reader.warnings)
+            limit = self._limit(tokens, max_tokens)
+            requests.append(self._request(tokens, limit, chosen, matcher, top_logprobs))
 
         def on_output(index: int, output: RowOutput) -> bool:
-            for token in output.tokens:
-                rows[index].add(token)
+            entries = output.logprobs or (None,) * len(output.tokens)
+            for token, entry in zip(output.tokens, entries, strict=True):
+                rows[index].add(token, entry)
+            rows[index].is_complete = output.finish_reason == "stop"
             _record(timings[index], output)
             return not rows[index].reader.ended
 
         if rows:
             with self.engine(max_rows=batch_size, max_waiting=len(ids), probe=False) as engine:
                 run_batch(engine, requests, on_output)
-        return [row.result(own) for row, own in zip(rows, timings, strict=True)]
+        results = [row.result(own) for row, own in zip(rows, timings, strict=True)]
+        return [form.read(each) if form and not each.calls else each for each in results]
+
+    def _request(
+        self,
+        tokens: Sequence[int],
+        limit: int,
+        sampling: Sampling,
+        matcher: Matcher | None,
+        top_logprobs: int | None,
+    ) -> GenerationRequest:
+        """Build the engine's request for an answer of at most ``limit`` tokens."""
+        return GenerationRequest(
+            prompt=tuple(tokens),
+            max_tokens=limit,
+            sampling=sampling,
+            end_tokens=frozenset(self.tokenizer.eos_ids),
+            top_logprobs=top_logprobs,
+            matcher=matcher,
+        )
 
 
 def _record(timings: Timings, output: RowOutput) -> None:

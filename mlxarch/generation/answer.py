@@ -321,17 +321,27 @@ def whole_answer(tokenizer: Tokenizer, thinking: str, text: str) -> tuple[str, s
 
 
 class BatchRow:
-    """Answer to one prompt of a batch, while it grows."""
+    """Answer to one prompt of a batch, while it grows.
+
+    Attributes:
+        reader: reader of its tokens.
+        tokens: tokens so far.
+        logprobs: log-probabilities of the tokens, if asked for.
+        is_complete: whether its form lets nothing follow.
+    """
 
     def __init__(self, reader: AnswerReader) -> None:
         self.reader = reader
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.is_complete = False
         self._answer = AnswerCollector(reader.tokenizer)
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Append a token, unless the answer has ended."""
         if not self.reader.ended:
             self.tokens.append(token)
+            self.logprobs += [] if logprobs is None else [logprobs]
             for event in self.reader.add(token):
                 self._answer.add(event)
 
@@ -339,5 +349,7 @@ class BatchRow:
         """Complete answer."""
         for event in self.reader.finish():
             self._answer.add(event)
-        reason = "stop" if self.reader.ended else "length"
-        return self._answer.result(self.tokens, reason, timings)
+        reason = "stop" if self.reader.ended or self.is_complete else "length"
+        result = self._answer.result(self.tokens, reason, timings, self.reader.warnings)
+        result.logprobs = self.logprobs
+        return result

@@ -44,8 +44,12 @@ def likes(monkeypatch: pytest.MonkeyPatch, model: LanguageModel) -> Any:
         logits = [0.0] * VOCABULARY
         for rank, token in enumerate(model.tokenizer.encode(text, add_special_tokens=False)):
             logits[token] = max(logits[token], 100.0 - rank)
-        row = mx.array(logits)[None, None]
-        monkeypatch.setattr(CausalLM, "head", lambda self, state: row)
+        row = mx.array(logits)
+
+        def head(self: CausalLM, state: mx.array) -> mx.array:
+            return mx.broadcast_to(row, (*state.shape[:2], VOCABULARY))
+
+        monkeypatch.setattr(CausalLM, "head", head)
 
     return like
 
@@ -134,3 +138,17 @@ def test_an_answer_with_its_stop_string_inside_is_named(model: LanguageModel, li
     result = model.generate(MESSAGES, schema=PERSON, stop="age")
     assert result.parsed is None
     assert "cannot be read" in result.warnings[0]
+
+
+def test_a_batch_keeps_its_form_as_single_answers_do(model: LanguageModel, likes: Any) -> None:
+    likes('}7,"')
+    prompts = [MESSAGES, [{"role": "user", "content": "another"}]]
+    held = model.generate_batch(prompts, schema=Person, top_logprobs=1)
+    alone = [model.generate(prompt, schema=Person, top_logprobs=1) for prompt in prompts]
+    for one, other in zip(held, alone, strict=True):
+        assert isinstance(one.parsed, Person)
+        assert (one.parsed, one.tokens, one.finish_reason) == (other.parsed, other.tokens, "stop")
+        assert [each.token for each in one.logprobs] == one.tokens
+    cut = model.generate_batch(prompts, schema=Person, max_tokens=3)
+    assert [each.finish_reason for each in cut] == ["length", "length"]
+    assert cut[0].parsed is None

@@ -102,3 +102,20 @@ def test_tools_need_messages(model: LanguageModel) -> None:
         model.generate("text", tools=[switch])
     with pytest.raises(InvalidInput, match="tool_choice"):
         model.generate(MESSAGES, tools=[switch], tool_choice="other")
+
+
+def test_a_batch_calls_tools_as_single_answers_do(model: LanguageModel) -> None:
+    bias = {model.tokenizer.token_id("<think>") or 0: -100.0}
+    fields: Any = {
+        "tools": [switch],
+        "tool_choice": "switch",
+        "max_tokens": 200,
+        "logit_bias": bias,
+    }
+    fields["parallel_tool_calls"] = False
+    one, other = model.generate_batch([MESSAGES, MESSAGES[:1]], **fields)
+    assert one.calls and one.calls[0].name == "switch"
+    assert one.tokens == model.generate(MESSAGES, **fields).tokens
+    assert other.calls and other.finish_reason == "stop"
+    with pytest.raises(InvalidInput, match=r"prompts\[1\]: tools need a prompt of messages"):
+        model.generate_batch([MESSAGES, "text"], **fields)
