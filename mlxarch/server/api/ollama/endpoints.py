@@ -28,7 +28,7 @@ from mlxarch.server.api.ollama.requests import (
 )
 from mlxarch.server.api.openai.chat import logprobs_object
 from mlxarch.server.http.context import RequestContext
-from mlxarch.server.http.errors import ApiError, error_body, to_api_error
+from mlxarch.server.http.errors import ApiError, error_body, invalid, to_api_error
 from mlxarch.server.http.responses import Stream, encode_json, json_response
 from mlxarch.server.served_models import ServedModel
 from mlxarch.server.server import Server
@@ -105,7 +105,10 @@ async def show(request: Request) -> Response:
     server = Server.of(request)
     context = RequestContext.of(request.scope)
     body = server.read(context, ShowRequest)
-    served = await server.models.acquire(body.model or body.name, context)
+    name = body.model or body.name
+    if not name:
+        raise invalid("model is missing", "model")
+    served = await server.models.acquire(name, context)
     model = served.language_model
     family = str(model.config.get("model_type", "unknown"))
     capabilities = ["completion"]
@@ -164,6 +167,8 @@ async def generate(request: Request) -> Response:
         prompt = await server.in_thread(fill_in_prompt, model.tokenizer, body.prompt, body.suffix)
         options = replace(options, continues=True)
     elif body.raw or not model.tokenizer.has_chat_template:
+        if body.system:
+            context.warn("system is not used: the prompt is read as it is")
         prompt = await server.in_thread(model.tokens_of, body.prompt)
         options = replace(options, continues=True)
     else:

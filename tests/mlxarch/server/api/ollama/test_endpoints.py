@@ -148,3 +148,26 @@ def test_a_model_may_be_kept_for_longer_than_there_are_dates(server: LiveServer)
     assert server.post("/api/generate", body).status == 200
     assert server.get("/api/ps").status == 200
     assert server.post("/api/generate", body | {"keep_alive": "10m"}).status == 200
+
+
+def test_a_system_text_beside_a_raw_prompt_is_warned_of(server: LiveServer):
+    body = {"model": "tiny", "prompt": "ab", "system": "s", "stream": False}
+    body["options"] = {"num_predict": 2, "stop": ["never"]}
+    assert "warnings" not in server.post("/api/generate", body).json
+    told = server.post("/api/generate", body | {"raw": True}).json
+    assert told["warnings"] == ["system is not used: the prompt is read as it is"]
+
+
+def test_a_stop_string_leaves_durations(server: LiveServer):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": False}
+    body["options"] = {"temperature": 0, "num_predict": 8}
+    text = server.post("/api/chat", body).json["message"]["content"]
+    body["options"] |= {"stop": [text[4]]}
+    stopped = server.post("/api/chat", body).json
+    assert stopped["done_reason"] == "stop"
+    assert stopped["total_duration"] >= stopped["eval_duration"] > 0
+
+
+def test_a_model_to_show_is_named(server: LiveServer):
+    assert server.post("/api/show", {}).status == 400
+    assert server.post("/api/show", {"name": "tiny"}).status == 200
