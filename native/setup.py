@@ -20,6 +20,8 @@ if X86:
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0"]
 # Contraction to fused multiply-adds is wanted; no option that changes NaN or infinity is
 KERNELS = [*COMMON, "-O3", "-ffp-contract=fast", "-fno-trapping-math", "-fno-math-errno"]
+# Without it gcc joins broadcast scales in memory, and every block waits for the write
+KERNELS += ["-fno-tree-slp-vectorize"]
 
 
 class BuildKernels(build_ext):
@@ -49,7 +51,15 @@ setup(
             "mlxarch_cpu._kernels",
             [
                 f"src/{name}.cpp"
-                for name in ("dispatch", "layer_ops", "matmul_ops", "module", "nanobind", "pool")
+                for name in (
+                    "decode_ops",
+                    "dispatch",
+                    "layer_ops",
+                    "matmul_ops",
+                    "module",
+                    "nanobind",
+                    "pool",
+                )
             ],
             include_dirs=[
                 str(MLX / "include"),

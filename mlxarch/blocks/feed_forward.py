@@ -68,6 +68,10 @@ def relu2(x: mx.array) -> mx.array:
     return mx.square(mx.maximum(x, 0))
 
 
+KERNEL_NAMES: dict[Callable[..., mx.array], str] = {swiglu: "silu", geglu: "gelu"}
+"""Gated activations that the CPU kernels have."""
+
+
 class MLP(nn.Module):
     """Feed-forward without gate: down(activation(up(x))).
 
@@ -121,5 +125,19 @@ class GatedMLP(nn.Module):
         self.gate_up = FusableProjections(self.gate_proj, self.up_proj)
 
     def __call__(self, x: mx.array) -> mx.array:
+        y = self._in_one_operation(x)
+        if y is not None:
+            return y
         gate, up = self.gate_up(x)
         return self.down_proj(self.activation(gate, up))
+
+    def _in_one_operation(self, x: mx.array) -> mx.array | None:
+        """Compute with a CPU kernel, if there is one for this network and few rows."""
+        name = KERNEL_NAMES.get(self.activation)
+        if name is None or not native.is_used():
+            return None
+        down = self.down_proj
+        arrays = self.gate_up.fused_arrays
+        if arrays is None or "bias" in arrays or "bias" in down or down.is_observed:
+            return None
+        return native.feed_forward(x, arrays, self.gate_proj.format, down, down.format, name)

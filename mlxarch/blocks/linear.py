@@ -28,6 +28,17 @@ class Matrix(nn.Module):
         self.weight = mx.zeros(shape)
         self.quantization: Quantization | None = None
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether the quantizer observes the products, so that none may be left out."""
+        return "matmul" in vars(self)
+
+    @property
+    def format(self) -> native.Format:
+        """Format of the arrays, for the CPU kernels."""
+        q = self.quantization
+        return native.Format() if q is None else native.Format(q.mode, q.bits, q.group_size)
+
     def matmul(
         self, x: mx.array, arrays: dict[str, Any] | None = None, transpose: bool = True
     ) -> mx.array:
@@ -216,6 +227,11 @@ class FusableProjections:
         self._fused_arrays = arrays
         self._ends = ends
         self._views = [projection["weight"] for projection in self.projections]
+
+    @property
+    def fused_arrays(self) -> dict[str, mx.array] | None:
+        """Arrays of all projections, one behind the other; None unless they run as one matmul."""
+        return self._fused_arrays if self.is_fused else None
 
     def joined(self, x: mx.array, *chosen: Any) -> mx.array:
         """Outputs of all projections, one behind the other on the last axis; they must be fused."""

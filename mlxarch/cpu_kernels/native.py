@@ -15,13 +15,47 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxarch.errors import InvalidInput
 
 BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "dense": (32,)}  # modes that have a kernel
+
+MOST_FUSED_ROWS = 16  # of a feed-forward in one operation, whose inner arrays MLX does not count
+
+
+class Format(NamedTuple):
+    """Format of the arrays of a matrix, as ``matmul`` takes it."""
+
+    mode: str = "dense"
+    bits: int = 32
+    group_size: int = 0
+
+
+class Turn(NamedTuple):
+    """Norm and position embedding of single heads.
+
+    Attributes:
+        offset: position of the first token.
+        dims: features that RoPE rotates; 0 for no RoPE.
+        periods: of the rotation (dims / 2,).
+        weight: weight (D,) of an RMS norm before it; None for no norm.
+    """
+
+    offset: int = 0
+    dims: int = 0
+    interleaved: bool = False
+    periods: mx.array | None = None
+    weight: mx.array | None = None
+    eps: float = 0.0
+
+    def arguments(self, start: int) -> tuple[Any, ...]:
+        """Arguments of the kernels, for heads that begin at feature ``start``."""
+        periods = self.periods if self.dims else None
+        return (start, self.offset, self.dims, self.interleaved, self.eps, self.weight, periods)
+
 
 _suspended = 0  # blocks of ``suspended``
 
@@ -184,6 +218,56 @@ def attention(
             return None
         return kernels.attention(q, k, v, scale, False, mask, sinks)
     return kernels.attention(q, k, v, scale, mask == "causal", None, sinks)
+
+
+def store(buffer: mx.array, x: mx.array, start: int, slot: int, turn: Turn) -> mx.array:
+    """Write heads of x (B, L, features) into a cache (B, K, C, D).
+
+    It is written in place unless something else still reads it.
+
+    Args:
+        start: feature of x at which the K heads begin.
+        slot: token of the cache at which the L tokens begin.
+    """
+    return _load()[0].store(buffer, x, slot, *turn.arguments(start))
+
+
+def cached_attention(
+    x: mx.array, keys: mx.array, values: mx.array, heads: int, tokens: int, scale: float, turn: Turn
+) -> mx.array:
+    """Causal attention of the first ``heads`` heads of x (B, L, features) -> (B, L, heads * D).
+
+    Args:
+        keys, values: caches (B, K, C, D), of which the first ``tokens`` tokens are set; the last L
+            of them are those of x.
+    """
+    kernels = _load()[0]
+    return kernels.cached_attention(x, keys, values, heads, tokens, scale, *turn.arguments(0))
+
+
+def feed_forward(
+    x: mx.array,
+    gate_up: Mapping[str, mx.array],
+    gate_up_format: Format,
+    down: Mapping[str, mx.array],
+    down_format: Format,
+    activation: str,
+) -> mx.array | None:
+    """Gated feed-forward of few rows: down(activation(gate) * up), for x (…, in) -> (…, out).
+
+    Args:
+        gate_up: arrays of both projections, joined; as for ``matmul``.
+        activation: "silu" or "gelu".
+    """
+    kernels = _kernels(x)
+    if kernels is None or not 0 < x.size <= MOST_FUSED_ROWS * x.shape[-1]:
+        return None
+    first = _matrix(gate_up, gate_up_format.mode, gate_up_format.bits, 2)
+    second = _matrix(down, down_format.mode, down_format.bits, 2)
+    if first is None or second is None:
+        return None
+    gelu = activation == "gelu"
+    return kernels.feed_forward(x, first, *gate_up_format, second, *down_format, gelu)
 
 
 def gated(a: mx.array, b: mx.array, activation: str) -> mx.array | None:

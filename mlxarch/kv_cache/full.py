@@ -1,6 +1,6 @@
 """KV cache that stores every token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -28,6 +28,32 @@ class FullCache(Cache):
             buffer = self._grow(buffer, new, self._buffer_length(end, buffer is not None))
         buffer[..., self.length : end, :] = new
         return buffer, buffer[..., :end, :]
+
+    def append_by(
+        self, shape: tuple[int, int, int, int], write: Callable[[int, mx.array, int], mx.array]
+    ) -> list[mx.array]:
+        """Append keys (0) and values (1) that ``write`` writes into their buffers.
+
+        Args:
+            shape: of the new keys and of the new values (B, K, L, D), in float32.
+            write: called with the index, the buffer and the first new token in it; returns the
+                buffer with the new tokens.
+
+        Returns:
+            The buffers (B, K, C, D), of which the first ``length`` tokens are set.
+        """
+        batch, heads, length, size = shape
+        like = mx.zeros((batch, heads, 1, size))
+        end = self.length + length
+        written: list[mx.array] = []
+        for index in range(2):
+            [buffer] = self._buffers.get(index, (None,))
+            if buffer is None or buffer.shape[2] < end:
+                buffer = self._grow(buffer, like, self._buffer_length(end, buffer is not None))
+            written.append(write(index, buffer, self.length))
+        self._advance(length)  # first, as in ``_append``
+        self._buffers = {**self._buffers, 0: (written[0],), 1: (written[1],)}
+        return written
 
     def _buffer_length(self, end: int, grows: bool) -> int:
         """Number of tokens to allocate for when ``end`` tokens must fit."""

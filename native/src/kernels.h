@@ -44,6 +44,8 @@ struct Heads {
   int64_t token_stride;
 };
 
+constexpr int MOST_ROWS = 8;  // of x that multiply_few takes
+
 enum class Gate { silu, gelu };
 
 struct Kernels {
@@ -54,7 +56,8 @@ struct Kernels {
   int64_t (*prepared_floats)(const Matrix& matrix);
   // Rearrange rows of x (count, columns) for multiply_few
   void (*prepare)(const Matrix& matrix, const float* x, int count, float* prepared);
-  // y[r, first..last) = x[r] . W[first..last) for up to 4 prepared rows
+  // y[r, first..last) = x[r] . W[first..last) for up to MOST_ROWS prepared rows, which begin at a
+  // cache line
   void (*multiply_few)(const Matrix& matrix, const float* prepared, int count,
                        int first, int last, float* y, int64_t y_stride);
   // y[:, first..last) = x . W[first..last)^T for any number of rows; scratch: panel_floats()

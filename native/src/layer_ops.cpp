@@ -13,35 +13,6 @@ namespace {
 constexpr int PIECES = 4;             // for each thread
 constexpr int64_t INLINE = 16 << 10;  // elements that are not worth other threads
 
-// Heads of one row of a batch, (H, L, D) with contiguous features; others are copied
-class BatchedHeads {
- public:
-  explicit BatchedHeads(const mx::array& x)
-      : rows_(x), data_(x.data<float>()), shape_(x.shape()), strides_(x.strides()) {}
-
-  int size(int axis) const { return shape_[axis]; }
-
-  void resolve(std::vector<float>& buffer) {
-    if (strides_[3] != 1 && shape_[3] != 1) {
-      buffer.resize(rows_.count() * rows_.width());
-      rows_.copy_to(buffer.data());
-      data_ = buffer.data();
-      strides_ = {int64_t(shape_[1]) * shape_[2] * shape_[3], int64_t(shape_[2]) * shape_[3],
-                  int64_t(shape_[3]), 1};
-    }
-  }
-
-  Heads at(int row, int head) const {
-    return {data_ + row * strides_[0] + head * strides_[1], strides_[1], strides_[2]};
-  }
-
- private:
-  Rows rows_;
-  const float* data_;
-  mx::Shape shape_;
-  mx::Strides strides_;
-};
-
 class Attention : public CpuPrimitive {
  public:
   Attention(mx::Stream stream, float scale, bool causal, bool masked)
@@ -242,12 +213,6 @@ class Rope : public CpuPrimitive {
   bool interleaved_;
   int offset_;
 };
-
-void require(bool condition, const char* what) {
-  if (!condition) {
-    throw std::invalid_argument(what);
-  }
-}
 
 } // namespace
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "format.h"
 #include "mlx/ops.h"
 #include "ops.h"
 #include "primitive.h"
@@ -26,6 +27,17 @@ void run_row_ranges(const Matrix& m, int panel,
   });
 }
 
+// Buffer of the calling thread that begins at a cache line
+float* prepared_rows(int64_t floats) {
+  constexpr int64_t line = 16;
+  thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < floats + line) {
+    buffer.resize(floats + line);
+  }
+  const auto start = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() + (64 - start % 64) % 64 / sizeof(float);
+}
+
 // y (count, rows) = x (count, columns) . W^T. The result of a row does not depend on the others, up
 // to FEW of them and beyond; the two differ by rounding.
 void multiply_many(const Kernels& k, const Matrix& m, const float* x, int64_t x_stride,
@@ -37,57 +49,18 @@ void multiply_many(const Kernels& k, const Matrix& m, const float* x, int64_t x_
 
 void multiply_few(const Kernels& k, const Matrix& m, const float* x, int64_t x_stride,
                   int count, float* y) {
-  std::vector<float> prepared(k.prepared_floats(m) * count);
+  const int64_t size = k.prepared_floats(m);
+  float* prepared = prepared_rows(size * count);
   for (int r = 0; r < count; r++) {
-    k.prepare(m, x + r * x_stride, 1, prepared.data() + r * k.prepared_floats(m));
+    k.prepare(m, x + r * x_stride, 1, prepared + r * size);
   }
   run_row_ranges(m, k.panel, [&](int first, int last) {
-    for (int r = 0; r < count; r += 4) {
-      k.multiply_few(m, prepared.data() + r * k.prepared_floats(m), std::min(4, count - r), first,
-                     last, y + int64_t(r) * m.rows, m.rows);
+    for (int r = 0; r < count; r += MOST_ROWS) {
+      k.multiply_few(m, prepared + r * size, std::min(MOST_ROWS, count - r), first, last,
+                     y + int64_t(r) * m.rows, m.rows);
     }
   });
 }
-
-// Arrays of a matrix or of a stack: weight; scales and biases in affine mode; scales in mxfp4
-struct Format {
-  Mode mode;
-  int bits;
-  int group;
-
-  Matrix matrix(const std::vector<mx::array>& arrays, int64_t index = 0) const {
-    const mx::array& weight = arrays[0];
-    const int rows = weight.shape(-2), words = weight.shape(-1);
-    Matrix m = {mode, weight.data<uint32_t>() + index * rows * words, nullptr, nullptr, nullptr,
-                rows, int(int64_t(words) * 32 / bits), bits, group};
-    const int64_t first = index * rows * m.row_groups();
-    if (mode == Mode::affine) {
-      m.scales = arrays[1].data<float>() + first;
-      m.biases = arrays[2].data<float>() + first;
-    } else if (mode == Mode::mxfp4) {
-      m.exponents = arrays[1].data<uint8_t>() + first;
-    }
-    return m;
-  }
-
-  // MLX's own product; with `chosen`, of each row of x (N, 1, columns) with one matrix of a stack
-  mx::array reference(const mx::array& x, const std::vector<mx::array>& arrays,
-                      std::optional<mx::array> chosen) const {
-    if (mode == Mode::dense) {
-      const mx::array transposed = mx::swapaxes(arrays[0], -1, -2);
-      return chosen ? mx::gather_mm(x, transposed, std::nullopt, chosen)
-                    : mx::matmul(x, transposed);
-    }
-    std::optional<mx::array> biases;
-    if (mode == Mode::affine) {
-      biases = arrays[2];
-    }
-    const std::string name = mode == Mode::affine ? "affine" : "mxfp4";
-    return chosen ? mx::gather_qmm(x, arrays[0], arrays[1], biases, std::nullopt, chosen, true,
-                                   group, bits, name)
-                  : mx::quantized_matmul(x, arrays[0], arrays[1], biases, true, group, bits, name);
-  }
-};
 
 std::vector<mx::array> without_first(const std::vector<mx::array>& arrays, int count) {
   return {arrays.begin() + count, arrays.end()};
@@ -105,11 +78,11 @@ class Matmul : public CpuPrimitive {
   const char* name() const override { return "CpuMatmul"; }
 
   void eval_cpu(const std::vector<mx::array>& in, mx::array& out) override {
-    dispatch([x = Rows(in[0]), &k = active_kernels(), m = format_.matrix(without_first(in, 1)),
+    dispatch([x = Rows(in[0]), &k = active_kernels(), m = format_.matrix(in, 1),
               y = allocate(out)] {
       std::vector<float> copy;
       auto [data, stride] = x.resolve(copy);
-      (x.count() < FEW ? multiply_few : multiply_many)(k, m, data, stride, int(x.count()), y);
+      multiply(k, m, data, stride, int(x.count()), y);
     });
   }
 
@@ -135,7 +108,7 @@ class ExpertMatmul : public CpuPrimitive {
     const int experts = in[2].shape(0);
     std::vector<Matrix> stack;
     for (int e = 0; e < experts; e++) {
-      stack.push_back(format_.matrix(without_first(in, 2), e));
+      stack.push_back(format_.matrix(in, 2, e));
     }
     dispatch([stack = std::move(stack), experts, repeats = repeats_, x = Rows(in[0]),
               &k = active_kernels(), chosen = in[1].data<int32_t>(), count, y = allocate(out)] {
@@ -182,12 +155,50 @@ class ExpertMatmul : public CpuPrimitive {
   int repeats_;
 };
 
-// Check the arrays, and return those of the matrix in row-major order
-std::vector<mx::array> checked(const mx::array& x, const std::vector<mx::array>& arrays,
-                               const Format& f, size_t dimensions, mx::Stream stream) {
+} // namespace
+
+Matrix Format::matrix(const std::vector<mx::array>& arrays, size_t from, int64_t index) const {
+  const mx::array& weight = arrays[from];
+  const int rows = weight.shape(-2), words = weight.shape(-1);
+  Matrix m = {mode, weight.data<uint32_t>() + index * rows * words, nullptr, nullptr, nullptr,
+              rows, int(int64_t(words) * 32 / bits), bits, group};
+  const int64_t first = index * rows * m.row_groups();
+  if (mode == Mode::affine) {
+    m.scales = arrays[from + 1].data<float>() + first;
+    m.biases = arrays[from + 2].data<float>() + first;
+  } else if (mode == Mode::mxfp4) {
+    m.exponents = arrays[from + 1].data<uint8_t>() + first;
+  }
+  return m;
+}
+
+mx::array Format::reference(const mx::array& x, const std::vector<mx::array>& arrays,
+                            std::optional<mx::array> chosen) const {
+  if (mode == Mode::dense) {
+    const mx::array transposed = mx::swapaxes(arrays[0], -1, -2);
+    return chosen ? mx::gather_mm(x, transposed, std::nullopt, chosen)
+                  : mx::matmul(x, transposed);
+  }
+  std::optional<mx::array> biases;
+  if (mode == Mode::affine) {
+    biases = arrays[2];
+  }
+  const std::string name = mode == Mode::affine ? "affine" : "mxfp4";
+  return chosen ? mx::gather_qmm(x, arrays[0], arrays[1], biases, std::nullopt, chosen, true,
+                                 group, bits, name)
+                : mx::quantized_matmul(x, arrays[0], arrays[1], biases, true, group, bits, name);
+}
+
+void multiply(const Kernels& k, const Matrix& m, const float* x, int64_t x_stride, int count,
+              float* y) {
+  (count < FEW ? multiply_few : multiply_many)(k, m, x, x_stride, count, y);
+}
+
+std::vector<mx::array> checked(int columns, const std::vector<mx::array>& arrays, const Format& f,
+                               size_t dimensions, mx::Stream stream) {
   const mx::array& weight = arrays.at(0);
-  bool sound = x.dtype() == mx::float32 && x.ndim() > 0 && weight.ndim() == dimensions;
-  sound = sound && x.shape(-1) == int64_t(weight.shape(-1)) * 32 / f.bits;
+  bool sound = weight.ndim() == dimensions;
+  sound = sound && columns == int64_t(weight.shape(-1)) * 32 / f.bits;
   if (f.mode == Mode::dense) {
     sound = sound && arrays.size() == 1 && weight.dtype() == mx::float32 && f.bits == 32;
   } else {
@@ -198,14 +209,12 @@ std::vector<mx::array> checked(const mx::array& x, const std::vector<mx::array>&
     sound = sound && (f.group == 32 || f.group == 64 || f.group == 128);
     for (size_t i = 1; i < arrays.size() && sound; i++) {
       mx::Shape wanted = weight.shape();
-      wanted.back() = x.shape(-1) / f.group;
-      sound = arrays[i].shape() == wanted && x.shape(-1) % f.group == 0 &&
+      wanted.back() = columns / f.group;
+      sound = arrays[i].shape() == wanted && columns % f.group == 0 &&
               arrays[i].dtype() == (affine ? mx::float32 : mx::uint8);
     }
   }
-  if (!sound) {
-    throw std::invalid_argument("the arrays are not those of a product in float32");
-  }
+  require(sound, "the arrays are not those of a product in float32");
   std::vector<mx::array> result;
   for (const mx::array& array : arrays) {
     result.push_back(packed(array, stream));
@@ -226,13 +235,12 @@ Format format_of(const std::string& mode, int bits, int group_size) {
   throw std::invalid_argument("no kernel for mode " + mode);
 }
 
-} // namespace
-
 mx::array matmul(const mx::array& x, const std::vector<mx::array>& arrays, const std::string& mode,
                  int bits, int group_size, mx::StreamOrDevice stream) {
   const mx::Stream s = mx::to_stream(stream, mx::Device::cpu);
   const Format format = format_of(mode, bits, group_size);
-  std::vector<mx::array> inputs = checked(x, arrays, format, 2, s);
+  require(x.dtype() == mx::float32 && x.ndim() > 0, "a product takes x in float32");
+  std::vector<mx::array> inputs = checked(x.shape(-1), arrays, format, 2, s);
   mx::Shape shape = x.shape();
   shape.back() = inputs[0].shape(0);
   inputs.insert(inputs.begin(), x);
@@ -244,7 +252,8 @@ mx::array expert_matmul(const mx::array& x, const std::vector<mx::array>& arrays
                         int group_size, mx::StreamOrDevice stream) {
   const mx::Stream s = mx::to_stream(stream, mx::Device::cpu);
   const Format format = format_of(mode, bits, group_size);
-  std::vector<mx::array> inputs = checked(x, arrays, format, 3, s);
+  require(x.dtype() == mx::float32 && x.ndim() > 0, "a product takes x in float32");
+  std::vector<mx::array> inputs = checked(x.shape(-1), arrays, format, 3, s);
   const mx::Shape shape = {int(experts.size()), inputs[0].shape(1)};
   const mx::array chosen = packed(mx::astype(experts, mx::int32, s), s);
   inputs.insert(inputs.begin(), {x, chosen});

@@ -62,6 +62,23 @@ NB_MODULE(_kernels, m) {
         "mask"_a = nb::none(), "sinks"_a = nb::none(), "stream"_a = nb::none());
   m.def("gated", &gated, "a"_a, "b"_a, "gelu"_a, "stream"_a = nb::none());
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "stream"_a = nb::none());
+  m.def("store", [](const mx::array& buffer, const mx::array& x, int slot, int start, int first,
+                    int dims, bool interleaved, float eps, std::optional<mx::array> weight,
+                    std::optional<mx::array> periods) {
+    return store(buffer, x, slot, {start, first, dims, interleaved, eps}, weight, periods, {});
+  }, "buffer"_a, "x"_a, "slot"_a, "start"_a, "first"_a, "dims"_a, "interleaved"_a, "eps"_a,
+     "weight"_a = nb::none(), "periods"_a = nb::none());
+  m.def("cached_attention", [](const mx::array& x, const mx::array& keys, const mx::array& values,
+                               int heads, int tokens, float scale, int start, int first, int dims,
+                               bool interleaved, float eps, std::optional<mx::array> weight,
+                               std::optional<mx::array> periods) {
+    return cached_attention(x, keys, values, heads, tokens, scale,
+                            {start, first, dims, interleaved, eps}, weight, periods, {});
+  }, "x"_a, "keys"_a, "values"_a, "heads"_a, "tokens"_a, "scale"_a, "start"_a, "first"_a, "dims"_a,
+     "interleaved"_a, "eps"_a, "weight"_a = nb::none(), "periods"_a = nb::none());
+  m.def("feed_forward", &feed_forward, "x"_a, "gate_up"_a, "gate_up_mode"_a, "gate_up_bits"_a,
+        "gate_up_group"_a, "down"_a, "down_mode"_a, "down_bits"_a, "down_group"_a, "gelu"_a,
+        "stream"_a = nb::none());
   m.def("rope", &rope, "x"_a, "dims"_a, "interleaved"_a, "offset"_a, "periods"_a,
         "stream"_a = nb::none());
 }

@@ -46,4 +46,33 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps,
 mx::array rope(const mx::array& x, int dims, bool interleaved, int offset, const mx::array& periods,
                mx::StreamOrDevice stream);
 
+// Heads that start at feature `start` of each token, the first token at position `first`: RMS norm
+// with `eps`, if there is a weight, then RoPE of the first `dims` features, if there are any.
+struct Positions {
+  int start;
+  int first;
+  int dims;
+  bool interleaved;
+  float eps;
+};
+
+// Buffer (B, K, C, D) with the heads of x (B, L, features) from slot `slot` on; written in place if
+// nothing else uses the buffer. weight (D,), periods (dims / 2,)
+mx::array store(const mx::array& buffer, const mx::array& x, int slot, const Positions& at,
+                const std::optional<mx::array>& weight, const std::optional<mx::array>& periods,
+                mx::StreamOrDevice stream);
+
+// Causal attention of the heads of x (B, L, features) over the first `tokens` keys and values
+// (B, K, C, D), the last of which are those of x: (B, L, heads * D)
+mx::array cached_attention(const mx::array& x, const mx::array& keys, const mx::array& values,
+                           int heads, int tokens, float scale, const Positions& at,
+                           const std::optional<mx::array>& weight,
+                           const std::optional<mx::array>& periods, mx::StreamOrDevice stream);
+
+// down(gate(g) * u) of the halves g and u of gate_up(x)
+mx::array feed_forward(const mx::array& x, const std::vector<mx::array>& gate_up,
+                       const std::string& gate_up_mode, int gate_up_bits, int gate_up_group,
+                       const std::vector<mx::array>& down, const std::string& down_mode,
+                       int down_bits, int down_group, bool gelu, mx::StreamOrDevice stream);
+
 } // namespace mlxarch

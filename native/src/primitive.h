@@ -66,6 +66,12 @@ class CpuPrimitive : public mx::UnaryPrimitive {
   Reference reference_;
 };
 
+inline void require(bool condition, const char* what) {
+  if (!condition) {
+    throw std::invalid_argument(what);
+  }
+}
+
 // The array in row-major order; weights, which are evaluated, have it already. An array that was
 // evaluated beside others becomes available only when it is asked.
 inline mx::array packed(const mx::array& x, mx::Stream stream) {
@@ -129,6 +135,41 @@ class Rows {
     return to;
   }
 
+  const float* data_;
+  mx::Shape shape_;
+  mx::Strides strides_;
+};
+
+// Heads of one row of a batch, (H, L, D) with contiguous features; others are copied. Three
+// dimensions (B, L, D) are those of one head.
+class BatchedHeads {
+ public:
+  explicit BatchedHeads(const mx::array& x)
+      : rows_(x), data_(x.data<float>()), shape_(x.shape()), strides_(x.strides()) {
+    if (x.ndim() == 3) {
+      shape_.insert(shape_.begin() + 1, 1);
+      strides_.insert(strides_.begin() + 1, 0);
+    }
+  }
+
+  int size(int axis) const { return shape_[axis]; }
+
+  void resolve(std::vector<float>& buffer) {
+    if (strides_[3] != 1 && shape_[3] != 1) {
+      buffer.resize(rows_.count() * rows_.width());
+      rows_.copy_to(buffer.data());
+      data_ = buffer.data();
+      strides_ = {int64_t(shape_[1]) * shape_[2] * shape_[3], int64_t(shape_[2]) * shape_[3],
+                  int64_t(shape_[3]), 1};
+    }
+  }
+
+  Heads at(int row, int head) const {
+    return {data_ + row * strides_[0] + head * strides_[1], strides_[1], strides_[2]};
+  }
+
+ private:
+  Rows rows_;
   const float* data_;
   mx::Shape shape_;
   mx::Strides strides_;

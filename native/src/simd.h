@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace mlxarch {
 namespace ISA {
@@ -46,6 +47,15 @@ inline floats splat(float value) {
 inline floats to_floats(words value) {
   // As signed integers: no code uses the highest bit, and the conversion is a single instruction
   return __builtin_convertvector((ints)value, floats);
+}
+
+// Keep a constant in a register: the compiler would build it again for every row
+inline void keep(words& value) {
+#if defined(__x86_64__)
+  asm volatile("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(value));
+#endif
 }
 
 // Lane i of the result is lane i + DISTANCE

@@ -11,10 +11,10 @@ from mlxarch.blocks.attention.forward_context import ForwardContext
 from mlxarch.blocks.attention.span import Full, Span
 from mlxarch.blocks.config import DecoderConfig
 from mlxarch.blocks.linear import FusableProjections, Linear
-from mlxarch.blocks.norms import FusableHeadNorms
+from mlxarch.blocks.norms import FusableHeadNorms, RMSNorm
 from mlxarch.blocks.rope import NoRoPE, RoPE
 from mlxarch.cpu_kernels import native
-from mlxarch.kv_cache import Cache, KVArray, by_row
+from mlxarch.kv_cache import Cache, FullCache, KVArray, by_row
 from mlxarch.quantization.scheme import Quantization
 
 
@@ -173,6 +173,9 @@ class Attention(nn.Module):
         return [qk[:, :-kv_heads], qk[:, -kv_heads:], y[:, :, -kv_heads:].swapaxes(1, 2)]
 
     def __call__(self, x: mx.array, context: ForwardContext, cache: Cache | None) -> mx.array:
+        out = self._attend_in_place(x, context, cache)
+        if out is not None:
+            return self.o_proj(out)
         q, k, v, *gates = self.heads(x, context)
         cached: list[Any]
         cached, index = self.index_tokens(x, context)
@@ -181,6 +184,63 @@ class Attention(nn.Module):
             k, v, *cached = cache.append(k, v, *cached)
         out = by_row(self.attend, q, k, v, mask, context.by_row, *cached, *index)
         return self.o_proj(self.gate_output(out.swapaxes(1, 2).flatten(-2), *gates))
+
+    def _attend_in_place(
+        self, x: mx.array, context: ForwardContext, cache: Cache | None
+    ) -> mx.array | None:
+        """Compute the outputs of the heads (B, L, H * D) with few operations, on a CPU with kernels.
+
+        Norm and rotation are part of the operations that write keys and values into the cache and
+        that attend. None where the kernels do not apply: a subclass computes something else, or the
+        cache is not a plain one.
+        """
+        offset = context.offset
+        if type(cache) is not FullCache or cache.kv or not isinstance(offset, int):
+            return None
+        if not native.is_used() or not self._is_plain or not self.qkv.is_fused:
+            return None
+        mask = context.mask(self.span, cache)
+        if x.dtype != mx.float32 or isinstance(mask, mx.array):
+            return None
+        joined = self.qkv.joined(x)
+        size = self.head_size
+        kv_heads = self.k_proj["weight"].shape[0] // size
+        heads = self.q_proj["weight"].shape[0] // size
+        of_q = self._turn("q_norm", offset)
+        of_k = self._turn("k_norm", offset)
+
+        def write(index: int, buffer: mx.array, slot: int) -> mx.array:
+            start = (heads + index * kv_heads) * size
+            return native.store(buffer, joined, start, slot, native.Turn() if index else of_k)
+
+        batch, length, _ = x.shape
+        k, v = cache.append_by((batch, kv_heads, length, size), write)
+        return native.cached_attention(joined, k, v, heads, cache.length, self.scale, of_q)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether attention is that of this class, with positions and norms that kernels have."""
+        own = type(self)
+        names = ("project", "gate_output", "apply_positions", "heads", "index_tokens", "attend")
+        norms = [self.get("q_norm"), self.get("k_norm")]
+        return (
+            all(getattr(own, name) is getattr(Attention, name) for name in names)
+            and self.softcap is None
+            and "sinks" not in self
+            and self.value_size == self.head_size
+            and self.qk_norm != "projection"
+            and all(norm is None or isinstance(norm, RMSNorm) for norm in norms)
+            and (type(self.rope) is NoRoPE or (type(self.rope) is RoPE and self.rope.factor == 1))
+        )
+
+    def _turn(self, norm: str, offset: int) -> native.Turn:
+        """Norm and rotation of the heads, as arguments of the kernels."""
+        turn = native.Turn()
+        if isinstance(self.rope, RoPE):
+            turn = self.rope.turn(offset)
+        if norm in self:
+            turn = turn._replace(weight=self[norm].factor, eps=self[norm].eps)
+        return turn
 
 
 def attend(

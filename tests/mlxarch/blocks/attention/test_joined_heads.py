@@ -1,14 +1,24 @@
 """Queries and keys of one token, normalised and rotated together."""
 
+from collections.abc import Iterator
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import parity
 from mlxarch.blocks import Attention, CausalLM, fuse
+from mlxarch.cpu_kernels import native
 from mlxarch.loading.load import load_model
 
 MODELS = ["llama3", "qwen3", "gemma3_text", "gpt_oss", "granite"]
+
+
+@pytest.fixture(autouse=True)
+def mlx_alone() -> Iterator[None]:
+    """The CPU kernels norm and rotate heads elsewhere."""
+    with native.suspended():
+        yield
 
 
 def load(name: str) -> CausalLM:
