@@ -57,6 +57,8 @@ class Turn(NamedTuple):
         return (start, self.offset, self.dims, self.interleaved, self.eps, self.weight, periods)
 
 
+NO_TURN = Turn()
+
 _suspended = 0  # blocks of ``suspended``
 
 

@@ -1,6 +1,7 @@
 """Grouped-query attention, the base of most architectures' attention."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -206,12 +207,11 @@ class Attention(nn.Module):
         size = self.head_size
         kv_heads = self.k_proj["weight"].shape[0] // size
         heads = self.q_proj["weight"].shape[0] // size
-        of_q = self._turn("q_norm", offset)
-        of_k = self._turn("k_norm", offset)
+        of_q, of_k = self._turns(offset)
 
         def write(index: int, buffer: mx.array, slot: int) -> mx.array:
             start = (heads + index * kv_heads) * size
-            return native.store(buffer, joined, start, slot, native.Turn() if index else of_k)
+            return native.store(buffer, joined, start, slot, native.NO_TURN if index else of_k)
 
         batch, length, _ = x.shape
         k, v = cache.append_by((batch, kv_heads, length, size), write)
@@ -220,27 +220,31 @@ class Attention(nn.Module):
     @property
     def _is_plain(self) -> bool:
         """Whether attention is that of this class, with positions and norms that kernels have."""
-        own = type(self)
-        names = ("project", "gate_output", "apply_positions", "heads", "index_tokens", "attend")
-        norms = [self.get("q_norm"), self.get("k_norm")]
         return (
-            all(getattr(own, name) is getattr(Attention, name) for name in names)
+            _computes_as_attention(type(self))
             and self.softcap is None
             and "sinks" not in self
             and self.value_size == self.head_size
             and self.qk_norm != "projection"
-            and all(norm is None or isinstance(norm, RMSNorm) for norm in norms)
+            and ("k_norm" not in self or isinstance(self.k_norm, RMSNorm))
             and (type(self.rope) is NoRoPE or (type(self.rope) is RoPE and self.rope.factor == 1))
         )
 
-    def _turn(self, norm: str, offset: int) -> native.Turn:
-        """Norm and rotation of the heads, as arguments of the kernels."""
-        turn = native.Turn()
-        if isinstance(self.rope, RoPE):
-            turn = self.rope.turn(offset)
-        if norm in self:
-            turn = turn._replace(weight=self[norm].factor, eps=self[norm].eps)
-        return turn
+    def _turns(self, offset: int) -> tuple[native.Turn, native.Turn]:
+        """Norm and rotation of the queries and of the keys, as arguments of the kernels."""
+        turn = self.rope.turn(offset) if isinstance(self.rope, RoPE) else native.NO_TURN
+        if "k_norm" not in self:
+            return turn, turn
+        norms = (self.q_norm, self.k_norm)
+        of_q, of_k = (turn._replace(weight=norm.factor, eps=norm.eps) for norm in norms)
+        return of_q, of_k
+
+
+@cache
+def _computes_as_attention(kind: type[Attention]) -> bool:
+    """Whether a class overrides nothing that the kernels compute."""
+    names = ("project", "gate_output", "apply_positions", "heads", "index_tokens", "attend")
+    return all(getattr(kind, name) is getattr(Attention, name) for name in names)
 
 
 def attend(
