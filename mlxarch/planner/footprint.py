@@ -1,8 +1,8 @@
 """Memory footprint of a model: bytes of weights and KV cache by kind, from shapes and dtypes."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 from mlxarch.kv_cache import CompressedSizes
 from mlxarch.quantization.formats import KV_GROUP_SIZE
@@ -111,6 +111,20 @@ class LayerExperts:
     activation_size: int = 0
 
 
+class _WeightSums(NamedTuple):
+    """Sums over all weights for one size of floats.
+
+    Attributes:
+        by_kind: bytes of the weights in memory, by kind.
+        experts: bytes of all experts of each layer that has any.
+        loading: bytes beyond those of all weights at the peak of loading.
+    """
+
+    by_kind: dict[str, int]
+    experts: dict[int, int]
+    loading: int
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Everything that determines the memory of a model.
@@ -136,18 +150,50 @@ class Footprint:
     max_context: int
     hidden_size: int
     vocab_size: int
+    # by bytes of a float: a planner asks for the same sums for every context that it tries
+    _sums: dict[int, _WeightSums] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weights on the disk."""
         return sum(weight.stored_bytes for weight in self.weights)
 
+    def _weight_sums(self, float_bytes: int) -> _WeightSums:
+        """Sums over all weights, computed once."""
+        if float_bytes not in self._sums:
+            self._sums[float_bytes] = self._sum_weights(float_bytes)
+        return self._sums[float_bytes]
+
+    def _sum_weights(self, float_bytes: int) -> _WeightSums:
+        by_kind: Counter[str] = Counter()
+        experts: Counter[int] = Counter()
+        # bytes of each group that is loaded together, and of those that are converted
+        loaded: Counter[int | str] = Counter()
+        converted: Counter[int | str] = Counter()
+        for weight in self.weights:
+            size = weight.memory_bytes(float_bytes)
+            by_kind[weight.kind] += size
+            if weight.kind == "experts" and weight.layer is not None:
+                experts[weight.layer] += size
+            group = weight.path if weight.layer is None else weight.layer
+            loaded[group] += size
+            converted[group] += sum(
+                count * itemsize
+                for count, itemsize, is_float in weight.arrays
+                if is_float and itemsize != float_bytes
+            )
+        total = 0
+        peak = 0
+        for group, size in loaded.items():
+            total += size
+            peak = max(peak, total + converted[group])
+        return _WeightSums(dict(by_kind), dict(experts), peak - total)
+
     def weight_bytes(self, float_bytes: int) -> dict[str, int]:
         """Bytes of the weights in memory, by kind."""
-        total: Counter[str] = Counter()
-        for weight in self.weights:
-            total[weight.kind] += weight.memory_bytes(float_bytes)
-        return dict(total)
+        return dict(self._weight_sums(float_bytes).by_kind)
 
     def row_bytes(self, float_bytes: int) -> int:
         """Bytes of the rows of per-layer embeddings that one token reads."""
@@ -160,31 +206,13 @@ class Footprint:
         Layers are loaded in the order of the files. Floats that are converted to the compute dtype
         are held twice until their layer is complete.
         """
-        groups: dict[int | str, list[Weight]] = {}
-        for weight in self.weights:
-            group = weight.path if weight.layer is None else weight.layer
-            groups.setdefault(group, []).append(weight)
-        loaded = 0
-        peak = 0
-        for weights in groups.values():
-            loaded += sum(weight.memory_bytes(float_bytes) for weight in weights)
-            converted = sum(
-                count * itemsize
-                for weight in weights
-                for count, itemsize, is_float in weight.arrays
-                if is_float and itemsize != float_bytes
-            )
-            peak = max(peak, loaded + converted)
-        return peak - loaded
+        return self._weight_sums(float_bytes).loading
 
     def expert_bytes(self, float_bytes: int) -> list[int]:
         """Bytes of one expert of each layer, 0 for a dense layer."""
-        total: Counter[int] = Counter()
-        for weight in self.weights:
-            if weight.kind == "experts" and weight.layer is not None:
-                total[weight.layer] += weight.memory_bytes(float_bytes)
+        total = self._weight_sums(float_bytes).experts
         return [
-            total[layer] // experts.count if experts else 0
+            total.get(layer, 0) // experts.count if experts else 0
             for layer, experts in enumerate(self.experts)
         ]
 

@@ -85,6 +85,15 @@ def test_a_cpu_holds_floats_in_four_bytes_and_codes_as_they_are() -> None:
     assert more == 2 * 2 * elements // 64 + plain
 
 
+def test_sums_of_weights_are_not_those_of_a_footprint_that_it_was_copied_from() -> None:
+    whole = blueprint("qwen3-0.6b").footprint(4)
+    both = sum(whole.weight_bytes(2).values())
+    half = replace(whole, weights=whole.weights[::2])
+    assert sum(half.weight_bytes(2).values()) == sum(w.memory_bytes(2) for w in half.weights) < both
+    whole.weight_bytes(2).clear()
+    assert sum(whole.weight_bytes(2).values()) == both
+
+
 def test_what_a_session_goes_back_to_counts_where_windows_are_small() -> None:
     small, large = (planned(name, bits=4, context=8192).kv for name in ("gemma3-1b", "gemma3-27b"))
     assert small["to go back"] == 2 * small["sliding layers"] and large["to go back"] == 0
