@@ -12,6 +12,7 @@ The truncation and padding sections are dropped: the caller decides how to trunc
 """
 
 import base64
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from mlxarch.errors import TokenizerError
 from mlxarch.system.untrusted_files import REMEDY, short_repr
 from mlxarch.tokenizer.sections.regular_expressions import CostlyPattern, is_quadratic
 from mlxarch.tokenizer.sections.repair import repaired_sections, walk
+
+logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 64 << 20
 """Largest file that is read; the largest published ones have 33 MB."""
@@ -144,8 +147,27 @@ def load_tokenizer_json(data: bytes, name: str) -> LoadedTokenizer:
         # Encoded again, so that the library parses what was checked: duplicate keys are gone.
         text = msgspec.json.encode(document | {"model": model}).decode()
         tokenizer = tokenizers.Tokenizer.from_str(text)
+    _warn_of_other_ids(tokenizer, added, name)
     max_text_bytes = min(text_limit, *limits)
     return LoadedTokenizer(tokenizer, sections["decoder"], max_text_bytes, largest_id + 1)
+
+
+def _warn_of_other_ids(
+    tokenizer: tokenizers.Tokenizer, added: Sequence[_AddedToken], name: str
+) -> None:
+    """Warn of added tokens whose id the library has replaced: it numbers them without gaps."""
+    other = [token for token in added if tokenizer.token_to_id(token.content) != token.id]
+    if other:
+        first = other[0]
+        logger.warning(
+            "%s: added tokens whose id differs from the one in the file: %d; %s has %s, not %d; "
+            "check that tokenizer and weights belong together",
+            name,
+            len(other),
+            short_repr(first.content),
+            tokenizer.token_to_id(first.content),
+            first.id,
+        )
 
 
 def _read_section(document: dict[str, msgspec.Raw], key: str, name: str) -> dict[str, Any] | None:

@@ -275,6 +275,22 @@ def test_end_tokens_that_do_not_exist_are_named_and_ignored(
     assert "[-1, 1000000000]" in caplog.text
 
 
+def test_ids_of_added_tokens_that_the_library_replaces_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = copied(tmp_path, "qwen3")
+    Tokenizer.from_folder(folder)
+    assert "differs from the one" not in caplog.text
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    token = {**document["added_tokens"][-1], "content": "<|far|>", "id": 9000}
+    document["added_tokens"].append(token)
+    path.write_text(json.dumps(document))
+    found = Tokenizer.from_folder(folder).token_id("<|far|>")
+    assert found != 9000
+    assert f"in the file: 1; '<|far|>' has {found}, not 9000" in caplog.text
+
+
 @pytest.mark.parametrize("wanted", [True, False, None])
 @pytest.mark.parametrize("name", ["add_bos_token", "add_eos_token"])
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
