@@ -126,7 +126,7 @@ class _Transfer:
         Raises:
             DownloadError: see ``fetch_file``.
         """
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import WeakFileLock
 
         url = hf_hub_url(self.repo, self.file.name, revision=self.revision)
@@ -134,10 +134,7 @@ class _Transfer:
         etag = metadata.etag or ""
         if metadata.size not in (None, self.file.size):
             raise self._is_another_file(str(metadata.size))
-        if (
-            not re.fullmatch(r"[\w-]+", etag)  # it must serve as a file name
-            or self.file.size > constants.MAX_HTTP_DOWNLOAD_SIZE  # has a protocol of its own
-        ):
+        if not re.fullmatch(r"[\w-]+", etag):  # it must serve as a file name
             return
         partial = _partial_path(self.repo, etag, self.into)
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -217,13 +214,16 @@ class _Transfer:
         Raises:
             DownloadError: the server has another file than the one announced.
         """
-        from huggingface_hub import get_session
+        from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         start = output.tell()
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
+        longest = constants.MAX_HTTP_DOWNLOAD_SIZE  # the Hub's servers send no more in one response
+        if self.file.size - start > longest:
+            headers["Range"] = f"bytes={start}-{start + longest - 1}"
         with get_session().stream(
             "GET", url, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True
         ) as response:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,22 @@ def test_a_partial_file_is_used_as_far_as_it_is_right(
     leave_partial(home, repo, content)
     assert Path(worker(DOWNLOAD, repo=repo, into="")).read_bytes() == DATA
     assert ranges(server) == ranges_sent
+
+
+def test_a_file_above_the_limit_of_one_response_comes_in_parts_and_goes_on(
+    server: FakeHub, worker: Worker, home: Path, repo: str
+) -> None:
+    leave_partial(home, repo, DATA[:1000])
+    limit = len(DATA) // 2
+    limited = (
+        "from unittest.mock import patch\n"
+        "from huggingface_hub import constants\n"
+        f"with patch.object(constants, 'MAX_HTTP_DOWNLOAD_SIZE', {limit}):\n"
+        + textwrap.indent(DOWNLOAD, "    ")
+    )
+    assert Path(worker(limited, repo=repo, into="")).read_bytes() == DATA
+    end = 1000 + limit
+    assert ranges(server) == [f"bytes=1000-{end - 1}", f"bytes={end}-"]
 
 
 def test_a_server_that_ignores_ranges_sends_the_whole_file(
