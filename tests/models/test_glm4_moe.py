@@ -103,7 +103,7 @@ def test_the_dense_layers_are_counted_where_only_kinds_are_written() -> None:
     published = json.loads((parity.GOLDEN / "glm4_moe_lite" / "config.json").read_text())
     layers, dense = published["num_hidden_layers"], published.pop("first_k_dense_replace")
     kinds = ["dense"] * dense + ["sparse"] * (layers - dense)
-    found = architecture(published | {"mlp_layer_types": kinds}).config
+    found: Any = architecture(published | {"mlp_layer_types": kinds}).config
     assert found.first_k_dense_replace == dense == 1
     for settings in ({"mlp_layer_types": kinds[::-1]}, {"first_k_dense_replace": 2}):
         with pytest.raises(ConfigError, match="mlp_layer_types"):

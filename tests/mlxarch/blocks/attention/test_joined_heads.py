@@ -1,6 +1,7 @@
 """Queries and keys of one token, normalised and rotated together."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import parity
 from mlxarch.blocks import Attention, CausalLM, fuse
+from mlxarch.blocks.layer import token_mixer
 from mlxarch.cpu_kernels import native
 from mlxarch.loading.load import load_model
 
@@ -27,6 +29,10 @@ def load(name: str) -> CausalLM:
     return model
 
 
+def attentions(model: CausalLM) -> list[Any]:
+    return [token_mixer(layer) for layer in model.layers]
+
+
 def next_logits(model: CausalLM) -> np.ndarray:
     """Logits (2, V) of one more token behind a prompt, for two rows."""
     caches = model.make_caches()
@@ -41,7 +47,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_of_one_array_are_those_of_two(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(name)
-    assert all(layer.self_attn._can_join_heads for layer in model.layers)
+    assert all(attention._can_join_heads for attention in attentions(model))
     joined = next_logits(model)
     apart(monkeypatch)
     np.testing.assert_allclose(joined, next_logits(model), atol=2e-5)
@@ -49,8 +55,8 @@ def test_heads_of_one_array_are_those_of_two(name: str, monkeypatch: pytest.Monk
 
 def test_each_head_has_its_own_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("qwen3")
-    for layer in model.layers:
-        norms = layer.self_attn.head_norms
+    for attention in attentions(model):
+        norms = attention.head_norms
         norms._factors = norms._factors[::-1]  # the keys' for the first queries
     joined = next_logits(model)
     apart(monkeypatch)
@@ -59,7 +65,7 @@ def test_each_head_has_its_own_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_norms_whose_weights_were_replaced_are_apart_again() -> None:
     model = load("qwen3")
-    attention = model.layers[0].self_attn
+    attention = attentions(model)[0]
     before = next_logits(model)
     attention.q_norm.weight = attention.q_norm.weight * 3
     assert not attention._can_join_heads
@@ -68,4 +74,4 @@ def test_norms_whose_weights_were_replaced_are_apart_again() -> None:
 
 def test_an_architecture_with_positions_of_its_own_keeps_its_heads_apart() -> None:
     model = load("llama4_scout")
-    assert not any(layer.self_attn._can_join_heads for layer in model.layers)
+    assert not any(attention._can_join_heads for attention in attentions(model))
