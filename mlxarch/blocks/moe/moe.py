@@ -93,7 +93,9 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
         if chosen.size < MIN_ROWS_TO_SORT:
-            return self.forward_rows(x[..., None, None, :], chosen, sorted=False).squeeze(-2)
+            # reshaped: CUDA's gather_mm mistakes the stride 1 of an inserted axis for that of a row
+            rows = x.reshape(*x.shape[:-1], 1, 1, x.shape[-1])
+            return self.forward_rows(rows, chosen, sorted=False).squeeze(-2)
         flat = chosen.flatten()  # (B * L * k)
         order = mx.argsort(flat)
         rows = x.reshape(-1, 1, x.shape[-1])[order // chosen.shape[-1]]  # (B * L * k, 1, dim)
