@@ -83,7 +83,7 @@ class Experts(nn.Module):
         return self.down_proj.quantization is not None
 
     def forward_rows(self, x: mx.array, chosen: mx.array, sorted: bool) -> mx.array:
-        """Pass each row through one expert: x (…, 1, dim), chosen (…) -> (…, 1, dim).
+        """Pass each row through one expert: x (N, 1, dim), chosen (N,) -> (N, 1, dim).
 
         Args:
             sorted: whether ``chosen`` is in ascending order.
@@ -92,16 +92,16 @@ class Experts(nn.Module):
         return self.down_proj(hidden, chosen, sorted)
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        if chosen.size < MIN_ROWS_TO_SORT:
-            # reshaped: CUDA's gather_mm mistakes the stride 1 of an inserted axis for that of a row
-            rows = x.reshape(*x.shape[:-1], 1, 1, x.shape[-1])
-            return self.forward_rows(rows, chosen, sorted=False).squeeze(-2)
+        k = chosen.shape[-1]
         flat = chosen.flatten()  # (B * L * k)
+        rows = x.reshape(-1, 1, x.shape[-1])  # (B * L, 1, dim)
+        if flat.size < MIN_ROWS_TO_SORT:
+            y = self.forward_rows(mx.repeat(rows, k, axis=0), flat, sorted=False)
+            return y.reshape(*chosen.shape, -1)
         order = mx.argsort(flat)
-        rows = x.reshape(-1, 1, x.shape[-1])[order // chosen.shape[-1]]  # (B * L * k, 1, dim)
         experts = self.down_proj["weight"].shape[0]
-        sorted_kernel = uses_sorted_kernel(chosen.size, experts, self.is_quantized)
-        y = self.forward_rows(rows, flat[order], sorted_kernel)
+        sorted_kernel = uses_sorted_kernel(flat.size, experts, self.is_quantized)
+        y = self.forward_rows(rows[order // k], flat[order], sorted_kernel)
         return y[mx.argsort(order)].reshape(*chosen.shape, -1)
 
 

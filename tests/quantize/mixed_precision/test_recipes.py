@@ -95,9 +95,6 @@ def test_an_architecture_without_a_recipe_of_its_own_takes_that_of_its_kind(name
 
 
 def test_every_architecture_and_every_model_of_the_catalog_has_one() -> None:
-    meant = {resolve(open_checkpoint(parity.GOLDEN / name)).architecture.name for name in MEANT}
-    configs = [json.loads(entry.config_path.read_text()) for entry in catalog.entries().values()]
-    assert {registry.architecture(config).name for config in configs} <= meant
     found = {
         name: Recipe.for_architecture(
             registry.architecture(json.loads(entry.config_path.read_text()))
@@ -105,6 +102,10 @@ def test_every_architecture_and_every_model_of_the_catalog_has_one() -> None:
         for name, entry in catalog.entries().items()
     }
     assert set(found.values()) == set(bundled_recipes()), "each is meant for somebody"
+    for name, entry in catalog.entries().items():
+        if found[name] != "gemma":  # the recipe of Gemma names its experts too
+            for_experts = found[name] in ("experts", "gpt-oss")
+            assert for_experts is (entry.active is not None), name
     assert (found["llama3.1-8b"], found["llama3.2-1b"]) == ("dense", "tied")
     assert (found["gemma3-27b"], found["qwen3-30b-a3b"], found["gpt-oss-20b"]) == (
         "gemma",
