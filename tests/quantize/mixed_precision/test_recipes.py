@@ -103,7 +103,7 @@ def test_every_architecture_and_every_model_of_the_catalog_has_one() -> None:
     }
     assert set(found.values()) == set(bundled_recipes()), "each is meant for somebody"
     for name, entry in catalog.entries().items():
-        if found[name] != "gemma":  # the recipe of Gemma names its experts too
+        if found[name] != "gemma":  # whose recipe is meant for its mixtures as well
             for_experts = found[name] in ("experts", "gpt-oss")
             assert for_experts is (entry.active is not None), name
     assert (found["llama3.1-8b"], found["llama3.2-1b"]) == ("dense", "tied")
