@@ -152,7 +152,7 @@ class Attention(nn.Module):
 
     @property
     def _can_join_heads(self) -> bool:
-        """Whether queries and keys are one array up to the rotation: an architecture as this one."""
+        """Whether queries and keys can be one array up to the rotation: nothing is overridden."""
         kind = type(self)
         return (
             kind.project is Attention.project

@@ -14,7 +14,7 @@ from mlxarch.errors import ConfigError, MlxArchError, ModelNotFound, Unsupported
 from mlxarch.hub import catalog
 from mlxarch.inspection import compare
 from mlxarch.inspection.compare import InspectedModel, inspect_model
-from mlxarch.inspection.diagram import draw_svg
+from mlxarch.inspection.diagram import Box, draw_svg
 from mlxarch.loading.model_types import BY_CLASS, MODELS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -25,6 +25,7 @@ WITHOUT_ENTRY = {  # in the catalog
     "cohere2",
     "cohere2_moe",
     "deepseek_v32",
+    "deepseek_v4",
     "exaone4",
     "falcon_h1",
     "glm5_next",
@@ -287,3 +288,9 @@ def test_a_title_cannot_break_the_drawing():
     svg = draw_svg([(title, inspect_model("qwen3-0.6b").structure)])
     assert "<script>" not in svg
     assert title in [element.text for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_a_line_that_is_wider_than_its_box_is_broken() -> None:
+    box = Box(["Attention", "window 128 and entries of 4, top 512, " * 3], "attention")
+    assert len(box.rows) > 2 and " ".join(box.rows[1:]) == box.lines[1].strip()
+    assert len(Box(["Attention", "full"], "attention").rows) == 2
