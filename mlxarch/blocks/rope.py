@@ -115,9 +115,9 @@ class RoPE(nn.Module):
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return self.rotate(x, offset, self._freqs)
 
-    def turn(self, offset: int) -> native.Turn:
+    def head_transform(self, offset: int) -> native.HeadTransform:
         """Rotation from position ``offset`` on, without ``factor``, as an argument of CPU kernels."""
-        return native.Turn(offset, self.dims, self.interleaved, self._freqs)
+        return native.HeadTransform(offset, self.dims, self.interleaved, self._freqs)
 
     def rotate_every(self, x: mx.array, offset: int | mx.array, stride: int) -> mx.array:
         """Rotate vectors of every ``stride``-th position, the first at ``offset`` · ``stride``."""

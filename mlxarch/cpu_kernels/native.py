@@ -34,7 +34,7 @@ class Format(NamedTuple):
     group_size: int = 0
 
 
-class Turn(NamedTuple):
+class HeadTransform(NamedTuple):
     """Norm and position embedding of single heads.
 
     Attributes:
@@ -57,7 +57,7 @@ class Turn(NamedTuple):
         return (start, self.offset, self.dims, self.interleaved, self.eps, self.weight, periods)
 
 
-NO_TURN = Turn()
+NO_TRANSFORM = HeadTransform()
 
 _suspended = 0  # blocks of ``suspended``
 
@@ -222,7 +222,9 @@ def attention(
     return kernels.attention(q, k, v, scale, mask == "causal", None, sinks)
 
 
-def store(buffer: mx.array, x: mx.array, start: int, slot: int, turn: Turn) -> mx.array:
+def store(
+    buffer: mx.array, x: mx.array, start: int, slot: int, transform: HeadTransform
+) -> mx.array:
     """Write heads of x (B, L, features) into a cache (B, K, C, D).
 
     It is written in place unless something else still reads it.
@@ -231,11 +233,17 @@ def store(buffer: mx.array, x: mx.array, start: int, slot: int, turn: Turn) -> m
         start: feature of x at which the K heads begin.
         slot: token of the cache at which the L tokens begin.
     """
-    return _load()[0].store(buffer, x, slot, *turn.arguments(start))
+    return _load()[0].store(buffer, x, slot, *transform.arguments(start))
 
 
 def cached_attention(
-    x: mx.array, keys: mx.array, values: mx.array, heads: int, tokens: int, scale: float, turn: Turn
+    x: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    heads: int,
+    tokens: int,
+    scale: float,
+    transform: HeadTransform,
 ) -> mx.array:
     """Causal attention of the first ``heads`` heads of x (B, L, features) -> (B, L, heads * D).
 
@@ -244,7 +252,7 @@ def cached_attention(
             of them are those of x.
     """
     kernels = _load()[0]
-    return kernels.cached_attention(x, keys, values, heads, tokens, scale, *turn.arguments(0))
+    return kernels.cached_attention(x, keys, values, heads, tokens, scale, *transform.arguments(0))
 
 
 def feed_forward(

@@ -207,11 +207,11 @@ class Attention(nn.Module):
         size = self.head_size
         kv_heads = self.k_proj["weight"].shape[0] // size
         heads = self.q_proj["weight"].shape[0] // size
-        of_q, of_k = self._turns(offset)
+        of_q, of_k = self._head_transforms(offset)
 
         def write(index: int, buffer: mx.array, slot: int) -> mx.array:
             start = (heads + index * kv_heads) * size
-            return native.store(buffer, joined, start, slot, native.NO_TURN if index else of_k)
+            return native.store(buffer, joined, start, slot, native.NO_TRANSFORM if index else of_k)
 
         batch, length, _ = x.shape
         k, v = cache.append_by((batch, kv_heads, length, size), write)
@@ -230,13 +230,15 @@ class Attention(nn.Module):
             and (type(self.rope) is NoRoPE or (type(self.rope) is RoPE and self.rope.factor == 1))
         )
 
-    def _turns(self, offset: int) -> tuple[native.Turn, native.Turn]:
+    def _head_transforms(self, offset: int) -> tuple[native.HeadTransform, native.HeadTransform]:
         """Norm and rotation of the queries and of the keys, as arguments of the kernels."""
-        turn = self.rope.turn(offset) if isinstance(self.rope, RoPE) else native.NO_TURN
+        transform = (
+            self.rope.head_transform(offset) if isinstance(self.rope, RoPE) else native.NO_TRANSFORM
+        )
         if "k_norm" not in self:
-            return turn, turn
+            return transform, transform
         norms = (self.q_norm, self.k_norm)
-        of_q, of_k = (turn._replace(weight=norm.factor, eps=norm.eps) for norm in norms)
+        of_q, of_k = (transform._replace(weight=norm.factor, eps=norm.eps) for norm in norms)
         return of_q, of_k
 
 
